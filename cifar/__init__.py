@@ -1,0 +1,1 @@
+"""Train, evaluate and look at image classifiers on CIFAR-10."""

@@ -1,0 +1,46 @@
+"""A network's weights on disk: the only torch.save and torch.load."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar.config import UserError
+
+FORMAT = 1
+_KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
+
+
+def save(path: Path, *, model: str, classes: tuple[str, ...], image_size: int, epoch: int, weights: dict) -> None:
+    """Write a checkpoint; a reader sees the old one or the new one, never a part.
+
+    weights: a state_dict. epoch: the epochs that made them, from 1.
+    """
+    content = {
+        "format": FORMAT,
+        "model": model,
+        "classes": list(classes),
+        "image_size": image_size,
+        "epoch": epoch,
+        "weights": weights,
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, with the weights on the CPU; nothing in the file is executed.
+
+    Raises UserError if the file is missing, damaged or of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: the run ended before its first epoch did") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+        raise UserError(f"the checkpoint {path} is damaged or not one of this program's") from None
+    if not isinstance(content, dict) or content.keys() != _KEYS or content["format"] != FORMAT:
+        raise UserError(f"the checkpoint {path} is not of format {FORMAT}")
+    return content

@@ -1,0 +1,205 @@
+"""The settings of a run: one frozen Config, the recipes, and reading either from text."""
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its message is one sentence, shown without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line that cannot be read, such as `--epochs abc`."""
+
+    exit_code = 2
+
+
+def _option(default: Any, help: str, *, known: tuple[str, ...] = (), least=None, most=None) -> Any:
+    """A field of Config with its help text and the values that it takes."""
+    metadata = {"help": help, "known": known, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+DATASETS = ("auto", "cifar10", "digits")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run. The defaults are the recipe `fast`; RECIPES names the others.
+
+    Raises UserError for a value that is unknown or out of range.
+    """
+
+    recipe: str = _option("fast", "named settings to start from")
+    dataset: str = _option("auto", "images; auto is cifar10, or digits where that cannot be had", known=DATASETS)
+    data_dir: str = _option("data", "folder or .tar.gz with CIFAR-10; CIFAR_DATA_DIR in the environment stands for it")
+    output_dir: str = _option("outputs", "folder that receives a directory per run")
+    device: str = _option("auto", "where to compute; auto takes cuda, then mps, then cpu", known=DEVICES)
+    precision: str = _option(
+        "auto",
+        "number format of the network; auto is bfloat16 where the hardware has it",
+        known=("auto", "bfloat16", "float32"),
+    )
+    seed: int = _option(0, "seed of the split, the weights, the order and the augmentation", least=0, most=2**32 - 1)
+    val_size: int | None = _option(
+        None, "images held out for validation (a tenth of the training split: 5000 of CIFAR-10)", least=0
+    )
+
+    model: str = _option("whitened", "network", known=MODELS)
+    epochs: int = _option(11, "passes over the training images", least=1, most=100_000)
+    batch_size: int = _option(2000, "images a step; lowered where an epoch would have under 20 steps", least=2)
+    optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
+    lr: float = _option(0.24, "peak learning rate", least=0.0)
+    momentum: float = _option(0.6, "momentum of muon and sgd", least=0.0, most=1.0)
+    weight_decay: float = _option(0.004, "weight decay of one step; muon normalizes its weights instead", least=0.0)
+    schedule: str = _option("linear", "decay of the learning rate, step by step", known=("linear", "cosine", "halving"))
+    halve_every: int = _option(10, "epochs between two halvings of the schedule `halving`", least=1)
+    label_smoothing: float = _option(0.2, "share of the target spread over all classes", least=0.0, most=1.0)
+    patience: int = _option(0, "epochs without a better validation accuracy before training stops; 0 never", least=0)
+    crop: int = _option(2, "pixels by which a training image is shifted at most", least=0, most=31)
+    crop_mode: str = _option("reflect", "what a shift uncovers", known=("reflect", "zeros"))
+    flip: str = _option("alternating", "mirroring of training images", known=("none", "random", "alternating"))
+    jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
+    small_epochs: int = _option(5, "first epochs that train on shrunken images", least=0)
+    small_size: int = _option(24, "side of the shrunken images, in pixels", least=8)
+
+    def __post_init__(self):
+        known_name("recipe", self.recipe, RECIPES)
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+
+    @classmethod
+    def create(cls, given: Mapping[str, Any]) -> "Config":
+        """The recipe's settings with the `given` ones laid over them.
+
+        given: field name -> value, where a string is read as the field's type and None is not given.
+        Raises UsageError for text that cannot be read, UserError for a value out of range.
+        """
+        settings = {name: read(name, value) for name, value in given.items() if value is not None}
+        recipe = known_name("recipe", settings.get("recipe", cls.recipe), RECIPES)
+        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or _in_project(cls.data_dir))
+        settings.setdefault("output_dir", _in_project(cls.output_dir))
+        return cls(**{"recipe": recipe, **RECIPES[recipe], **settings})
+
+
+_CONVNET = {
+    "epochs": 20,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "schedule": "halving",
+    "halve_every": 10,
+    "label_smoothing": 0.0,
+    "patience": 5,
+    "crop": 4,
+    "crop_mode": "zeros",
+    "flip": "random",
+    "small_epochs": 0,
+}
+
+# A recipe is what it changes of Config's defaults. README.md has what each was measured to reach.
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
+        "fast": {},
+        # The SimpleCNN of H4ph4z4rdz/cv-image-classifier.
+        "simple": {
+            **_CONVNET,
+            "model": "simple",
+            "epochs": 25,
+            "weight_decay": 1e-4,
+            "schedule": "cosine",
+            "jitter": 0.2,
+        },
+        # The network of ansonnchan/cifar10-image-classification.
+        "convnet": {**_CONVNET, "model": "convnet"},
+        # A baseline without convolutions.
+        "mlp": {**_CONVNET, "model": "mlp"},
+        # He et al. 2015 with the settings of kuangliu/pytorch-cifar. For a GPU.
+        "resnet18": {
+            **_CONVNET,
+            "model": "resnet18",
+            "epochs": 200,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "schedule": "cosine",
+            "patience": 0,
+        },
+    }
+)
+
+
+def _in_project(folder: str) -> str:
+    """A folder of the project, as seen from the working directory, so that a command works from any."""
+    return os.path.relpath(Path(__file__).parent.parent / folder)
+
+
+def known_name(kind: str, name: str, known) -> str:
+    """`name`, if it is one of `known`. Raises UserError that names the known ones and the nearest."""
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"unknown {kind} '{name}': {hint}known are {', '.join(known)}")
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field: `val_size` -> `--val-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def help_text(name: str) -> str:
+    """A field's help, the values that it takes and its default in each recipe."""
+    field = _FIELDS[name]
+    known = tuple(RECIPES) if name == "recipe" else field.metadata["known"]
+    parts = [field.metadata["help"]]
+    if known:
+        parts.append("one of " + ", ".join(known))
+    if field.default is not None:
+        others = [f"{recipe} {changed[name]}" for recipe, changed in RECIPES.items() if name in changed]
+        parts.append("default " + ", ".join([str(field.default), *others]))
+    return "; ".join(parts)
+
+
+def read(name: str, value: Any) -> Any:
+    """`value` as the type of the field `name`; a string is parsed. Raises UsageError if it cannot be."""
+    if not isinstance(value, str):
+        return value
+    declared = get_type_hints(Config)[name]
+    kind = next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
+    try:
+        return kind(value)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UsageError(f"{flag(name)} takes {wanted}, not '{value}'") from None
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    known, least, most = (field.metadata[key] for key in ("known", "least", "most"))
+    if known:
+        known_name(field.name, value, known)
+    if value is None or isinstance(value, str):
+        return
+    in_range = (least is None or value >= least) and (most is None or value <= most)
+    if not (in_range and math.isfinite(value)):
+        bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
+        raise UserError(f"{flag(field.name)} must be {bounds}, not {value}")
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FIELDS = tuple(_FIELDS)

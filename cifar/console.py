@@ -1,0 +1,206 @@
+"""What a person sees in the terminal: banners, tables and progress, and their plain form without a terminal."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cifar.config import UserError
+
+_REFRESH_SECONDS = 0.25
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def is_live() -> bool:
+    """Whether lines can be redrawn: not in a pipe, a file or a dumb terminal."""
+    return out.is_terminal and not out.is_dumb_terminal
+
+
+def say(message: str, style: str | None = None) -> None:
+    """One line, never wrapped or interpreted as markup."""
+    out.print(Text(message, style=style or ""), soft_wrap=True)
+
+
+def exit_code(action: Callable[[], None]) -> int:
+    """Run a command and turn what a user can mend into one sentence: 0, 1, 2 for a usage error, 130 for Ctrl-C."""
+    try:
+        action()
+    except UserError as error:
+        fail(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 130
+    return 0
+
+
+def fail(message: str) -> None:
+    """The one sentence of an error, on standard error."""
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def banner(message: str) -> None:
+    """A sentence that must not be overlooked."""
+    out.print(Panel(Text(message), border_style="yellow", title="note"))
+
+
+@contextlib.contextmanager
+def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, speed and time left; yields a function that takes the bytes that have come.
+
+    size: in bytes, None if the server does not say.
+    """
+    if not is_live():
+        say(f"downloading {name}" + (f", {size / 1e6:.0f} MB" if size else ""))
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out) as progress:
+        task = progress.add_task(name, total=size)
+        yield lambda count: progress.advance(task, count)
+
+
+class TrainingDisplay:
+    """The live line of a training, and a lasting line for each epoch."""
+
+    def __init__(self, epochs: int, steps: int, costs: Sequence[float]):
+        """steps: in each epoch. costs: of one step of each epoch, in any unit that is proportional to time."""
+        self.epochs, self.steps, self.costs = epochs, steps, costs
+        self.work, self.done = steps * sum(costs), 0.0
+        self.started = time.monotonic()
+        self.drawn = 0.0
+        self.progress = self._progress() if is_live() else None
+        self.task = self.progress.add_task("training", total=self.work, status="") if self.progress else None
+
+    @staticmethod
+    def _progress() -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=out,
+            transient=True,
+        )
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def is_due(self) -> bool:
+        """Whether the live line is old enough to be drawn anew, so that the caller need not compute it each step."""
+        return time.monotonic() - self.drawn >= _REFRESH_SECONDS
+
+    def step(self, epoch: int, step: int, loss: float, accuracy: float, speed: float) -> None:
+        """Draw the live line. epoch and step count from 1; speed is in images a second."""
+        self.drawn = time.monotonic()
+        self.done = self.steps * sum(self.costs[: epoch - 1]) + step * self.costs[epoch - 1]
+        if self.progress:
+            status = f"batch {step}/{self.steps}  loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} images/s"
+            self.progress.update(
+                self.task, completed=self.done, description=f"epoch {epoch}/{self.epochs}", status=status
+            )
+
+    def end_epoch(self, record: dict[str, Any], best: bool) -> None:
+        """Print the line that stays: one epoch as history.jsonl has it."""
+        parts = [
+            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}",
+            f"loss {record['train_loss']:.3f}",
+            f"accuracy {record['train_accuracy']:.1%}",
+        ]
+        if record["val_accuracy"] is not None:
+            parts.append(f"validation loss {record['val_loss']:.3f} accuracy {record['val_accuracy']:.2%}")
+            parts.append("best" if best else "    ")
+        parts.append(f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s")
+        parts.append(f"left {self._left()}")
+        say("  ".join(parts))
+
+    def _left(self) -> str:
+        seconds = (time.monotonic() - self.started) * (self.work - self.done) / max(self.done, 1e-9)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def percent(value: float, interval: Sequence[float]) -> str:
+    """`94.03% (93.55% to 94.48%)`: a share and its interval, all in 0..1."""
+    return f"{value:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    """The tables of an evaluation, from metrics.json's content."""
+    total = Table(
+        title=f"{metrics['recipe']} on {metrics['dataset']}: {metrics['split']} split, {metrics['n']:,} images"
+    )
+    total.add_column("")
+    total.add_column("value", justify="right")
+    total.add_column("95% interval", justify="right")
+    for title, key in (("accuracy", ""), ("accuracy with test-time augmentation", "_tta")):
+        low, high = metrics[f"interval_95{key}"]
+        total.add_row(title, f"{metrics[f'accuracy{key}']:.2%}", f"{low:.2%} to {high:.2%}")
+    total.add_row("loss (cross-entropy)", f"{metrics['loss']:.4f}", "")
+    out.print(total)
+
+    classes = Table(title="by class, without test-time augmentation")
+    classes.add_column("class")
+    for column in ("precision", "recall", "F1", "images"):
+        classes.add_column(column, justify="right")
+    for name, scores in metrics["per_class"].items():
+        shares = (f"{scores[key]:.1%}" for key in ("precision", "recall", "f1"))
+        classes.add_row(Text(name), *shares, f"{scores['support']:,}")
+    out.print(classes)
+
+    for pair in metrics["most_confused"][:3]:
+        say(f"most confused: {pair['true']} taken for {pair['predicted']}, {pair['count']} times")
+
+
+def show_dataset(dataset: Any) -> None:
+    """What a dataset holds; reads, and so checks, all of it."""
+    table = Table(title=dataset.name)
+    for column in ("split", "images", "size", "classes", "SHA-256"):
+        table.add_column(column, justify="right" if column == "images" else "left")
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        _, _, height, width = split.images.shape
+        table.add_row(name, f"{len(split):,}", f"{width}x{height}", str(len(dataset.classes)), split.sha256()[:16])
+    out.print(table)
+    say(f"from {dataset.folder or 'scikit-learn'}; classes: {', '.join(dataset.classes)}")
+
+
+def show_run(run: Any) -> None:
+    """Where a run lies and how long its stages took."""
+    seconds = run.record["seconds"]
+    say(
+        "  ".join(f"{stage} {taken:.1f} s" for stage, taken in seconds.items())
+        + f"  in all {sum(seconds.values()):.1f} s"
+    )
+    say(f"run directory: {os.path.relpath(run.path)}")

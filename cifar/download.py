@@ -1,0 +1,70 @@
+"""An archive from its address to a verified file."""
+
+import hashlib
+import http.client
+import queue
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from cifar.config import UserError
+from cifar.console import download_bar
+
+_CHUNK = 2**18  # bytes
+_ANSWER_SECONDS = 12.0  # to find the host, connect and receive the first header
+_STALL_SECONDS = 30.0  # without a byte
+
+
+def fetch(url: str, target: Path, *, md5: str) -> None:
+    """Download `url` to `target`, which appears only when it is whole and its MD5 is right.
+
+    Raises UserError if the host does not answer, the transfer breaks or the file is another one.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        with _open(url) as response, partial.open("wb") as file:
+            found = _copy(response, file, target.name)
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise UserError(f"cannot download {url}: {reason}") from None
+    if found != md5:
+        partial.unlink()
+        raise UserError(f"{url} sent a wrong file: its MD5 is {found}, not {md5}")
+    partial.replace(target)
+
+
+def _open(url: str) -> http.client.HTTPResponse:
+    """The answer to a GET, or OSError after a bounded time, whichever step of it hangs.
+
+    A socket's timeout does not cover the name lookup, so the request runs in a thread that may be left behind.
+    """
+    answers: queue.Queue = queue.Queue()
+
+    def ask():
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=_STALL_SECONDS))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _copy(response: http.client.HTTPResponse, file, name: str) -> str:
+    """Write the response's body to the file under a progress bar; return its MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    size = int(response.headers.get("Content-Length") or 0) or None
+    with download_bar(name, size) as advance:
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""Logits to metrics: accuracy with its interval, scores by class, calibration, test-time augmentation."""
+
+import csv
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from scipy.stats import binomtest
+from sklearn.metrics import classification_report, confusion_matrix, log_loss
+from torch import Tensor, nn
+
+from cifar import checkpoint, data, device, model
+from cifar.config import UserError
+from cifar.runs import Run
+
+_BATCH = 500  # images; larger ones leave the processor's caches
+_BINS = 15
+
+
+def evaluate(run: Run, dataset: data.Dataset, device_name: str = "auto") -> dict[str, Any]:
+    """Measure the run's best.pt on the test split; write and return metrics.json.
+
+    Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
+    Raises UserError if the run has no checkpoint, or the dataset is not the run's.
+    """
+    device.keep_freed_memory()
+    config = run.config
+    if dataset.name != config.dataset:
+        raise UserError(f"{run.path.name} was trained on {config.dataset}, not on {dataset.name}")
+    network = load(run, dataset.classes)
+    hardware = device.choose(device_name)
+    network.to(hardware)
+    precision = device.resolve_precision(config.precision, hardware)
+    val = data.hold_out(dataset.train, config.val_size, config.seed)[1]
+    val_logits = infer(network, val.images, precision=precision)
+    test = dataset.test
+    logits, logits_tta = infer_augmented(network, test.images, mirrors=config.flip != "none", precision=precision)
+    metrics = {
+        "dataset": dataset.name,
+        "recipe": config.recipe,
+        "split": "test",
+        "sha256": test.sha256(),
+        **measure(logits.numpy(), logits_tta.numpy(), test.labels.numpy(), dataset.classes),
+        "calibration": calibrate(logits.numpy(), test.labels.numpy(), val_logits.numpy(), val.labels.numpy()),
+    }
+    report = classification_report(
+        test.labels.numpy(),
+        logits.argmax(1).numpy(),
+        labels=range(len(dataset.classes)),
+        target_names=dataset.classes,
+        digits=4,
+        zero_division=0,
+    )
+    (run.path / "classification_report.txt").write_text(report, encoding="utf-8")
+    _write_predictions(run, logits, test.labels, dataset.classes, metrics["calibration"]["temperature"])
+    run.write("metrics.json", metrics)
+    return metrics
+
+
+def load(run: Run, classes: Sequence[str]) -> nn.Module:
+    """The network with the run's best weights, on the CPU. Raises UserError if they are missing or do not fit."""
+    path = run.checkpoints / "best.pt"
+    content = checkpoint.load(path)
+    if content["classes"] != list(classes):
+        raise UserError(f"the checkpoint {path} is for other classes: {', '.join(content['classes'])}")
+    network = model.build(content["model"], len(classes), content["image_size"])
+    try:
+        network.load_state_dict(content["weights"])
+    except RuntimeError:
+        raise UserError(f"the weights in {path} do not fit the network {content['model']}") from None
+    return network
+
+
+@torch.inference_mode()
+def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
+    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode."""
+    network.eval()
+    hardware = next(network.parameters()).device
+    with device.autocast(hardware, precision):
+        batches = [network(data.to_float(batch.to(hardware))).float() for batch in images.split(_BATCH)]
+    return torch.cat(batches).cpu() if batches else torch.zeros(0, network.head.out_features)
+
+
+def infer_augmented(network: nn.Module, images: Tensor, *, mirrors: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """The logits (N, classes) of the images as they are, and their mean over views.
+
+    The views: the image, and it shifted by one pixel up and left, and down and right, for a half, a quarter
+    and a quarter; each, where `mirrors`, also mirrored. Source: Jordan 2024, section 3.5.
+    """
+    size = images.shape[-1]
+    padded = data.transforms.pad(images, [1] * 4, padding_mode="reflect")
+    shifted = [images, padded[..., :size, :size], padded[..., 2:, 2:]]
+    plain = infer(network, images, precision=precision)
+    mean = torch.zeros_like(plain)
+    for view, weight in zip(shifted, (0.5, 0.25, 0.25)):
+        logits = plain if view is images else infer(network, view, precision=precision)
+        if mirrors:
+            logits = (logits + infer(network, view.flip(-1), precision=precision)) / 2
+        mean += weight * logits
+    return plain, mean
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share, in 0..1, of logits (N, classes) whose largest is at the label (N,)."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """The metrics of logits (N, classes) and of their test-time augmented form against labels (N,), shares in 0..1.
+
+    What is not called `tta` is from the plain logits.
+    """
+    numbers = range(len(classes))
+    predicted = logits.argmax(1)
+    report = classification_report(
+        labels, predicted, labels=numbers, target_names=classes, output_dict=True, zero_division=0
+    )
+    matrix = confusion_matrix(labels, predicted, labels=numbers)
+    correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
+    return {
+        "n": len(labels),
+        "accuracy": correct / len(labels),
+        "interval_95": wilson_interval(correct, len(labels)),
+        "accuracy_tta": correct_tta / len(labels),
+        "interval_95_tta": wilson_interval(correct_tta, len(labels)),
+        "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
+        "per_class": {name: _scores(report[name]) for name in classes},
+        "macro_average": _scores(report["macro avg"]),
+        "most_confused": most_confused(matrix, classes),
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95% confidence interval of a share (Wilson 1927), as two numbers in 0..1."""
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The ten cells off the diagonal with the largest counts, largest first, and none that is zero."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
+    cells = [np.unravel_index(cell, wrong.shape) for cell in order]
+    return [
+        {"true": classes[row], "predicted": classes[column], "count": int(wrong[row, column])}
+        for row, column in cells
+        if wrong[row, column]
+    ]
+
+
+def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
+    """How far confidence is from accuracy, before and after the temperature that validation asks for.
+
+    The temperature is 1 where nothing was held out. Source: Guo et al. 2017, arXiv:1706.04599.
+    """
+    temperature = fit_temperature(val_logits, val_labels) if len(val_labels) else 1.0
+    return {
+        "temperature": temperature,
+        "fitted_on": len(val_labels),
+        "before": _calibration(logits, labels),
+        "after": _calibration(logits / temperature, labels),
+    }
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T, from 0.01 to 100, that minimizes the cross-entropy of logits (N, classes) / T against labels (N,)."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(logits.astype(np.float64) / math.exp(log_temperature), axis=1)
+        return -scaled[np.arange(len(labels)), labels].mean()
+
+    return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
+
+
+def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == labels
+    bins = []
+    for low in np.arange(_BINS) / _BINS:
+        inside = (confidence > low) & (confidence <= low + 1 / _BINS)
+        count = int(inside.sum())
+        means = [float(values[inside].mean()) if count else None for values in (confidence, correct)]
+        bins.append({"low": float(low), "count": count, "confidence": means[0], "accuracy": means[1]})
+    gaps = [bin["count"] * abs(bin["confidence"] - bin["accuracy"]) for bin in bins if bin["count"]]
+    classes = range(probabilities.shape[1])
+    likelihood = log_loss(labels, probabilities, labels=classes)
+    return {"expected_calibration_error": sum(gaps) / len(labels), "negative_log_likelihood": likelihood, "bins": bins}
+
+
+def _scores(row: dict[str, float]) -> dict[str, Any]:
+    return {
+        "precision": row["precision"],
+        "recall": row["recall"],
+        "f1": row["f1-score"],
+        "support": int(row["support"]),
+    }
+
+
+def _write_predictions(run: Run, logits: Tensor, labels: Tensor, classes: Sequence[str], temperature: float) -> None:
+    """predictions.csv: a row per test image, with its calibrated probabilities."""
+    probabilities = softmax(logits.double().numpy() / temperature, axis=1)
+    with (run.path / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "true", "predicted", "confidence", *classes])
+        for index, (row, label) in enumerate(zip(probabilities, labels.tolist())):
+            winner = int(row.argmax())
+            shares = [f"{share:.6f}" for share in (row[winner], *row)]
+            writer.writerow([index, classes[label], classes[winner], *shares])

@@ -1,0 +1,265 @@
+"""The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar.config import MODELS, known_name
+
+
+def build(name: str, classes: int, image_size: int) -> nn.Module:
+    """The network `name` with fresh weights, drawn from torch's global generator.
+
+    Raises UserError for an unknown name.
+    """
+    known_name("model", name, MODELS)
+    if name == "whitened":
+        return WhitenedNet(classes)
+    if name == "resnet18":
+        return ResNet18(classes)
+    if name == "convnet":
+        return ConvNet(classes)
+    return SimpleCNN(classes, image_size) if name == "simple" else MLP(classes, image_size)
+
+
+@torch.no_grad()
+def fit_input(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Set what a network's first layers take from the training images rather than from gradients.
+
+    images: float (N, 3, H, W) in 0..1, some thousands; mean, std: (3,), of all training images, in 0..1.
+    """
+    network.normalize.mean.copy_(mean.view(1, 3, 1, 1))
+    network.normalize.std.copy_(std.view(1, 3, 1, 1))
+    if isinstance(network, WhitenedNet):
+        network.whiten.weight.copy_(whitening_filters(network.normalize(images), WHITEN_SIDE))
+
+
+class Normalize(nn.Module):
+    """Per channel, images less the training mean over the training deviation; both travel with the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("std", torch.ones(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+# The network of the recipe `fast`: Jordan 2024, arXiv:2404.00498, section 3, in its Muon version.
+
+WHITEN_SIDE = 2  # pixels
+_WIDTHS = (64, 256, 256)
+
+
+class WhitenedNet(nn.Module):
+    """A fixed whitening convolution, three groups of two convolutions, global max-pooling and a linear head."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        filters = 2 * 3 * WHITEN_SIDE**2
+        self.normalize = Normalize()
+        self.whiten = nn.Conv2d(3, filters, WHITEN_SIDE)
+        self.whiten.weight.requires_grad = False
+        self.activation = nn.GELU()
+        self.groups = nn.Sequential(*map(_Group, (filters, *_WIDTHS), _WIDTHS))
+        self.head = nn.Linear(_WIDTHS[-1], classes, bias=False)
+        with torch.no_grad():
+            self.head.weight.div_(self.head.weight.std())
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.groups(self.activation(self.whiten(self.normalize(images))))
+        return self.head(features.amax((2, 3))) / self.head.in_features
+
+
+def whitening_filters(images: Tensor, side: int) -> Tensor:
+    """Filters whose responses to the images' patches are uncorrelated and of equal variance, each with its negative.
+
+    images: (N, 3, H, W), normalized. Returns (2 * 3 * side**2, 3, side, side).
+    """
+    patches = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * side**2)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + 5e-4).sqrt()).T.reshape(-1, 3, side, side)
+    return torch.cat([filters, -filters])
+
+
+class _Group(nn.Module):
+    """Convolution, max-pool, BatchNorm, GELU; convolution, BatchNorm, GELU."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv1 = _identity_conv(channels_in, channels_out)
+        self.pool = nn.MaxPool2d(2)
+        self.norm1 = _quick_norm(channels_out)
+        self.conv2 = _identity_conv(channels_out, channels_out)
+        self.norm2 = _quick_norm(channels_out)
+        self.activation = nn.GELU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.activation(self.norm1(self.pool(self.conv1(features))))
+        return self.activation(self.norm2(self.conv2(features)))
+
+
+def _identity_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution whose first filters pass their input on."""
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    with torch.no_grad():
+        nn.init.dirac_(conv.weight[:channels_in])
+    return conv
+
+
+def _quick_norm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm without a learned scale, whose running statistics follow within a few batches."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad = False
+    return norm
+
+
+# The networks of the other recipes.
+
+
+class SimpleCNN(nn.Module):
+    """Three blocks of two convolutions, each block pooled and thinned by dropout, and two linear layers."""
+
+    def __init__(self, classes: int, image_size: int):
+        super().__init__()
+        self.normalize = Normalize()
+        self.blocks = nn.Sequential(_simple_block(3, 32), _simple_block(32, 64), _simple_block(64, 128))
+        self.hidden = nn.Linear(128 * (image_size // 8) ** 2, 512)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(self.normalize(images)).flatten(1)
+        return self.head(self.dropout(self.hidden(features).relu()))
+
+
+def _simple_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    convs = (_conv_norm_relu(channels_in, channels_out), _conv_norm_relu(channels_out, channels_out))
+    return nn.Sequential(*convs, nn.MaxPool2d(2), nn.Dropout2d(0.25))
+
+
+class ConvNet(nn.Module):
+    """Three convolutions, the first two pooled, global average pooling and a linear head."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.normalize = Normalize()
+        self.blocks = nn.Sequential(
+            nn.Sequential(_conv_norm_relu(3, 32), nn.MaxPool2d(2)),
+            nn.Sequential(_conv_norm_relu(32, 64), nn.MaxPool2d(2)),
+            _conv_norm_relu(64, 128),
+        )
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.normalize(images)).mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 512 over the pixels."""
+
+    def __init__(self, classes: int, image_size: int):
+        super().__init__()
+        self.normalize = Normalize()
+        self.hidden = nn.Sequential(
+            nn.Sequential(nn.Linear(3 * image_size**2, 512), nn.ReLU(), nn.Dropout(0.5)),
+            nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)),
+        )
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.hidden(self.normalize(images).flatten(1)))
+
+
+class ResNet18(nn.Module):
+    """He et al. 2015's ResNet-18 with the stem that small pictures want: one 3x3 convolution, no pooling."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.normalize = Normalize()
+        self.stem = _conv_norm_relu(3, 64)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(_Residual(before, width, stride), _Residual(width, width, 1))
+                for before, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+            )
+        )
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(self.normalize(images))).mean((2, 3)))
+
+
+class _Residual(nn.Module):
+    """Two convolutions, added to their input; a 1x1 convolution fits the input where the shape changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.conv1 = _conv_norm_relu(channels_in, channels_out, stride)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            conv = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels_out))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu(self.norm2(self.conv2(self.conv1(features))) + self.shortcut(features))
+
+
+def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU())
+
+
+# What a network is made of.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as it ran: its dotted name, its class, the shape that left it, and what it cost."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # without the batch
+    parameters: int
+    multiply_adds: int  # for one image
+
+
+def layers(network: nn.Module, image_size: int) -> list[Layer]:
+    """The network's layers in the order in which they run, measured by running it on one image.
+
+    multiply_adds counts convolutions and matrix products, as torch's FlopCounterMode does.
+    """
+    leaves = {name: module for name, module in network.named_modules() if not list(module.children())}
+    names = {module: name for name, module in leaves.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note_shape(module: nn.Module, _, output: Tensor) -> None:
+        shapes[names[module]] = tuple(output.shape[1:])
+
+    hooks = [module.register_forward_hook(note_shape) for module in names]
+    was_training = network.training
+    counter = FlopCounterMode(display=False)
+    device = next(network.parameters()).device
+    with torch.no_grad(), counter:
+        network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    network.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    root = type(network).__name__
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return [
+        Layer(
+            name=name,
+            kind=type(leaves[name]).__name__,
+            output_shape=shape,
+            parameters=sum(parameter.numel() for parameter in leaves[name].parameters()),
+            multiply_adds=flops.get(f"{root}.{name}", 0) // 2,
+        )
+        for name, shape in shapes.items()
+    ]

@@ -1,0 +1,139 @@
+"""Optimizers and learning rate schedules."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+# Muon trains what has two or more dimensions, and SGD the rest at these rates (Jordan 2024, where the loss is a
+# sum over 2,000 images: his rates times 2,000). They are large because the logits are scaled down by the width.
+_BIAS_LR = 0.053 * 2000
+_HEAD_LR = 0.67 * 2000
+_SGD_MOMENTUM = 0.85
+_WHITEN_BIAS_EPOCHS = 3  # then it stays as it is, and no gradient has to reach the first layer
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, on weights kept at unit mean row norm.
+
+    Each parameter is a matrix, or is taken as one of (first dimension, all others). torch.optim.Muon is the
+    plain form, for matrices alone. Source: Jordan 2024, airbench94_muon.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["lr"], group["momentum"])
+
+    def _update(self, parameter: Tensor, lr: float, momentum: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
+        nesterov = parameter.grad.add(buffer, alpha=momentum)
+        parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+        parameter.add_(orthogonalize(nesterov.flatten(1)).view_as(parameter), alpha=-lr)
+
+
+def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
+    """The matrix (M, N) with its singular values brought near one, by Newton-Schulz iteration in bfloat16.
+
+    Three steps of a quintic chosen for its slope at zero leave values from about 0.5 to 1.5, which train as
+    well as exact ones (Jordan 2024). Singular values far below the largest stay small.
+    """
+    tall = matrix.size(0) > matrix.size(1)
+    x = matrix.T if tall else matrix
+    x = x.bfloat16() / (matrix.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Updates:
+    """The optimizers of a network, each parameter group with its own learning rate schedule."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], factors: list[list[Callable[[int], float]]]):
+        """factors: for each group of each optimizer, step -> share of its peak rate; 0 means for good."""
+        self.optimizers = optimizers
+        self.schedulers = [LambdaLR(optimizer, group_factors) for optimizer, group_factors in zip(optimizers, factors)]
+
+    @property
+    def lr(self) -> float:
+        """The rate of the first group, which holds most of the weights."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """Apply the gradients, clear them, go on to the next step's rates."""
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+        self._freeze_ended()
+
+    def _freeze_ended(self) -> None:
+        """Spare the gradients of groups whose rate has reached zero."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if group["lr"] == 0:
+                    for parameter in group["params"]:
+                        parameter.requires_grad_(False)
+
+
+def build(
+    network: nn.Module,
+    *,
+    optimizer: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    schedule: str,
+    halve_every: int,
+    epochs: int,
+    steps_per_epoch: int,
+) -> Updates:
+    """The optimizers and schedules of a recipe, for parameters that require a gradient."""
+    decay = _factor(schedule, epochs * steps_per_epoch, halve_every * steps_per_epoch)
+    if optimizer == "muon":
+        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if optimizer == "adam":
+        rule = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    else:
+        rule = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    return Updates([rule], [[decay]])
+
+
+def _muon(network, lr, momentum, weight_decay, decay, whiten_steps) -> Updates:
+    """Muon on the hidden layers' weights; SGD on the head and on what is a vector, as `fast` has them."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    whiten_bias = [trained.pop("whiten.bias")] if "whiten.bias" in trained else []
+    head = [trained.pop("head.weight")]
+    vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
+    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
+    whiten_decay = _factor("linear", whiten_steps, whiten_steps)
+    groups = [(vectors, _BIAS_LR, decay), (head, _HEAD_LR, decay), (whiten_bias, _BIAS_LR, whiten_decay)]
+    # SGD multiplies weight_decay by the rate, so a decay of the same share of each weight is divided by it.
+    sgd = torch.optim.SGD(
+        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in groups if params],
+        momentum=_SGD_MOMENTUM,
+        nesterov=True,
+        fused=True,
+    )
+    return Updates([Muon(matrices, lr, momentum), sgd], [[decay], [factor for params, _, factor in groups if params]])
+
+
+def _factor(schedule: str, steps: int, halving_steps: int) -> Callable[[int], float]:
+    """step, from 0 -> the share of the peak rate: `linear` and `cosine` reach zero after `steps`."""
+    if schedule == "linear":
+        return lambda step: max(0.0, 1 - step / steps)
+    if schedule == "cosine":
+        return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return lambda step: 0.5 ** (step // halving_steps)

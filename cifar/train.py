@@ -1,0 +1,187 @@
+"""A training: epochs, validation, history, early stopping, best checkpoint."""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar import checkpoint, data, device, evaluate, model, optim, runs
+from cifar.config import Config, UserError
+from cifar.console import TrainingDisplay
+from cifar.runs import Run
+
+_INPUT_IMAGES = 5000  # that the whitening layer is fitted on
+
+
+def begin(config: Config, dataset: data.Dataset, started: float) -> Run:
+    """Settle the configuration on the dataset and make the run's directory, ready for `fit`.
+
+    started: when the data stage began, by time.perf_counter. Raises UserError for a setting that does not fit
+    the dataset or the machine, or if the directory cannot be made.
+    """
+    hardware = device.choose(config.device)
+    config = data.settle(config, dataset)
+    image_size = dataset.train.images.shape[-1]
+    network = model.build(config.model, len(dataset.classes), image_size)
+    layers = model.layers(network, image_size)
+    return runs.create(
+        config,
+        device=hardware.type,
+        hardware=device.describe(hardware),
+        precision=device.resolve_precision(config.precision, hardware),
+        threads=torch.get_num_threads(),
+        seed=config.seed,
+        dataset={"name": dataset.name, "train_sha256": dataset.train.sha256(), "classes": list(dataset.classes)},
+        model={
+            "name": config.model,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "multiply_adds": sum(layer.multiply_adds for layer in layers),
+            "layers": [asdict(layer) for layer in layers],
+        },
+        seconds={"data": round(time.perf_counter() - started, 3)},
+    )
+
+
+def fit(run: Run, dataset: data.Dataset) -> None:
+    """Train the run's network on the training split alone; write history.jsonl, last.pt and best.pt.
+
+    best.pt has the highest validation accuracy, the earlier one of equals; without validation, the last epoch.
+    Raises UserError, with epoch and step, when the loss is no longer finite.
+    """
+    device.keep_freed_memory()
+    config = run.config
+    hardware = device.choose(config.device)
+    precision = device.resolve_precision(config.precision, hardware)
+    train_split, val_split = data.hold_out(dataset.train, config.val_size, config.seed)
+    network = _network(config, train_split, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
+    batches = _batches(config, train_split, hardware)
+    updates = _updates(config, network, len(batches))
+    sides = [_side(config, train_split, epoch) for epoch in range(1, config.epochs + 1)]
+    best_epoch, best_accuracy = 0, -1.0
+    with TrainingDisplay(config.epochs, len(batches), [side**2 for side in sides]) as display:
+        for epoch, side in enumerate(sides, start=1):
+            record = _train_epoch(network, batches, updates, epoch, side, config.label_smoothing, precision, display)
+            record |= _validate(network, val_split, precision)
+            run.append_history(record)
+            is_best = not len(val_split) or record["val_accuracy"] > best_accuracy
+            if is_best:
+                best_epoch, best_accuracy = epoch, record["val_accuracy"]
+            for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+                _save(run, name, network, dataset, epoch)
+            display.end_epoch(record, is_best)
+            if config.patience and epoch - best_epoch >= config.patience:
+                break
+
+
+def _train_epoch(
+    network: nn.Module,
+    batches: data.Batches,
+    updates: optim.Updates,
+    epoch: int,
+    side: int,
+    label_smoothing: float,
+    precision: str,
+    display: TrainingDisplay,
+) -> dict[str, Any]:
+    """One pass over the training images; returns its part of the history's line.
+
+    The losses stay on the device until the display is due, so that no step waits for them.
+    """
+    network.train()
+    hardware = batches.images.device
+    losses = torch.zeros(len(batches), device=hardware)
+    correct = torch.zeros((), device=hardware)
+    lr, started = updates.lr, time.perf_counter()
+    for step, (images, labels) in enumerate(batches.epoch(epoch, side), start=1):
+        with device.autocast(hardware, precision):
+            logits = network(images)
+        logits = logits.float()
+        F.cross_entropy(logits, labels, label_smoothing=label_smoothing).backward()
+        updates.step()
+        losses[step - 1] = F.cross_entropy(logits.detach(), labels)
+        correct += (logits.argmax(1) == labels).sum()
+        if display.is_due() or step == len(batches):
+            loss = _finite_mean(losses[:step], epoch)
+            seconds, seen = time.perf_counter() - started, step * batches.batch_size
+            display.step(epoch, step, loss, correct.item() / seen, seen / seconds)
+    return {
+        "epoch": epoch,
+        "lr": lr,
+        "train_loss": loss,
+        "train_accuracy": correct.item() / seen,
+        "images_per_second": round(seen / seconds, 1),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _finite_mean(losses: Tensor, epoch: int) -> float:
+    """The mean of an epoch's losses so far. Raises UserError that names the first that is not finite."""
+    mean = losses.mean().item()
+    if math.isfinite(mean):
+        return mean
+    step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
+    raise UserError(f"the loss is not finite at epoch {epoch}, step {step}: lower --lr")
+
+
+def _validate(network: nn.Module, split: data.Split, precision: str) -> dict[str, Any]:
+    """The validation part of the history's line; nulls where nothing was held out."""
+    if not len(split):
+        return {"val_loss": None, "val_accuracy": None}
+    logits = evaluate.infer(network, split.images, precision=precision)
+    loss = F.cross_entropy(logits, split.labels).item()
+    return {"val_loss": loss, "val_accuracy": evaluate.accuracy(logits, split.labels)}
+
+
+def _batches(config: Config, split: data.Split, hardware: torch.device) -> data.Batches:
+    return data.Batches(
+        split,
+        batch_size=config.batch_size,
+        crop=config.crop,
+        crop_mode=config.crop_mode,
+        flip=config.flip,
+        jitter=config.jitter,
+        generator=torch.Generator(hardware).manual_seed(config.seed),
+    )
+
+
+def _updates(config: Config, network: nn.Module, steps_per_epoch: int) -> optim.Updates:
+    return optim.build(
+        network,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        halve_every=config.halve_every,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _side(config: Config, split: data.Split, epoch: int) -> int:
+    """The side in pixels of the epoch's images; a training too short for all small epochs keeps their share."""
+    size = split.images.shape[-1]
+    return min(config.small_size, size) if epoch <= min(config.small_epochs, config.epochs // 2) else size
+
+
+def _network(config: Config, split: data.Split, classes: int) -> nn.Module:
+    """The network with fresh weights from the seed, its input layers fitted on the training images."""
+    torch.manual_seed(config.seed)
+    network = model.build(config.model, classes, split.images.shape[-1])
+    model.fit_input(network, data.to_float(split.images[:_INPUT_IMAGES]), *split.mean_and_std())
+    return network
+
+
+def _save(run: Run, name: str, network: nn.Module, dataset: data.Dataset, epoch: int) -> None:
+    checkpoint.save(
+        run.checkpoints / name,
+        model=run.config.model,
+        classes=dataset.classes,
+        image_size=dataset.train.images.shape[-1],
+        epoch=epoch,
+        weights=network.state_dict(),
+    )
