@@ -57,14 +57,14 @@ def fit(run: Run, dataset: data.Dataset) -> None:
     hardware = device.choose(config.device)
     precision = device.resolve_precision(config.precision, hardware)
     train_split, val_split = data.hold_out(dataset.train, config.val_size, config.seed)
-    network = _network(config, train_split, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
-    batches = _batches(config, train_split, hardware)
-    updates = _updates(config, network, len(batches))
+    network = fresh_network(config, train_split, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
+    batches = make_batches(config, train_split, hardware)
+    updates = make_updates(config, network, len(batches))
     sides = [_side(config, train_split, epoch) for epoch in range(1, config.epochs + 1)]
     best_epoch, best_accuracy = 0, -1.0
     with TrainingDisplay(config.epochs, len(batches), [side**2 for side in sides]) as display:
         for epoch, side in enumerate(sides, start=1):
-            record = _train_epoch(network, batches, updates, epoch, side, config.label_smoothing, precision, display)
+            record = train_epoch(network, batches, updates, epoch, side, config.label_smoothing, precision, display)
             record |= _validate(network, val_split, precision)
             run.append_history(record)
             is_best = not len(val_split) or record["val_accuracy"] > best_accuracy
@@ -77,7 +77,7 @@ def fit(run: Run, dataset: data.Dataset) -> None:
                 break
 
 
-def _train_epoch(
+def train_epoch(
     network: nn.Module,
     batches: data.Batches,
     updates: optim.Updates,
@@ -99,19 +99,20 @@ def _train_epoch(
     for step, (images, labels) in enumerate(batches.epoch(epoch, side), start=1):
         with device.autocast(hardware, precision):
             logits = network(images)
-        logits = logits.float()
-        F.cross_entropy(logits, labels, label_smoothing=label_smoothing).backward()
+        log_probabilities = logits.float().log_softmax(1)
+        loss = F.nll_loss(log_probabilities, labels)
+        (loss * (1 - label_smoothing) - log_probabilities.mean() * label_smoothing).backward()
         updates.step()
-        losses[step - 1] = F.cross_entropy(logits.detach(), labels)
+        losses[step - 1] = loss.detach()
         correct += (logits.argmax(1) == labels).sum()
         if display.is_due() or step == len(batches):
-            loss = _finite_mean(losses[:step], epoch)
+            mean_loss = _finite_mean(losses[:step], epoch)
             seconds, seen = time.perf_counter() - started, step * batches.batch_size
-            display.step(epoch, step, loss, correct.item() / seen, seen / seconds)
+            display.step(epoch, step, mean_loss, correct.item() / seen, seen / seconds)
     return {
         "epoch": epoch,
         "lr": lr,
-        "train_loss": loss,
+        "train_loss": mean_loss,
         "train_accuracy": correct.item() / seen,
         "images_per_second": round(seen / seconds, 1),
         "seconds": round(seconds, 3),
@@ -136,7 +137,7 @@ def _validate(network: nn.Module, split: data.Split, precision: str) -> dict[str
     return {"val_loss": loss, "val_accuracy": evaluate.accuracy(logits, split.labels)}
 
 
-def _batches(config: Config, split: data.Split, hardware: torch.device) -> data.Batches:
+def make_batches(config: Config, split: data.Split, hardware: torch.device) -> data.Batches:
     return data.Batches(
         split,
         batch_size=config.batch_size,
@@ -148,7 +149,7 @@ def _batches(config: Config, split: data.Split, hardware: torch.device) -> data.
     )
 
 
-def _updates(config: Config, network: nn.Module, steps_per_epoch: int) -> optim.Updates:
+def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> optim.Updates:
     return optim.build(
         network,
         optimizer=config.optimizer,
@@ -168,7 +169,7 @@ def _side(config: Config, split: data.Split, epoch: int) -> int:
     return min(config.small_size, size) if epoch <= min(config.small_epochs, config.epochs // 2) else size
 
 
-def _network(config: Config, split: data.Split, classes: int) -> nn.Module:
+def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:
     """The network with fresh weights from the seed, its input layers fitted on the training images."""
     torch.manual_seed(config.seed)
     network = model.build(config.model, classes, split.images.shape[-1])

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,10 +26,23 @@ from cifar.runs import Run
 
 _DPI = 150
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito 2008: safe when colour-blind
-_STYLE = ["default", {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}]
+_STYLE = [
+    "default",
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "figure.titlesize": "large",
+        "figure.constrained_layout.h_pad": 0.1,
+        "figure.constrained_layout.w_pad": 0.1,
+        "legend.frameon": False,
+    },
+]
+_BIN = {"color": "#b8d6ea", "edgecolor": "white"}
 _PLAIN = "test split, without test-time augmentation"
-_PICTURES, _COLUMNS = 32, 8
-_SAMPLES, _SAMPLE_ROWS = 12, 20
+_SHOWN, _COLUMNS = 32, 8  # images of the test split
+_SAMPLES, _SAMPLE_ROWS = 12, 20  # training images of a class, and classes
+_LINE = 23  # characters that fit below an image
 _ANNOTATED = 20  # classes; the counts of more do not fit their cells
 
 
@@ -94,14 +106,15 @@ def _read_predictions(run: Run, dataset: Dataset) -> _Predictions | None:
     if not path.exists():
         return None
     numbers = {name: number for number, name in enumerate(dataset.classes)}
+    columns = ["index", "true", "predicted", "confidence", *dataset.classes]
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         table = [(int(row[0]), numbers[row[1]], numbers[row[2]], float(row[3])) for row in rows]
     except (ValueError, KeyError, IndexError, csv.Error):
-        raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`") from None
+        header, rows, table = [], [], []
     index, true, predicted, confidence = np.array(table).reshape(-1, 4).T
-    whole = all(len(row) == 4 + len(numbers) for row in (header, *rows))
+    whole = header == columns and all(len(row) == len(columns) for row in rows)
     if not (whole and ((confidence >= 0) & (confidence <= 1)).all()):
         raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`")
     labels = dataset.test.labels.numpy()
@@ -110,9 +123,9 @@ def _read_predictions(run: Run, dataset: Dataset) -> _Predictions | None:
     return _Predictions(true.astype(int), predicted.astype(int), confidence)
 
 
-def _figure(title: str, width: float, height: float) -> Figure:
+def _figure(title: str, width: float, height: float, layout: str = "constrained") -> Figure:
     """An empty figure, in inches, that belongs to no window and no backend of the user's."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure
@@ -131,7 +144,7 @@ def _training_history(history: list[dict[str, Any]], subject: str) -> Figure:
             _plot(axes, epochs, [line[f"val_{key}"] for line in history], "s--", _ORANGE, "validation")
     _plot(rate, epochs, [line["lr"] for line in history], "o-", _GREEN, None)
     for axes, title in ((loss, "cross-entropy"), (accuracy, "accuracy"), (rate, "learning rate at the epoch's start")):
-        axes.axvline(best, color=_GREY, linestyle=":", label=f"{'best' if validated else 'last'} epoch, {best}: kept")
+        axes.axvline(best, color=_GREY, linestyle=":", label=f"{'best' if validated else 'last'} epoch {best}, kept")
         axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
@@ -158,7 +171,6 @@ def _confusion_matrix(metrics: dict[str, Any], subject: str) -> Figure:
         # The square root keeps a confusion of 1% apart from none, beside a diagonal of 95%.
         norm=PowerNorm(0.5, vmin=0, vmax=100),
         cmap="Blues",
-        square=True,
         linewidths=0.5 if len(classes) <= _ANNOTATED else 0,
         annot=counts if len(classes) <= _ANNOTATED else False,
         fmt="d",
@@ -176,29 +188,26 @@ def _confusion_matrix(metrics: dict[str, Any], subject: str) -> Figure:
 
 def _per_class_metrics(metrics: dict[str, Any], subject: str) -> Figure:
     """Precision, recall and F1, a class a row, the highest F1 on top. Dots, as bars would have to start at zero."""
-    scores = sorted(metrics["per_class"].items(), key=lambda item: item[1]["f1"])
+    classes = sorted(metrics["per_class"], key=lambda name: -metrics["per_class"][name]["f1"])
+    scores = {key: [metrics["per_class"][name][key] for name in classes] for key in ("precision", "recall", "f1")}
+    row_height, font = (0.35, 10) if len(classes) <= _ANNOTATED else (0.17, 7)
     title = f"Precision, recall and F1 by class: {subject},\n{_PLAIN}"
-    figure = _figure(title, 8.5, 2 + max(2, (0.35 if len(scores) <= _ANNOTATED else 0.17) * len(scores)))
-    axes, rows = figure.add_subplot(), np.arange(len(scores))
-    font = 10 if len(scores) <= _ANNOTATED else 7
-    lists = {key: [score[key] for _, score in scores] for key in ("precision", "recall", "f1")}
-    lowest, highest = np.min(list(lists.values()), axis=0), np.max(list(lists.values()), axis=0)
+    figure = _figure(title, 8.5, 2 + row_height * max(5, len(classes)))
+    axes, rows = figure.add_subplot(), np.arange(len(classes))
+    lowest, highest = np.min(list(scores.values()), axis=0), np.max(list(scores.values()), axis=0)
     axes.hlines(rows, lowest, highest, color="#cccccc", linewidth=2, zorder=1)
-    for key, label, marker, color in (
-        ("precision", "precision", ">", _BLUE),
-        ("recall", "recall", "<", _ORANGE),
-        ("f1", "F1", "o", _GREEN),
-    ):
-        axes.scatter(lists[key], rows, marker=marker, color=color, label=label, s=3.5 * font, zorder=2)
+    for (key, values), marker, color in zip(scores.items(), "><o", (_BLUE, _ORANGE, _GREEN)):
+        label = "F1" if key == "f1" else key
+        axes.scatter(values, rows, marker=marker, color=color, label=label, s=3.5 * font, zorder=2, clip_on=False)
     macro = metrics["macro_average"]["f1"]
     axes.axvline(macro, color=_GREY, linestyle=":", label=f"mean F1 {macro:.1%}")
     start = max(0, np.floor(20 * lowest.min() - 0.2) / 20)
     note = f"; the axis starts at {start:.0%}, not at zero" if start else ""
-    axes.set(xlim=(start, 1 + 0.01 * (1 - start)), ylim=(-0.7, len(scores) - 0.3), xlabel=f"score{note}")
+    axes.set(xlim=(start, 1 + 0.01 * (1 - start)), ylim=(len(classes) - 0.3, -0.7), xlabel=f"score{note}")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_yticks(rows, [name for name, _ in scores], fontsize=font)
+    axes.set_yticks(rows, classes, fontsize=font)
     values = axes.secondary_yaxis("right")
-    values.set_yticks(rows, [f"{value:.1%}" for value in lists["f1"]], fontsize=font)
+    values.set_yticks(rows, [f"{value:.1%}" for value in scores["f1"]], fontsize=font)
     values.set_ylabel("F1")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4)
@@ -206,13 +215,13 @@ def _per_class_metrics(metrics: dict[str, Any], subject: str) -> Figure:
 
 
 def _misclassified(predictions: _Predictions, dataset: Dataset, subject: str) -> Figure:
-    """The wrong predictions with the highest confidence, highest first, the earlier picture first of equals."""
+    """The wrong predictions with the highest confidence, highest first, the earlier image first of equals."""
     wrong = np.flatnonzero(predictions.true != predictions.predicted)
-    shown = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_PICTURES]
-    which = f"the {len(shown)} most confident of {len(wrong):,} errors" if len(shown) < len(wrong) else "all errors"
+    shown = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_SHOWN]
+    which = f"the {len(shown)} most confident of {len(wrong):,}" if len(shown) < len(wrong) else f"{len(wrong)}"
     title = (
-        f"Misclassified, {which} in {len(predictions.true):,} pictures: {subject},\n{_PLAIN}; calibrated confidence, "
-        "and the picture's index in the split"
+        f"Misclassified images, {which} among {len(predictions.true):,}: {subject},\n{_PLAIN}; calibrated confidence, "
+        "and the image's index in the split"
     )
     captions = [
         f"true {dataset.classes[predictions.true[index]]}\n"
@@ -220,17 +229,17 @@ def _misclassified(predictions: _Predictions, dataset: Dataset, subject: str) ->
         f"{predictions.confidence[index]:.1%}   #{index}"
         for index in shown
     ]
-    return _captioned(dataset.test.images[shown], captions, title, empty="No picture is misclassified.")
+    return _captioned(dataset.test.images[shown], captions, title, empty="No image is misclassified.")
 
 
 def _sample_predictions(predictions: _Predictions, dataset: Dataset, subject: str) -> Figure:
-    """Pictures at equal distances over the test split, right or wrong."""
+    """Images at equal distances over the test split, right or wrong."""
     total = len(predictions.true)
-    shown = np.unique(np.linspace(0, total - 1, min(_PICTURES, total)).round().astype(int))
+    shown = np.unique(np.linspace(0, total - 1, min(_SHOWN, total)).round().astype(int))
     right = predictions.true == predictions.predicted
     title = (
-        f"Predictions of {len(shown)} pictures spread evenly over the {total:,}: {subject},\n{_PLAIN}; "
-        "calibrated confidence, and the picture's index in the split"
+        f"Predictions of {len(shown)} images spread evenly over the {total:,}: {subject},\n{_PLAIN}; "
+        "calibrated confidence, and the image's index in the split"
     )
     captions = [
         f"{'✓' if right[index] else '✗'} {dataset.classes[predictions.predicted[index]]}\n"
@@ -245,9 +254,9 @@ def _sample_predictions(predictions: _Predictions, dataset: Dataset, subject: st
 def _captioned(
     images: Tensor, captions: Sequence[str], title: str, colors: Sequence[str] | None = None, empty: str = ""
 ) -> Figure:
-    """Pictures (N, 3, H, W) row by row, each over its caption of three lines; `empty` is said where there is none."""
+    """Images (N, 3, H, W) row by row, each over its caption of three lines; `empty` is said where there is none."""
     rows = max(1, -(-len(images) // _COLUMNS))
-    figure = _figure(title, 12, 0.8 + 1.85 * rows)
+    figure = _figure(title, 12, 0.8 + 1.74 * rows, "compressed")
     axes = figure.add_subplot()
     axes.set_axis_off()
     if not len(images):
@@ -258,13 +267,14 @@ def _captioned(
     _show(axes, images, _COLUMNS, below, beside)
     for place, (caption, color) in enumerate(zip(captions, colors or ["black"] * len(captions))):
         row, column = divmod(place, _COLUMNS)
+        lines = [line if len(line) <= _LINE else line[: _LINE - 1] + "…" for line in caption.split("\n")]
         corner = column * (width + beside) - 0.5, row * (height + below) + height
-        axes.text(*corner, caption, va="top", fontsize=8, color=color, linespacing=1.1)
+        axes.text(*corner, "\n".join(lines), va="top", fontsize=7.5, color=color, linespacing=1.1)
     return figure
 
 
 def _show(axes: Axes, images: Tensor, columns: int, below: int, beside: int) -> None:
-    """Pictures (N, 3, H, W) row by row as one, with white pixels below and beside each: one imshow is fast."""
+    """Images (N, 3, H, W) row by row as one, with white pixels below and beside each: one imshow is fast."""
     missing = -len(images) % columns
     cells = F.pad(images, (0, beside, 0, below, 0, 0, 0, missing), value=255)
     _, channels, height, width = cells.shape
@@ -273,12 +283,12 @@ def _show(axes: Axes, images: Tensor, columns: int, below: int, beside: int) -> 
 
 
 def _dataset_samples(dataset: Dataset, subject: str) -> Figure:
-    """A row per class of its first training pictures; of many classes some, at equal distances."""
+    """A row per class of its first training images; of many classes some, at equal distances."""
     count = len(dataset.classes)
     chosen = np.unique(np.linspace(0, count - 1, min(_SAMPLE_ROWS, count)).round().astype(int))
     which = "" if len(chosen) == count else f", {len(chosen)} of {count} classes"
-    title = f"Training pictures{which}: {subject}, the first {_SAMPLES} of each class and how many there are"
-    figure = _figure(title, 10.5, 0.7 + 0.75 * len(chosen))
+    title = f"Training images{which}: {subject}, the first {_SAMPLES} of each class and how many there are"
+    figure = _figure(title, 10.5, 0.7 + 0.75 * len(chosen), "compressed")
     axes = figure.add_subplot()
     images, labels = dataset.train.images, dataset.train.labels
     firsts = [images[(labels == number).nonzero().flatten()[:_SAMPLES]] for number in chosen]
@@ -321,65 +331,72 @@ def _blocks(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _architecture(network: dict[str, Any], subject: str) -> Figure:
-    """The blocks from input to logits, with the share of each in parameters and in work."""
+    """The blocks from input to logits, each with its parameters and its work for one image."""
     blocks = _blocks(network["layers"])
     total = (
-        f"{network['parameters']:,} parameters, {network['multiply_adds'] / 1e6:,.1f} million multiply-adds a picture"
+        f"{network['parameters']:,} parameters, {network['multiply_adds'] / 1e6:,.1f} million multiply-adds an image"
     )
-    figure = _figure(f"Network {network['name']}: {subject}\n{total}", 12, 1.2 + 0.62 * len(blocks))
-    boxes, parameters, work = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
-    rows = np.arange(len(blocks))
-    boxes.barh(rows, 1, height=0.7, color="#e8f1f8", edgecolor=_BLUE)
-    for row, block in enumerate(blocks):
-        boxes.text(0.015, row - 0.15, block["name"], weight="bold", va="center", fontsize=9)
-        boxes.text(0.985, row - 0.15, block["shape"], weight="bold", va="center", ha="right", fontsize=9)
-        boxes.text(0.015, row + 0.15, textwrap.fill(block["steps"], 110), va="center", fontsize=8)
-        if row:
-            arrow = {"arrowstyle": "-|>", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
-            boxes.annotate("", (0.5, row - 0.35), (0.5, row - 0.65), arrowprops=arrow)
-    boxes.set(xlim=(0, 1), ylim=(len(blocks) - 0.5, -0.5), title="block, its layers, and the shape that leaves it")
-    parts = [
-        (parameters, "parameters", [f"{block['parameters']:,}" for block in blocks]),
-        (work, "multiply_adds", [f"{block['multiply_adds'] / 1e6:,.2f} M" for block in blocks]),
-    ]
-    for axes, key, labels in parts:
-        bars = axes.barh(rows, [block[key] for block in blocks], height=0.4, color=_BLUE)
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
-        axes.set(title=key.replace("_", "-"), xlim=(0, 1.7 * max(1, *(block[key] for block in blocks))))
-    for axes in (boxes, parameters, work):
+    figure = _figure(f"Network {network['name']}: {subject}\n{total}", 12, 1.4 + 0.62 * len(blocks))
+    flow, *costs = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
+    _draw_flow(flow, blocks)
+    for axes, key in zip(costs, ("parameters", "multiply_adds")):
+        values = [block[key] for block in blocks]
+        bars = axes.barh(range(len(blocks)), values, height=0.4, color=_BLUE)
+        axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize=8)
+        axes.set(title=key.replace("_", "-"), xlim=(0, 1.8 * max(values, default=0) or 1))
+    for axes in (flow, *costs):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure
 
 
+def _draw_flow(axes: Axes, blocks: list[dict[str, Any]]) -> None:
+    """A box for each block, downwards, with an arrow to the next."""
+    axes.barh(range(len(blocks)), 1, height=0.7, color="#e8f1f8", edgecolor=_BLUE)
+    for row, block in enumerate(blocks):
+        axes.text(0.015, row - 0.15, block["name"], weight="bold", va="center", fontsize=9)
+        axes.text(0.985, row - 0.15, block["shape"], weight="bold", va="center", ha="right", fontsize=9)
+        axes.text(0.015, row + 0.15, block["steps"], va="center", fontsize=8)
+        if row:
+            arrow = {"arrowstyle": "-|>", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (0.5, row - 0.35), (0.5, row - 0.65), arrowprops=arrow)
+    axes.set(xlim=(0, 1), ylim=(len(blocks) - 0.5, -0.5), title="block, its layers, and the shape that leaves it")
+
+
 def _calibration(calibration: dict[str, Any], subject: str) -> Figure:
-    """Accuracy against confidence before and after the temperature, over the number of pictures in each bin."""
-    fitted_on = calibration["fitted_on"]
-    fit = f"fitted on {fitted_on:,} validation pictures" if fitted_on else "as nothing was held out to fit it"
+    """Accuracy against confidence, before and after the temperature, over the number of images in each bin."""
     figure = _figure(f"Calibration: {subject}, {_PLAIN}", 12, 6.5)
     reliability, counts = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
-    heads = {"before": "before", "after": f"after temperature {calibration['temperature']:.3f}, {fit}"}
-    for (key, head), upper, lower in zip(heads.items(), reliability, counts):
-        part = calibration[key]
-        bins, width = part["bins"], 1 / len(part["bins"])
-        filled = [bin for bin in bins if bin["count"]]
-        middles = [bin["low"] + width / 2 for bin in filled]
-        upper.bar(
-            middles, [bin["accuracy"] for bin in filled], 0.94 * width, color="#b8d6ea", label="accuracy of the bin"
-        )
-        points = [bin["confidence"] for bin in filled], [bin["accuracy"] for bin in filled]
-        upper.plot(*points, "o", color=_BLUE, label="at the bin's mean confidence")
-        upper.plot([0, 1], [0, 1], "--", color=_GREY, label="perfectly calibrated")
-        upper.set(title=f"{head}\nexpected calibration error {part['expected_calibration_error']:.2%}", ylim=(0, 1.02))
-        upper.yaxis.set_major_formatter(PercentFormatter(1))
-        bars = lower.bar(
-            [bin["low"] + width / 2 for bin in bins], [bin["count"] for bin in bins], 0.94 * width, color=_GREY
-        )
-        lower.bar_label(bars, [f"{bin['count']:,}" for bin in bins], fontsize=7, padding=1)
-        lower.set(xlabel="confidence", xlim=(0, 1))
-        lower.margins(y=0.2)
-        lower.xaxis.set_major_formatter(PercentFormatter(1))
+    fitted_on = calibration["fitted_on"]
+    fit = f"fitted on {fitted_on:,} validation images" if fitted_on else "as no image was held out to fit it"
+    heads = "before", f"after temperature {calibration['temperature']:.3f}, {fit}"
+    for key, head, upper, lower in zip(("before", "after"), heads, reliability, counts):
+        _draw_reliability(upper, calibration[key]["bins"])
+        _draw_counts(lower, calibration[key]["bins"])
+        upper.set_title(f"{head}\nexpected calibration error {calibration[key]['expected_calibration_error']:.2%}")
     reliability[0].set_ylabel("accuracy")
     reliability[0].legend(loc="upper left")
-    counts[0].set_ylabel("pictures")
+    counts[0].set_ylabel("images")
     return figure
+
+
+def _draw_reliability(axes: Axes, bins: list[dict[str, Any]]) -> None:
+    filled = [bin for bin in bins if bin["count"]]
+    accuracies = [bin["accuracy"] for bin in filled]
+    axes.bar(
+        [bin["low"] for bin in filled], accuracies, 1 / len(bins), align="edge", **_BIN, label="accuracy of the bin"
+    )
+    confidences = [bin["confidence"] for bin in filled]
+    axes.plot(confidences, accuracies, "o", color=_BLUE, label="at the bin's mean confidence", clip_on=False)
+    axes.plot([0, 1], [0, 1], "--", color=_GREY, label="perfectly calibrated")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _draw_counts(axes: Axes, bins: list[dict[str, Any]]) -> None:
+    counts = [bin["count"] for bin in bins]
+    bars = axes.bar([bin["low"] for bin in bins], counts, 1 / len(bins), align="edge", **_BIN)
+    axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=7, padding=1)
+    axes.margins(y=0.2)
+    axes.set(xlabel="confidence")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))

@@ -1,0 +1,111 @@
+"""Training speed, measured beside the usual way: a DataLoader that augments picture by picture, in float32."""
+
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import v2 as transforms
+
+from cifar import data, device, train
+from cifar.config import Config
+from cifar.console import TrainingDisplay
+
+_WARM_STEPS = 10
+_WORKERS = (0, 1, 2)  # of the DataLoader; the fastest counts
+
+
+def compare(config: Config, dataset: data.Dataset, *, steps: int, rounds: int) -> dict[str, float | int]:
+    """Images a second of the recipe in this suite and through a DataLoader, the same steps by turns.
+
+    Both train the same network with the same batch size and augmentation. steps: timed in each of the `rounds`.
+    Returns the medians, their ratio and the number of workers of the fastest DataLoader.
+    """
+    device.keep_freed_memory()
+    config = data.settle(config, dataset)
+    needed = config.batch_size * (steps + _WARM_STEPS)
+    split = dataset.train[torch.arange(needed) % len(dataset.train)]
+    speeds: dict[int | None, list[float]] = {}
+    for _ in range(rounds):
+        speeds.setdefault(None, []).append(_suite_speed(config, split, len(dataset.classes)))
+        for workers in _WORKERS:
+            speeds.setdefault(workers, []).append(_loader_speed(config, split, len(dataset.classes), workers))
+    medians = {way: statistics.median(values) for way, values in speeds.items()}
+    suite = medians.pop(None)
+    workers = max(medians, key=medians.get)
+    return {
+        "suite_images_per_second": suite,
+        "loader_images_per_second": medians[workers],
+        "loader_workers": workers,
+        "ratio": suite / medians[workers],
+    }
+
+
+def _suite_speed(config: Config, split: data.Split, classes: int) -> float:
+    """Images a second of one epoch of `train` at full image size, after some steps that warm up."""
+    hardware = device.choose(config.device)
+    precision = device.resolve_precision(config.precision, hardware)
+    network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
+    size = split.images.shape[-1]
+    warm = _WARM_STEPS * config.batch_size
+    for part in (split[:warm], split[warm:]):
+        batches = train.make_batches(config, part, hardware)
+        updates = train.make_updates(config, network, len(batches))
+        display = TrainingDisplay(1, len(batches), [1])
+        record = train.train_epoch(network, batches, updates, 1, size, config.label_smoothing, precision, display)
+    return record["images_per_second"]
+
+
+def _loader_speed(config: Config, split: data.Split, classes: int, workers: int) -> float:
+    """Images a second of the loop that tutorials show, after some steps that warm up."""
+    network = train.fresh_network(config, split, classes).train()
+    network.normalize = torch.nn.Identity()  # the pictures come normalized
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    pictures = _Pictures(split, config)
+    loader = DataLoader(
+        pictures, config.batch_size, sampler=RandomSampler(pictures), num_workers=workers, drop_last=True
+    )
+    return _timed_steps(loader, network, optimizer)
+
+
+def _timed_steps(loader: Iterable[tuple[Tensor, Tensor]], network, optimizer) -> float:
+    seen = 0
+    for step, (images, labels) in enumerate(loader):
+        if step == _WARM_STEPS:
+            started = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        seen += len(labels) if step >= _WARM_STEPS else 0
+    return seen / (time.perf_counter() - started)
+
+
+class _Pictures(TorchDataset):
+    """A split as torchvision's datasets give it: one Pillow picture at a time, augmented by itself."""
+
+    def __init__(self, split: data.Split, config: Config):
+        self.arrays = split.images.permute(0, 2, 3, 1).numpy()
+        self.labels = split.labels.tolist()
+        size, mean_and_std = split.images.shape[-1], [values.tolist() for values in split.mean_and_std()]
+        steps = [transforms.RandomCrop(size, padding=config.crop), transforms.RandomHorizontalFlip()]
+        if config.jitter:
+            steps.append(transforms.ColorJitter(config.jitter, config.jitter, config.jitter))
+        self.transform = transforms.Compose(
+            [
+                *steps,
+                transforms.ToImage(),
+                transforms.ToDtype(torch.float32, scale=True),
+                transforms.Normalize(*mean_and_std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
