@@ -92,6 +92,19 @@ def visualize(config, run=None):
     console.show_run(found)
 
 
+@stage("dataset", "data_dir", "device")
+def bench(config):
+    """Measure training speed beside a DataLoader that augments picture by picture, in float32."""
+    from cifar import bench, data
+
+    dataset, _ = data.find(config.dataset, config.data_dir)
+    recipes = ("simple", "convnet")
+    given = {"data_dir": config.data_dir, "device": config.device}
+    console.show_speeds(
+        {recipe: bench.compare(Config.create({"recipe": recipe, **given}), dataset) for recipe in recipes}
+    )
+
+
 @task(help={"only": "run the tests whose names contain this"}, auto_shortflags=False)
 def test(context, only=""):  # noqa: PT028
     """Run the tests."""

@@ -32,6 +32,7 @@ def _option(default: Any, help: str, *, known: tuple[str, ...] = (), least=None,
 DATASETS = ("auto", "cifar10", "digits")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
+_ONE_SIZE_MODELS = ("simple", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Config:
         known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name))
+        if self.small_epochs and self.model in _ONE_SIZE_MODELS:
+            raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":

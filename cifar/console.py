@@ -137,6 +137,7 @@ class TrainingDisplay:
         """Print the line that stays: one epoch as history.jsonl has it."""
         parts = [
             f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}",
+            f"{record['image_size']}x{record['image_size']}",
             f"loss {record['train_loss']:.3f}",
             f"accuracy {record['train_accuracy']:.1%}",
         ]
@@ -150,11 +151,6 @@ class TrainingDisplay:
     def _left(self) -> str:
         seconds = (time.monotonic() - self.started) * (self.work - self.done) / max(self.done, 1e-9)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
-def percent(value: float, interval: Sequence[float]) -> str:
-    """`94.03% (93.55% to 94.48%)`: a share and its interval, all in 0..1."""
-    return f"{value:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:
@@ -182,6 +178,21 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 
     for pair in metrics["most_confused"][:3]:
         say(f"most confused: {pair['true']} taken for {pair['predicted']}, {pair['count']} times")
+
+
+def show_speeds(speeds: dict[str, dict[str, Any]]) -> None:
+    """The training speeds of recipes, from `bench.compare`."""
+    table = Table(title="images a second in training")
+    table.add_column("recipe")
+    table.add_column("this suite", justify="right")
+    workers = list(next(iter(speeds.values()))["loader_images_per_second"])
+    for count in workers:
+        table.add_column(f"DataLoader, {count} workers", justify="right")
+    table.add_column("times the fastest", justify="right")
+    for recipe, speed in speeds.items():
+        loader = (f"{speed['loader_images_per_second'][count]:,.0f}" for count in workers)
+        table.add_row(recipe, f"{speed['suite_images_per_second']:,.0f}", *loader, f"{speed['ratio']:.2f}")
+    out.print(table)
 
 
 def show_dataset(dataset: Any) -> None:

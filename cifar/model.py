@@ -1,5 +1,6 @@
 """The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -7,22 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar.config import MODELS, known_name
+from cifar.config import known_name
 
 
-def build(name: str, classes: int, image_size: int) -> nn.Module:
-    """The network `name` with fresh weights, drawn from torch's global generator.
+def build(name: str, classes: int, image_size: int) -> nn.Sequential:
+    """The network `name` with fresh weights, drawn from torch's global generator; its last linear layer is `head`.
 
     Raises UserError for an unknown name.
     """
-    known_name("model", name, MODELS)
-    if name == "whitened":
-        return WhitenedNet(classes)
-    if name == "resnet18":
-        return ResNet18(classes)
-    if name == "convnet":
-        return ConvNet(classes)
-    return SimpleCNN(classes, image_size) if name == "simple" else MLP(classes, image_size)
+    builders = {"whitened": _whitened, "simple": _simple, "convnet": _convnet, "mlp": _mlp, "resnet18": _resnet18}
+    return builders[known_name("model", name, tuple(builders))](classes, image_size)
 
 
 @torch.no_grad()
@@ -33,7 +28,7 @@ def fit_input(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> 
     """
     network.normalize.mean.copy_(mean.view(1, 3, 1, 1))
     network.normalize.std.copy_(std.view(1, 3, 1, 1))
-    if isinstance(network, WhitenedNet):
+    if hasattr(network, "whiten"):
         network.whiten.weight.copy_(whitening_filters(network.normalize(images), WHITEN_SIDE))
 
 
@@ -55,24 +50,34 @@ WHITEN_SIDE = 2  # pixels
 _WIDTHS = (64, 256, 256)
 
 
-class WhitenedNet(nn.Module):
+def _whitened(classes: int, image_size: int) -> nn.Sequential:
     """A fixed whitening convolution, three groups of two convolutions, global max-pooling and a linear head."""
+    filters = 2 * 3 * WHITEN_SIDE**2
+    network = _chain(
+        normalize=Normalize(),
+        whiten=nn.Conv2d(3, filters, WHITEN_SIDE),
+        activation=nn.GELU(),
+        groups=nn.Sequential(*map(_group, (filters, *_WIDTHS), _WIDTHS)),
+        pool=nn.AdaptiveMaxPool2d(1),
+        flatten=nn.Flatten(),
+        head=nn.Linear(_WIDTHS[-1], classes, bias=False),
+        scale=Scale(1 / _WIDTHS[-1]),
+    )
+    network.whiten.weight.requires_grad = False
+    with torch.no_grad():
+        network.head.weight.div_(network.head.weight.std())
+    return network
 
-    def __init__(self, classes: int):
+
+class Scale(nn.Module):
+    """Multiply by a constant."""
+
+    def __init__(self, factor: float):
         super().__init__()
-        filters = 2 * 3 * WHITEN_SIDE**2
-        self.normalize = Normalize()
-        self.whiten = nn.Conv2d(3, filters, WHITEN_SIDE)
-        self.whiten.weight.requires_grad = False
-        self.activation = nn.GELU()
-        self.groups = nn.Sequential(*map(_Group, (filters, *_WIDTHS), _WIDTHS))
-        self.head = nn.Linear(_WIDTHS[-1], classes, bias=False)
-        with torch.no_grad():
-            self.head.weight.div_(self.head.weight.std())
+        self.factor = factor
 
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.groups(self.activation(self.whiten(self.normalize(images))))
-        return self.head(features.amax((2, 3))) / self.head.in_features
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * self.factor
 
 
 def whitening_filters(images: Tensor, side: int) -> Tensor:
@@ -86,21 +91,16 @@ def whitening_filters(images: Tensor, side: int) -> Tensor:
     return torch.cat([filters, -filters])
 
 
-class _Group(nn.Module):
-    """Convolution, max-pool, BatchNorm, GELU; convolution, BatchNorm, GELU."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.conv1 = _identity_conv(channels_in, channels_out)
-        self.pool = nn.MaxPool2d(2)
-        self.norm1 = _quick_norm(channels_out)
-        self.conv2 = _identity_conv(channels_out, channels_out)
-        self.norm2 = _quick_norm(channels_out)
-        self.activation = nn.GELU()
-
-    def forward(self, features: Tensor) -> Tensor:
-        features = self.activation(self.norm1(self.pool(self.conv1(features))))
-        return self.activation(self.norm2(self.conv2(features)))
+def _group(channels_in: int, channels_out: int) -> nn.Sequential:
+    return _chain(
+        conv1=_identity_conv(channels_in, channels_out),
+        pool=nn.MaxPool2d(2),
+        norm1=_quick_norm(channels_out),
+        activation1=nn.GELU(),
+        conv2=_identity_conv(channels_out, channels_out),
+        norm2=_quick_norm(channels_out),
+        activation2=nn.GELU(),
+    )
 
 
 def _identity_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -121,20 +121,15 @@ def _quick_norm(channels: int) -> nn.BatchNorm2d:
 # The networks of the other recipes.
 
 
-class SimpleCNN(nn.Module):
+def _simple(classes: int, image_size: int) -> nn.Sequential:
     """Three blocks of two convolutions, each block pooled and thinned by dropout, and two linear layers."""
-
-    def __init__(self, classes: int, image_size: int):
-        super().__init__()
-        self.normalize = Normalize()
-        self.blocks = nn.Sequential(_simple_block(3, 32), _simple_block(32, 64), _simple_block(64, 128))
-        self.hidden = nn.Linear(128 * (image_size // 8) ** 2, 512)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(512, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.blocks(self.normalize(images)).flatten(1)
-        return self.head(self.dropout(self.hidden(features).relu()))
+    return _chain(
+        normalize=Normalize(),
+        blocks=nn.Sequential(_simple_block(3, 32), _simple_block(32, 64), _simple_block(64, 128)),
+        flatten=nn.Flatten(),
+        hidden=nn.Sequential(nn.Linear(128 * (image_size // 8) ** 2, 512), nn.ReLU(), nn.Dropout(0.5)),
+        head=nn.Linear(512, classes),
+    )
 
 
 def _simple_block(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -142,57 +137,49 @@ def _simple_block(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(first, second, nn.Dropout2d(0.25))
 
 
-class ConvNet(nn.Module):
+def _convnet(classes: int, image_size: int) -> nn.Sequential:
     """Three convolutions, the first two pooled, global average pooling and a linear head."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.normalize = Normalize()
-        self.blocks = nn.Sequential(
+    return _chain(
+        normalize=Normalize(),
+        blocks=nn.Sequential(
             _conv_norm_relu(3, 32, pool=True), _conv_norm_relu(32, 64, pool=True), _conv_norm_relu(64, 128)
-        )
-        self.head = nn.Linear(128, classes)
+        ),
+        pool=GlobalAveragePool(),
+        head=nn.Linear(128, classes),
+    )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(_global_average(self.blocks(self.normalize(images))))
 
-
-class MLP(nn.Module):
+def _mlp(classes: int, image_size: int) -> nn.Sequential:
     """Two hidden layers of 512 over the pixels."""
-
-    def __init__(self, classes: int, image_size: int):
-        super().__init__()
-        self.normalize = Normalize()
-        self.hidden = nn.Sequential(
+    return _chain(
+        normalize=Normalize(),
+        flatten=nn.Flatten(),
+        hidden=nn.Sequential(
             nn.Sequential(nn.Linear(3 * image_size**2, 512), nn.ReLU(), nn.Dropout(0.5)),
             nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)),
-        )
-        self.head = nn.Linear(512, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.hidden(self.normalize(images).flatten(1)))
+        ),
+        head=nn.Linear(512, classes),
+    )
 
 
-class ResNet18(nn.Module):
+def _resnet18(classes: int, image_size: int) -> nn.Sequential:
     """He et al. 2015's ResNet-18 with the stem that small pictures want: one 3x3 convolution, no pooling."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.normalize = Normalize()
-        self.stem = _conv_norm_relu(3, 64)
-        self.stages = nn.Sequential(
+    shapes = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+    return _chain(
+        normalize=Normalize(),
+        stem=_conv_norm_relu(3, 64),
+        stages=nn.Sequential(
             *(
-                nn.Sequential(_Residual(before, width, stride), _Residual(width, width, 1))
-                for before, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+                nn.Sequential(Residual(before, width, stride), Residual(width, width, 1))
+                for before, width, stride in shapes
             )
-        )
-        self.head = nn.Linear(512, classes)
+        ),
+        pool=GlobalAveragePool(),
+        head=nn.Linear(512, classes),
+    )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(_global_average(self.stages(self.stem(self.normalize(images)))))
 
-
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Two convolutions, added to their input; a 1x1 convolution fits the input where the shape changes."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
@@ -204,9 +191,17 @@ class _Residual(nn.Module):
         if stride != 1 or channels_in != channels_out:
             conv = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels_out))
+        self.activation = nn.ReLU(inplace=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.relu(self.norm2(self.conv2(self.conv1(features))) + self.shortcut(features))
+        return self.activation(self.norm2(self.conv2(self.conv1(features))) + self.shortcut(features))
+
+
+class GlobalAveragePool(nn.Module):
+    """(N, C, H, W) -> (N, C). Not by `mean`, whose gradient is a broadcast view, on which ReLU's backward is slow."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.avg_pool2d(features, features.shape[-2:]).flatten(1)
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1, pool: bool = False) -> nn.Sequential:
@@ -216,9 +211,9 @@ def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1, pool: 
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *pools, nn.ReLU(inplace=True))
 
 
-def _global_average(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C). Not `mean`, whose gradient is a broadcast view, on which ReLU's backward is slow."""
-    return F.avg_pool2d(features, features.shape[-2:]).flatten(1)
+def _chain(**modules: nn.Module) -> nn.Sequential:
+    """The modules one after the other, by their names."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 # What a network is made of.

@@ -111,6 +111,7 @@ def train_epoch(
             display.step(epoch, step, mean_loss, correct.item() / seen, seen / seconds)
     return {
         "epoch": epoch,
+        "image_size": side,
         "lr": lr,
         "train_loss": mean_loss,
         "train_accuracy": correct.item() / seen,

@@ -313,7 +313,8 @@ def test_the_blocks_hold_every_layer_once_and_fit_a_page(name):
     assert figure.get_suptitle().endswith("1,234,567 parameters, 89.0 million multiply-adds an image")
     drawn = boxes(figure, figure.axes[0].texts)
     assert not any(first.overlaps(second) for first, second in itertools.combinations(drawn, 2))
-    assert all(box.x1 < figure.axes[0].bbox.x1 for box in drawn)
+    for axes in figure.axes:
+        assert all(box.x1 < axes.bbox.x1 for box in boxes(figure, axes.texts))
 
 
 def test_layers_are_grouped_by_their_dotted_names():

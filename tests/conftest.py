@@ -1,0 +1,83 @@
+"""What several test modules start from: datasets on disk and runs that were really made."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import calculate_md5
+
+from cifar import data, evaluate, train
+from cifar.config import Config
+
+REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
+
+
+@pytest.fixture(autouse=True)
+def no_dataset_in_the_environment(monkeypatch):
+    monkeypatch.delenv("CIFAR_DATA_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Dataset:
+    return data.find("digits", "nowhere")[0]
+
+
+@pytest.fixture(scope="session")
+def real_cifar10() -> data.Dataset:
+    if not REAL_CIFAR10 or not Path(REAL_CIFAR10).exists():
+        pytest.skip("CIFAR_DATA_DIR names no CIFAR-10")
+    return data.find("cifar10", REAL_CIFAR10)[0]
+
+
+@pytest.fixture
+def small_cifar10(tmp_path, monkeypatch) -> Path:
+    """A folder with the seven files of CIFAR-10 at a hundredth of their size, which torchvision takes for the real."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lists = {"train_list": [], "test_list": []}
+    for kind, files in (("train_list", CIFAR10.train_list), ("test_list", CIFAR10.test_list)):
+        for name, _ in files:
+            labels = [index % 10 for index in range(100)]
+            pictures = rng.integers(0, 256, (100, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({"data": pictures, "labels": labels}))
+            lists[kind].append([name, calculate_md5(folder / name)])
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(data.CIFAR10_CLASSES)}))
+    meta = {**CIFAR10.meta, "md5": calculate_md5(folder / "batches.meta")}
+    for name, value in {**lists, "meta": meta}.items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    return folder
+
+
+def quick_config(output_dir: Path, **settings) -> Config:
+    """The smallest training that is one: `convnet` on digits."""
+    given = {"recipe": "convnet", "dataset": "digits", "epochs": 2, "output_dir": str(output_dir), "device": "cpu"}
+    return Config.create({**given, **settings})
+
+
+@pytest.fixture
+def make_run(tmp_path, digits):
+    """A function that trains on digits with the given settings and returns the run."""
+
+    def make(dataset: data.Dataset = digits, **settings):
+        run = train.begin(quick_config(tmp_path / "outputs", **settings), dataset, started=0.0)
+        with run.lifetime(), run.stage("train"):
+            train.fit(run, dataset)
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tmp_path_factory, digits):
+    """A run on digits, trained and evaluated; do not change it."""
+    run = train.begin(quick_config(tmp_path_factory.mktemp("evaluated")), digits, started=0.0)
+    with run.lifetime():
+        with run.stage("train"):
+            train.fit(run, digits)
+        with run.stage("evaluate"):
+            evaluate.evaluate(run, digits)
+    return run

@@ -1,0 +1,91 @@
+import re
+
+import pytest
+
+from cifar import console
+from cifar.config import UsageError, UserError
+
+RECORD = {
+    "epoch": 1,
+    "image_size": 32,
+    "train_loss": 0.5,
+    "train_accuracy": 0.871,
+    "val_loss": 0.4,
+    "val_accuracy": 0.9123,
+    "images_per_second": 1034.4,
+    "seconds": 43.51,
+}
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "printed"),
+    [
+        (lambda: None, 0, ""),
+        (raising(UserError("mend [this]")), 1, "error: mend [this]\n"),
+        (raising(UsageError("what?")), 2, "error: what?\n"),
+        (raising(KeyboardInterrupt()), 130, "error: interrupted\n"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_an_exit_code(action, code, printed, capsys):
+    assert console.exit_code(action) == code
+    assert capsys.readouterr().err == printed
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        console.exit_code(lambda: 1 / 0)
+
+
+def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):
+    with console.TrainingDisplay(11, 22, [1.0] * 11) as display:
+        display.step(1, 22, 0.5, 0.871, 1034.4)
+        display.end_epoch(RECORD, best=True)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "\x1b" not in printed
+    for part in ("epoch  1/11", "32x32", "87.1%", "validation", "91.23%", "best", "1,034 images/s", "43.5 s"):
+        assert part in printed
+
+
+def test_an_epoch_without_validation_has_no_validation_in_its_line(capsys):
+    with console.TrainingDisplay(2, 1, [1.0, 1.0]) as display:
+        display.end_epoch({**RECORD, "val_loss": None, "val_accuracy": None}, best=True)
+    assert "validation" not in capsys.readouterr().out
+
+
+def test_the_time_left_counts_small_epochs_as_cheap(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 60.0, 60.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 60.0))
+    with console.TrainingDisplay(2, 10, [1.0, 3.0]) as display:
+        display.step(1, 10, 0.5, 0.5, 100.0)
+        display.end_epoch(RECORD, best=False)
+    assert re.search(r"left 3:00$", capsys.readouterr().out.strip())
+
+
+def test_the_metrics_are_shown_with_their_intervals_and_confusions(capsys):
+    scores = {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4}
+    console.show_metrics(
+        {
+            "recipe": "fast",
+            "dataset": "digits",
+            "split": "test",
+            "n": 8,
+            "accuracy": 0.75,
+            "interval_95": [0.41, 0.93],
+            "accuracy_tta": 0.875,
+            "interval_95_tta": [0.53, 0.98],
+            "loss": 0.1234,
+            "per_class": {"cat": scores, "dog": scores},
+            "most_confused": [{"true": "cat", "predicted": "dog", "count": 2}],
+        }
+    )
+    printed = capsys.readouterr().out
+    for part in ("75.00%", "41.00% to 93.00%", "87.50%", "0.1234", "66.7%", "cat taken for dog, 2 times"):
+        assert part in printed

@@ -1,0 +1,255 @@
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import calculate_md5
+from torchvision.transforms.v2 import functional as reference
+
+from cifar import data
+from cifar.config import Config, UserError
+
+
+def random_images(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
+    plain = {"batch_size": 10, "crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0}
+    return data.Batches(split, **{**plain, **settings}, generator=generator(seed))
+
+
+# Reading
+
+
+def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
+    assert digits.train.images.shape == (1437, 3, 32, 32)
+    assert digits.test.images.shape == (360, 3, 32, 32)
+    assert digits.train.images.dtype == torch.uint8
+    assert digits.train.images.max() == 255
+    assert set(digits.test.labels.tolist()) == set(range(10))
+
+
+def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):
+    archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(small_cifar10, "cifar-10-batches-py")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+    renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
+    expected = np.concatenate(
+        [pickle.loads((small_cifar10 / f"data_batch_{n}").read_bytes())["data"] for n in range(1, 6)]
+    )
+    for place in (small_cifar10.parent, small_cifar10, renamed, archive, archive.parent):
+        dataset, note = data.find("cifar10", str(place))
+        assert note is None
+        assert np.array_equal(dataset.train.images.flatten(1).numpy(), expected)
+        assert len(dataset.test) == 100
+
+
+def test_a_damaged_batch_file_is_named(small_cifar10):
+    (small_cifar10 / "data_batch_3").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="data_batch_3 is damaged"):
+        _ = data.find("cifar10", str(small_cifar10))[0].train
+
+
+def test_training_images_are_read_where_the_test_file_is_missing_or_damaged(small_cifar10):
+    expected = data.find("cifar10", str(small_cifar10))[0].train.sha256()
+    (small_cifar10 / "test_batch").unlink()
+    dataset = data.find("cifar10", str(small_cifar10))[0]
+    assert dataset.train.sha256() == expected
+    with pytest.raises(UserError, match="test_batch is missing"):
+        _ = dataset.test
+
+
+def test_an_archive_that_is_another_file_is_refused(tmp_path):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="is damaged or another file"):
+        data.find("cifar10", str(archive))
+
+
+def test_without_a_network_auto_takes_digits_and_cifar10_says_where_to_put_the_archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    dataset, note = data.find("auto", str(tmp_path))
+    assert dataset.name == "digits"
+    assert "not CIFAR-10" in note
+    with pytest.raises(UserError, match=r"put cifar-10-python\.tar\.gz into"):
+        data.find("cifar10", str(tmp_path))
+
+
+def test_a_folder_with_a_damaged_cifar10_is_not_replaced_by_digits(small_cifar10):
+    (small_cifar10 / "data_batch_1").unlink()
+    dataset, note = data.find("auto", str(small_cifar10))
+    assert note is None
+    with pytest.raises(UserError, match="data_batch_1 is missing"):
+        _ = dataset.train
+
+
+def test_the_hash_changes_with_one_pixel_or_label():
+    split = data.Split(random_images(3), torch.arange(3))
+    changed = random_images(3)
+    changed[2, 1, 4, 4] ^= 1
+    hashes = {
+        split.sha256(),
+        data.Split(changed, split.labels).sha256(),
+        data.Split(split.images, torch.tensor([0, 1, 1])).sha256(),
+    }
+    assert len(hashes) == 3
+
+
+def test_mean_and_deviation_are_those_of_all_pixels():
+    images = random_images(50)
+    mean, std = data.Split(images, torch.zeros(50)).mean_and_std()
+    pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
+    np.testing.assert_allclose(mean, pixels.mean(1), atol=1e-6)
+    np.testing.assert_allclose(std, pixels.std(1), atol=1e-6)
+
+
+def test_real_cifar10_has_its_published_statistics(real_cifar10):
+    mean, std = real_cifar10.train.mean_and_std()
+    np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=5e-5)
+    np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=5e-5)
+    assert real_cifar10.test.labels.bincount().tolist() == [1000] * 10
+
+
+# Splitting
+
+
+def test_validation_has_each_class_in_its_share_and_shares_no_image_with_training(digits):
+    numbered = data.Split(torch.arange(len(digits.train)), digits.train.labels)
+    train, val = data.hold_out(numbered, 143, seed=1)
+    assert sorted([*train.images.tolist(), *val.images.tolist()]) == list(range(1437))
+    shares = val.labels.bincount() / digits.train.labels.bincount()
+    assert shares.min() > 0.09
+    assert shares.max() < 0.11
+
+
+def test_the_seed_draws_the_validation_split(digits):
+    first, again, other = (data.hold_out(digits.train, 100, seed)[1].sha256() for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_no_validation_leaves_all_images_to_training(digits):
+    train, val = data.hold_out(digits.train, 0, seed=0)
+    assert (len(train), len(val)) == (1437, 0)
+
+
+@pytest.mark.parametrize("val_size", [5, 1430, 60000])
+def test_a_validation_split_that_does_not_fit_is_refused(digits, val_size):
+    with pytest.raises(UserError, match=f"--val-size {val_size} does not fit: digits has 1437"):
+        data.settle(Config(val_size=val_size), digits)
+
+
+def test_the_settings_are_settled_on_a_small_dataset_that_mirrors_badly(digits):
+    settled = data.settle(Config(), digits)
+    assert (settled.dataset, settled.val_size, settled.flip) == ("digits", 143, "none")
+    assert settled.batch_size == (1437 - 143) // 20
+
+
+# Augmenting
+
+
+@pytest.mark.parametrize(("mode", "numpy_mode"), [("reflect", "reflect"), ("zeros", "constant")])
+def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
+    images = random_images(200)
+    crops = data.random_crop(images, 2, mode, generator())
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
+    seen = set()
+    for crop, around in zip(crops.numpy(), padded):
+        places = [(y, x) for y in range(5) for x in range(5) if np.array_equal(around[:, y : y + 8, x : x + 8], crop)]
+        assert len(places) == 1
+        seen.update(places)
+    assert len(seen) == 25
+
+
+def test_a_crop_wider_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="pad 8 must be from 0 to 7"):
+        data.random_crop(random_images(1), 8, "zeros", generator())
+
+
+def test_mirror_turns_the_chosen_images_alone():
+    images = random_images(2)
+    mirrored = data.mirror(images, torch.tensor([True, False]))
+    assert np.array_equal(mirrored[0], images.numpy()[0, :, :, ::-1])
+    assert torch.equal(mirrored[1], images[1])
+
+
+def by_label(batches: data.Batches, epoch: int) -> dict[int, torch.Tensor]:
+    return {int(label): image for images, labels in batches.epoch(epoch, 8) for image, label in zip(images, labels)}
+
+
+def test_alternating_flip_shows_each_image_mirrored_every_other_epoch():
+    split = data.Split(random_images(100), torch.arange(100))
+    batches = make_batches(split, flip="alternating")
+    epochs = [by_label(batches, epoch) for epoch in (1, 2, 3)]
+    as_is = sum(torch.equal(epochs[0][n], data.to_float(split.images)[n]) for n in range(100))
+    assert 30 < as_is < 70
+    for n in range(100):
+        assert torch.equal(epochs[1][n], epochs[0][n].flip(-1))
+        assert torch.equal(epochs[2][n], epochs[0][n])
+
+
+def test_random_flip_draws_anew_in_each_epoch():
+    split = data.Split(random_images(100), torch.arange(100))
+    batches = make_batches(split, flip="random")
+    first, second = by_label(batches, 1), by_label(batches, 2)
+    assert 30 < sum(torch.equal(first[n], second[n]) for n in range(100)) < 70
+
+
+def test_color_jitter_scales_as_torchvision_does():
+    images = data.to_float(random_images(5))
+    jittered = data.color_jitter(images, 0.4, generator(3))
+    factors = torch.empty(3, 5).uniform_(0.6, 1.4, generator=generator(3))
+    for image, expected, (brightness, contrast, saturation) in zip(jittered, images, factors.T.tolist()):
+        expected = reference.adjust_brightness(expected, brightness)
+        expected = reference.adjust_contrast(expected, contrast)
+        expected = reference.adjust_saturation(expected, saturation)
+        torch.testing.assert_close(image, expected, atol=2e-3, rtol=0)
+
+
+def test_color_jitter_of_nothing_changes_nothing():
+    images = data.to_float(random_images(5))
+    torch.testing.assert_close(data.color_jitter(images, 0.0, generator()), images)
+
+
+def test_shrink_averages_as_pillow_does():
+    images = random_images(3, size=32)
+    shrunken = data.shrink(data.to_float(images), 24)
+    for image, before in zip(shrunken, images):
+        pillow = Image.fromarray(before.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(image.permute(1, 2, 0) * 255, np.asarray(pillow), atol=1.5)
+
+
+# Batching
+
+
+def test_an_epoch_shows_each_image_once_but_for_an_incomplete_last_batch():
+    split = data.Split(random_images(95), torch.arange(95))
+    batches = make_batches(split)
+    labels = torch.cat([labels for _, labels in batches.epoch(1, 8)])
+    assert len(batches) == 9
+    assert len(labels) == len(set(labels.tolist())) == 90
+    for images, chosen in batches.epoch(2, 8):
+        assert torch.equal((images * 255).round().to(torch.uint8), split.images[chosen])
+
+
+def test_batches_follow_the_generator_alone():
+    split = data.Split(random_images(100, size=32), torch.arange(100))
+    settings = {"crop": 2, "flip": "random", "jitter": 0.2}
+
+    def everything(seed):
+        torch.manual_seed(np.random.default_rng().integers(2**31).item())
+        return torch.cat([images for images, _ in make_batches(split, seed, **settings).epoch(1, 24)])
+
+    assert torch.equal(everything(1), everything(1))
+    assert not torch.equal(everything(1), everything(2))

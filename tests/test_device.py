@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cifar import device
+from cifar.config import UserError
+
+
+def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert device.choose("auto").type == expected
+
+
+def test_a_device_that_is_not_there_is_refused_and_those_that_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no device 'cuda': it has cpu"):
+        device.choose("cuda")
+
+
+@pytest.mark.parametrize(("flag", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
+def test_bfloat16_is_taken_where_the_processor_has_it(monkeypatch, flag, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    assert device.resolve_precision("auto", torch.device("cpu")) == precision
+    assert device.resolve_precision("float32", torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_products_are_computed_in_the_precision(precision, dtype):
+    with device.autocast(torch.device("cpu"), precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+FAULTS = """
+import resource, sys, torch
+from cifar import device
+if sys.argv[1] == "keep" and not device.keep_freed_memory():
+    sys.exit(3)
+def use():
+    return torch.ones(25_000_000).sum()
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_reused_without_page_faults():
+    kept, returned = (
+        subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True) for mode in ("keep", "")
+    )
+    if kept.returncode == 3:
+        pytest.skip("not on glibc")
+    assert int(returned.stdout) > 1000
+    assert int(kept.stdout) < 0.1 * int(returned.stdout)

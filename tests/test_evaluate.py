@@ -1,0 +1,158 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from torch import nn
+
+from cifar import data, evaluate
+from cifar.config import UserError
+
+
+class Brightness(nn.Module):
+    """Logits that tell where a picture is bright: its left, its right and its upper half."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, images):
+        grey = images.mean(1)
+        return torch.stack([grey[:, :, :4].mean((1, 2)), grey[:, :, 4:].mean((1, 2)), grey[:, :4].mean((1, 2))], 1)
+
+
+def random_images(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
+
+
+def test_infer_gives_the_networks_logits_in_order_whatever_the_batches():
+    images = random_images(1203)
+    network = Brightness()
+    expected = network(images / 255)
+    torch.testing.assert_close(evaluate.infer(network, images, precision="float32"), expected)
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_augmented_logits_are_the_weighted_mean_of_the_views(mirrors):
+    images = random_images(7)
+    network = Brightness()
+    plain, mean = evaluate.infer_augmented(network, images, mirrors=mirrors, precision="float32")
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect")
+    expected = 0
+    for view, weight in ((images.numpy(), 0.5), (padded[:, :, :8, :8], 0.25), (padded[:, :, 2:, 2:], 0.25)):
+        views = [view, view[..., ::-1].copy()] if mirrors else [view]
+        expected += weight * sum(network(torch.from_numpy(one) / 255) for one in views) / len(views)
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(plain, network(images / 255))
+
+
+def test_the_wilson_interval_is_that_of_the_formula():
+    low, high = evaluate.wilson_interval(8, 10)
+    z = 1.959963985
+    middle = (0.8 + z * z / 20) / (1 + z * z / 10)
+    half = z / (1 + z * z / 10) * math.sqrt(0.8 * 0.2 / 10 + z * z / 400)
+    assert (low, high) == (pytest.approx(middle - half), pytest.approx(middle + half))
+    assert evaluate.wilson_interval(10, 10)[1] == 1
+
+
+def test_the_most_confused_pairs_are_the_largest_counts_off_the_diagonal():
+    matrix = np.array([[9, 2, 0], [5, 1, 3], [0, 0, 7]])
+    assert evaluate.most_confused(matrix, "abc") == [
+        {"true": "b", "predicted": "a", "count": 5},
+        {"true": "b", "predicted": "c", "count": 3},
+        {"true": "a", "predicted": "b", "count": 2},
+    ]
+
+
+def random_logits(count: int, classes: int = 4, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits whose probabilities are right, times `scale`."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(count, classes)) * 2
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([rng.choice(classes, p=row) for row in shares])
+    return logits * scale, labels
+
+
+def test_the_temperature_undoes_a_scaling_of_calibrated_logits():
+    assert evaluate.fit_temperature(*random_logits(20_000, scale=3.0)) == pytest.approx(3, rel=0.03)
+
+
+def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
+    # Two bins: three answers at confidence 0.9, of which two are right; one at 0.6, which is wrong.
+    confidences = np.array([0.9, 0.9, 0.9, 0.6])
+    logits = np.log(np.stack([confidences, 1 - confidences], 1))
+    labels = np.array([0, 0, 1, 1])
+    nothing = np.zeros((0, 2)), np.zeros(0, dtype=int)
+    calibration = evaluate.calibrate(logits, labels, *nothing)
+    assert calibration["temperature"] == 1
+    before = calibration["before"]
+    assert before["expected_calibration_error"] == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.6) / 4)
+    likelihood = -(2 * math.log(0.9) + math.log(0.1) + math.log(0.4)) / 4
+    assert before["negative_log_likelihood"] == pytest.approx(likelihood)
+    assert [bin["count"] for bin in before["bins"] if bin["count"]] == [1, 3]
+    assert before == calibration["after"]
+
+
+def test_calibration_on_validation_lowers_the_error_on_test():
+    logits, labels = random_logits(20_000, scale=3.0)
+    calibration = evaluate.calibrate(logits[10_000:], labels[10_000:], logits[:10_000], labels[:10_000])
+    assert calibration["fitted_on"] == 10_000
+    assert calibration["before"]["expected_calibration_error"] > 0.1
+    assert calibration["after"]["expected_calibration_error"] < 0.02
+
+
+def saved_predictions(run) -> list[dict[str, str]]:
+    with (run.path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, digits):
+    rows, metrics = saved_predictions(evaluated_run), evaluated_run.read("metrics.json")
+    true, predicted = [row["true"] for row in rows], [row["predicted"] for row in rows]
+    assert true == [digits.classes[label] for label in digits.test.labels]
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(true, predicted))
+    assert metrics["confusion_matrix"] == confusion_matrix(true, predicted).tolist()
+    reference = precision_recall_fscore_support(true, predicted, zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "support"), reference):
+        np.testing.assert_allclose([scores[key] for scores in metrics["per_class"].values()], values)
+    probabilities = np.array([[float(row[name]) for name in digits.classes] for row in rows])
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    likelihood = metrics["calibration"]["after"]["negative_log_likelihood"]
+    assert likelihood == pytest.approx(log_loss(true, probabilities), rel=1e-3)
+    low, high = metrics["interval_95"]
+    assert low < metrics["accuracy"] < high
+
+
+def test_the_saved_confidence_is_that_of_the_predicted_class(evaluated_run):
+    for row in saved_predictions(evaluated_run):
+        shares = {name: float(row[name]) for name in "0123456789"}
+        assert float(row["confidence"]) == shares[row["predicted"]] == max(shares.values())
+
+
+def test_the_classification_report_is_kept_as_text(evaluated_run):
+    report = (evaluated_run.path / "classification_report.txt").read_text(encoding="utf-8")
+    assert "precision" in report
+    assert f"{evaluated_run.read('metrics.json')['accuracy']:.4f}" in report
+
+
+def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run):
+    other = data.Dataset("cifar10", data.CIFAR10_CLASSES, folder=None, mirrors=True)
+    with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
+        evaluate.evaluate(evaluated_run, other)
+
+
+def test_a_run_without_a_checkpoint_says_so(make_run, digits):
+    run = make_run(epochs=1)
+    (run.checkpoints / "best.pt").unlink()
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        evaluate.evaluate(run, digits)
+
+
+def test_weights_of_another_network_are_refused(make_run):
+    run = make_run(epochs=1)
+    content = torch.load(run.checkpoints / "best.pt", weights_only=True)
+    torch.save({**content, "model": "mlp"}, run.checkpoints / "best.pt")
+    with pytest.raises(UserError, match="do not fit the network mlp"):
+        evaluate.load(run, "0123456789")

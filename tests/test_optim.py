@@ -1,0 +1,99 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar import model, optim
+
+COMMON = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "halve_every": 2, "epochs": 4, "steps_per_epoch": 5}
+
+
+def rates(schedule: str, steps: int) -> list[float]:
+    network = model.build("convnet", 10, 32)
+    updates = optim.build(network, optimizer="sgd", schedule=schedule, **COMMON)
+    seen = []
+    for _ in range(steps):
+        seen.append(updates.lr)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        updates.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", lambda step: 0.1 * (1 - step / 20)),
+        ("cosine", lambda step: 0.05 * (1 + math.cos(math.pi * step / 20))),
+        ("halving", lambda step: 0.1 if step < 10 else 0.05),
+    ],
+)
+def test_the_rate_follows_its_schedule_step_by_step(schedule, expected):
+    np.testing.assert_allclose(rates(schedule, 20), [expected(step) for step in range(20)])
+
+
+def test_orthogonalizing_keeps_the_directions_and_evens_out_the_singular_values():
+    for shape in ((8, 30), (30, 8), (16, 16)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        inner = left.T @ optim.orthogonalize(matrix, steps=5) @ right.T
+        values = inner.diag()
+        assert values.min() > 0.4
+        assert values.max() < 1.3
+        assert (inner - values.diag()).abs().max() < 0.1
+
+
+def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient():
+    weight = nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 7)
+    before = weight.detach().clone()
+    weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    optim.Muon([weight], lr=0.1, momentum=0.5).step()
+    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad)
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
+    network = model.build("whitened", 10, 32)
+    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+    muon, sgd = updates.optimizers
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    trained_by = [[names[id(p)] for group in rule.param_groups for p in group["params"]] for rule in (muon, sgd)]
+    assert len(trained_by[0]) == 6
+    assert all(".conv" in name for name in trained_by[0])
+    assert {"whiten.bias", "head.weight", "groups.2.norm2.bias"} <= set(trained_by[1])
+    assert len(trained_by[0] + trained_by[1]) == sum(p.requires_grad for p in network.parameters())
+
+
+def test_the_whitening_bias_stops_after_three_epochs_and_asks_for_no_more_gradients():
+    network = model.build("whitened", 10, 32)
+    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+    for step in range(16):
+        assert network.whiten.bias.requires_grad == (step < 15)
+        network(torch.rand(4, 3, 32, 32)).square().sum().backward()
+        updates.step()
+    assert network.groups[0].conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["simple", "mlp", "convnet", "resnet18"])
+def test_muon_trains_any_network(name):
+    network = model.build(name, 10, 32)
+    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+    before = {key: value.clone() for key, value in network.named_parameters()}
+    network(torch.rand(4, 3, 32, 32)).square().sum().backward()
+    updates.step()
+    assert all(not torch.equal(value, before[key]) for key, value in network.named_parameters())
+
+
+def test_adam_is_torchs_with_the_given_rate_and_decay():
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    twin = nn.Linear(3, 2)
+    twin.load_state_dict(network.state_dict())
+    updates = optim.build(network, optimizer="adam", schedule="halving", **{**COMMON, "weight_decay": 0.1})
+    reference = torch.optim.Adam(twin.parameters(), lr=0.1, weight_decay=0.1)
+    for layer, step in ((network, updates.step), (twin, reference.step)):
+        layer(torch.ones(1, 3)).square().sum().backward()
+        step()
+    torch.testing.assert_close(network.weight, twin.weight)

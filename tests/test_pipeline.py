@@ -1,0 +1,145 @@
+"""The whole way, as a user goes it: main.py and the invoke tasks in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+INVOKE = "import sys; from invoke.main import program; sys.exit(program.run())"
+QUICK = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "1")
+FIGURES = {
+    "training_history",
+    "confusion_matrix",
+    "per_class_metrics",
+    "misclassified",
+    "dataset_samples",
+    "sample_predictions",
+    "architecture",
+    "calibration",
+}
+
+
+def start(*arguments: str, cwd: Path = PROJECT, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, **pipes, **options)
+
+
+def run(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def main(*arguments: str) -> tuple[int, str, str]:
+    return run(str(PROJECT / "main.py"), *arguments)
+
+
+def invoke(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
+    return run("-c", INVOKE, *arguments, cwd=cwd)
+
+
+def test_one_command_fills_the_run_directory(tmp_path):
+    code, out, err = main(*QUICK, "--output-dir", str(tmp_path))
+    assert (code, err) == (0, "")
+    made = next(tmp_path.glob("*_convnet_digits"))
+    assert (tmp_path / "latest").resolve() == made
+    assert {path.name for path in made.iterdir()} == {
+        *("config.json", "run.json", "history.jsonl", "metrics.json", "classification_report.txt", "predictions.csv"),
+        *("checkpoints", "figures"),
+    }
+    assert {path.stem for path in (made / "figures").iterdir()} == FIGURES
+    assert {path.name for path in (made / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert out.count("epoch 1/1") == 1
+    assert "accuracy with test-time augmentation" in out
+    assert "\x1b" not in out
+
+
+def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_path):
+    place = ("--output-dir", str(tmp_path))
+    code, out, err = invoke("train", *QUICK, *place, "evaluate", *place, "visualize", *place, cwd=PROJECT / "cifar")
+    assert (code, err) == (0, "")
+    made = next(tmp_path.glob("*_convnet_digits"))
+    assert (made / "metrics.json").exists()
+    assert {path.stem for path in (made / "figures").iterdir()} == FIGURES
+    assert str(made.name) in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--recipe", "quick"), 1, "unknown recipe 'quick'"),
+        (("--dataset", "mnist"), 1, "unknown dataset 'mnist'"),
+        (("--device", "tpu"), 1, "unknown device 'tpu'"),
+        (("--epochs", "0"), 1, "--epochs must be"),
+        (("--epochs", "-3"), 1, "--epochs must be"),
+        (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
+        ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
+        ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
+        (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py is damaged or another file"),
+    ],
+)
+@pytest.mark.parametrize("door", [main, lambda *arguments: invoke("train", *arguments)])
+def test_a_mistake_is_one_sentence_and_the_right_exit_code(door, arguments, code, sentence):
+    returned, out, err = door(*arguments)
+    assert returned == code
+    assert sentence in err
+    assert (err.count("\n"), out) == (1, "")
+
+
+@pytest.mark.parametrize("task", ["evaluate", "visualize"])
+def test_a_run_that_is_none_is_one_sentence(task, tmp_path):
+    for arguments in (("--run", str(tmp_path)), ("--run", "nowhere"), ("--output-dir", str(tmp_path))):
+        code, out, err = invoke(task, *arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_an_unknown_flag_is_a_usage_error():
+    code, _, err = main("--epoch", "3")
+    assert code == 2
+    assert "unrecognized arguments: --epoch 3" in err
+
+
+def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(tmp_path):
+    address = "from torchvision.datasets import CIFAR10; CIFAR10.url = 'http://127.0.0.1:9/x'; "
+    flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    code, out, _ = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
+    assert code == 0
+    first, last = out.index("This is not CIFAR-10"), out.rindex("This is not CIFAR-10")
+    assert first < out.index("epoch 1/1") < last
+
+
+@pytest.mark.parametrize("command", ["import main; main.parse([])", "import tasks"])
+def test_help_and_list_load_no_torch(command):
+    code, out, _ = run("-c", f"{command}; import sys; print('torch' in sys.modules, 'matplotlib' in sys.modules)")
+    assert (code, out.strip()) == (0, "False False")
+
+
+def test_every_setting_is_a_flag_with_its_help_behind_both_doors():
+    _, help_of_main, _ = main("--help")
+    _, help_of_train, _ = invoke("--help", "train")
+    for flag in ("--recipe", "--val-size", "--small-epochs"):
+        assert flag in help_of_main
+        assert flag in help_of_train
+    assert "default 25" not in help_of_main
+    assert "simple 25" in " ".join(help_of_main.split())
+
+
+def test_ctrl_c_marks_the_run_interrupted(tmp_path):
+    flags = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "5000", "--patience", "0")
+    process = start(str(PROJECT / "main.py"), *flags, "--output-dir", str(tmp_path))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/history.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.count("\n") == 1
+    record = next(tmp_path.glob("*_convnet_digits/run.json")).read_text(encoding="utf-8")
+    assert '"status": "interrupted"' in record

@@ -1,0 +1,126 @@
+import contextlib
+import json
+import os
+
+import pytest
+
+from cifar import runs
+from cifar.config import Config, UserError
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(dataset="digits", output_dir=str(tmp_path / "outputs"))
+
+
+def test_a_run_records_its_configuration_and_what_made_it(config):
+    run = runs.create(config, seed=7)
+    assert run.path.name.endswith("_fast_digits")
+    assert run.config == config
+    record = run.record
+    assert record["status"] == "running"
+    assert record["seed"] == 7
+    assert record["versions"].keys() >= {"python", "torch", "torchvision"}
+    assert {"commit", "dirty", "command", "start", "end", "seconds"} <= record.keys()
+
+
+def test_two_runs_in_one_second_get_directories_of_their_own(config):
+    paths = {runs.create(config).path for _ in range(5)}
+    assert len(paths) == 5
+    assert all((path / "run.json").exists() for path in paths)
+
+
+def end(run: runs.Run, error: BaseException | None) -> dict:
+    with contextlib.suppress(KeyboardInterrupt, OSError), run.lifetime(), run.stage("train"):
+        if error:
+            raise error
+    return run.record
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "completed"), (KeyboardInterrupt(), "interrupted"), (OSError("disk full"), "failed")]
+)
+def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, status):
+    before = runs.create(config)
+    end(before, None)
+    run = runs.create(config)
+    assert runs.find(config.output_dir).path == before.path
+    record = end(run, error)
+    assert record["status"] == status
+    assert record["end"] >= record["start"]
+    assert record["seconds"]["train"] >= 0
+    assert record.get("error") == ("disk full" if status == "failed" else None)
+    assert runs.find(config.output_dir).path == run.path
+    assert os.readlink(run.path.parent / "latest") == run.path.name
+
+
+def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config, monkeypatch, tmp_path):
+    older, run = runs.create(config), runs.create(config)
+    end(run, None)
+    end(older, None)
+    assert runs.find(config.output_dir, str(run.path)).path == run.path
+    assert runs.find(config.output_dir, run.path.name).path == run.path
+    (run.path.parent / "latest").unlink()
+    assert runs.find(config.output_dir).path == run.path
+    monkeypatch.chdir(tmp_path)
+    assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+
+
+def test_what_is_no_run_is_told_in_one_sentence(config, tmp_path):
+    with pytest.raises(UserError, match="there is no finished run in"):
+        runs.find(config.output_dir)
+    with pytest.raises(UserError, match="there is no run at nowhere"):
+        runs.find(config.output_dir, "nowhere")
+    with pytest.raises(UserError, match="is not a run directory"):
+        runs.find(config.output_dir, str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "null"])
+def test_a_damaged_file_of_a_run_is_named(config, damage):
+    run = runs.create(config)
+    (run.path / "run.json").write_text(damage)
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        _ = run.record
+
+
+def test_a_missing_file_of_a_run_is_named(config):
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.json"):
+        runs.create(config).read("metrics.json")
+
+
+def test_a_configuration_with_an_unknown_setting_is_refused(config):
+    run = runs.create(config)
+    run.write("config.json", {**run.read("config.json"), "colour": 1})
+    with pytest.raises(UserError, match="unknown settings: colour"):
+        _ = run.config
+
+
+def test_an_output_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to the output folder"):
+        runs.create(Config(output_dir=str(tmp_path / "file" / "outputs")))
+    with pytest.raises(UserError, match="cannot write to the output folder"):
+        runs.create(Config(output_dir=str(tmp_path / "file")))
+
+
+def test_the_history_is_read_as_it_was_appended(config):
+    run = runs.create(config)
+    assert run.history() == []
+    epochs = [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": None}]
+    for epoch in epochs:
+        run.append_history(epoch)
+    assert run.history() == epochs
+    (run.path / "history.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
+        run.history()
+
+
+def test_a_file_is_replaced_whole_and_never_with_what_is_not_json(config):
+    run = runs.create(config)
+    before = run.record
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write("run.json", {"loss": float("nan")})
+    assert run.record == before
+    run.update(note="é")
+    assert json.loads((run.path / "run.json").read_text(encoding="utf-8"))["note"] == "é"
+    assert not list(run.path.glob("*.partial"))

@@ -1,0 +1,127 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cifar import data, evaluate, train
+from cifar.config import Config, UserError
+from cifar.console import TrainingDisplay
+
+TIMES = ("seconds", "images_per_second")
+
+
+def record(run) -> tuple[bytes, list]:
+    """What a run should repeat: the bytes of its weights, and its history but for the times."""
+    weights = torch.load(run.checkpoints / "last.pt", weights_only=True)["weights"]
+    history = [{key: value for key, value in epoch.items() if key not in TIMES} for epoch in run.history()]
+    return b"".join(value.contiguous().numpy().tobytes() for value in weights.values()), history
+
+
+def test_the_same_seed_gives_identical_weights_and_history_and_another_seed_does_not(make_run):
+    first, again, other = (record(make_run(seed=seed)) for seed in (3, 3, 4))
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "simple"])
+def test_the_same_seed_repeats_a_recipe_with_all_its_augmentation(make_run, recipe):
+    settings = {"recipe": recipe, "epochs": 1, "val_size": 1237, "batch_size": 50}
+    assert record(make_run(**settings)) == record(make_run(**settings))
+
+
+def test_scrambling_the_test_set_changes_no_weight(make_run, digits):
+    scrambled = data.Dataset(**{field: getattr(digits, field) for field in ("name", "classes", "folder", "mirrors")})
+    noise = torch.randint(0, 256, digits.test.images.shape, dtype=torch.uint8)
+    vars(scrambled)["test"] = data.Split(noise, digits.test.labels.flip(0))
+    assert record(make_run()) == record(make_run(dataset=scrambled))
+
+
+def test_training_reads_no_test_split(make_run, digits):
+    fresh = data.Dataset(**{field: getattr(digits, field) for field in ("name", "classes", "folder", "mirrors")})
+    make_run(dataset=fresh)
+    assert "train" in vars(fresh)
+    assert "test" not in vars(fresh)
+
+
+def overfit(config: Config, split: data.Split) -> list[float]:
+    """The loss of each of 30 epochs of one batch."""
+    network = train.fresh_network(config, split, 10).to(memory_format=torch.channels_last)
+    batches = train.make_batches(config, split, torch.device("cpu"))
+    updates = train.make_updates(config, network, len(batches))
+    display = TrainingDisplay(config.epochs, 1, [1] * config.epochs)
+    epochs = (train.train_epoch(network, batches, updates, n, 32, 0.0, "float32", display) for n in range(1, 31))
+    return [epoch["train_loss"] for epoch in epochs]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "simple", "convnet", "mlp", "resnet18"])
+def test_loss_falls_when_overfitting_one_batch(digits, recipe):
+    count = 8 if recipe == "resnet18" else 32
+    config = Config.create({"recipe": recipe, "epochs": "30", "batch_size": str(count), "crop": "0", "flip": "none"})
+    losses = overfit(
+        replace(config, lr=min(config.lr, 0.01) if recipe == "resnet18" else config.lr), digits.train[:count]
+    )
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is not finite at epoch 1, step \d+"):
+        make_run(recipe="mlp", optimizer="sgd", lr=1e30)
+    failed = next((tmp_path / "outputs").glob("*_mlp_digits"))
+    kept = json.loads((failed / "run.json").read_text(encoding="utf-8"))
+    assert kept["status"] == "failed"
+    assert "not finite" in kept["error"]
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    losses = torch.tensor([1.0, 2.0, float("inf"), float("nan")])
+    with pytest.raises(UserError, match="epoch 7, step 3"):
+        train._finite_mean(losses, 7)
+
+
+def test_best_is_the_epoch_of_highest_validation_accuracy_and_last_the_last(make_run):
+    run = make_run(epochs=4)
+    accuracies = [epoch["val_accuracy"] for epoch in run.history()]
+    best, last = (torch.load(run.checkpoints / name, weights_only=True)["epoch"] for name in ("best.pt", "last.pt"))
+    assert best == accuracies.index(max(accuracies)) + 1
+    assert last == 4
+
+
+def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits):
+    run = make_run(epochs=2)
+    val = data.hold_out(digits.train, run.config.val_size, run.config.seed)[1]
+    network = evaluate.load(run, digits.classes)
+    best = max(epoch["val_accuracy"] for epoch in run.history())
+    logits = evaluate.infer(network, val.images, precision=run.record["precision"])
+    assert evaluate.accuracy(logits, val.labels) == pytest.approx(best)
+
+
+def test_without_validation_all_images_train_and_the_last_weights_are_kept(make_run):
+    run = make_run(val_size=0)
+    assert [epoch["val_accuracy"] for epoch in run.history()] == [None, None]
+    assert torch.load(run.checkpoints / "best.pt", weights_only=True)["epoch"] == 2
+
+
+def test_training_stops_when_validation_has_not_improved_for_the_patience(make_run):
+    # With a rate of zero no weight changes; only BatchNorm's statistics do, so mlp's accuracy stays what it is.
+    run = make_run(recipe="mlp", lr=0.0, epochs=9, patience=2)
+    assert len(run.history()) == 3
+
+
+def test_the_learning_rate_of_the_history_is_that_of_each_epochs_first_step(make_run):
+    run = make_run(epochs=3, schedule="linear", lr=0.003)
+    assert [epoch["lr"] for epoch in run.history()] == pytest.approx([0.003, 0.002, 0.001])
+
+
+def test_fast_trains_on_small_images_first(make_run):
+    run = make_run(recipe="fast", epochs=2, val_size=1237, small_epochs=5)
+    assert [epoch["image_size"] for epoch in run.history()] == [24, 32]
+
+
+def test_fast_learns_real_pictures_in_a_short_training(real_cifar10, make_run):
+    few = data.Dataset("cifar10", real_cifar10.classes, real_cifar10.folder, mirrors=True)
+    vars(few)["train"] = real_cifar10.train[:10_000]
+    vars(few)["test"] = real_cifar10.test
+    run = make_run(dataset=few, recipe="fast", epochs=3, batch_size=500)
+    assert evaluate.evaluate(run, few)["accuracy"] > 0.55
