@@ -58,7 +58,7 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS)
-    epochs: int = _option(11, "passes over the training images", least=1, most=100_000)
+    epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
     batch_size: int = _option(2000, "images a step; lowered where an epoch would have under 20 steps", least=2)
     optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
     lr: float = _option(0.24, "peak learning rate", least=0.0)
@@ -72,7 +72,7 @@ class Config:
     crop_mode: str = _option("reflect", "what a shift uncovers", known=("reflect", "zeros"))
     flip: str = _option("alternating", "mirroring of training images", known=("none", "random", "alternating"))
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
-    small_epochs: int = _option(5, "first epochs that train on shrunken images", least=0)
+    small_epochs: int = _option(6, "first epochs that train on shrunken images", least=0)
     small_size: int = _option(24, "side of the shrunken images, in pixels", least=8)
 
     def __post_init__(self):

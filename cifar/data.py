@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from cifar.config import Config, UserError
 from cifar.download import fetch
 
-_LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 11 epochs too short to converge
+_LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
 _ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 

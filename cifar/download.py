@@ -1,8 +1,8 @@
 """An archive from its address to a verified file."""
 
+import concurrent.futures
 import hashlib
 import http.client
-import queue
 import threading
 import urllib.error
 import urllib.request
@@ -40,22 +40,25 @@ def _open(url: str) -> http.client.HTTPResponse:
 
     A socket's timeout does not cover the name lookup, so the request runs in a thread that may be left behind.
     """
-    answers: queue.Queue = queue.Queue()
+    answer: concurrent.futures.Future = concurrent.futures.Future()
 
     def ask():
         try:
-            answers.put(urllib.request.urlopen(url, timeout=_STALL_SECONDS))
+            response = urllib.request.urlopen(url, timeout=_STALL_SECONDS)
+        except urllib.error.HTTPError as error:
+            error.close()
+            answer.set_exception(error)
         except Exception as error:
-            answers.put(error)
+            answer.set_exception(error)
+        else:
+            answer.set_result(response)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=_ANSWER_SECONDS)
-    except queue.Empty:
+        return answer.result(timeout=_ANSWER_SECONDS)
+    except concurrent.futures.TimeoutError:
+        answer.add_done_callback(lambda late: late.exception() or late.result().close())
         raise TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def _copy(response: http.client.HTTPResponse, file, name: str) -> str:

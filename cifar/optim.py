@@ -82,7 +82,7 @@ class Updates:
         """Spare the gradients of groups whose rate has reached zero."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                if group["lr"] == 0:
+                if group["lr"] == 0 < group["initial_lr"]:
                     for parameter in group["params"]:
                         parameter.requires_grad_(False)
 

@@ -119,6 +119,7 @@ def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, d
         np.testing.assert_allclose([scores[key] for scores in metrics["per_class"].values()], values)
     probabilities = np.array([[float(row[name]) for name in digits.classes] for row in rows])
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    probabilities /= probabilities.sum(1, keepdims=True)
     likelihood = metrics["calibration"]["after"]["negative_log_likelihood"]
     assert likelihood == pytest.approx(log_loss(true, probabilities), rel=1e-3)
     low, high = metrics["interval_95"]

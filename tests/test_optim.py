@@ -51,7 +51,7 @@ def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient(
     weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     optim.Muon([weight], lr=0.1, momentum=0.5).step()
     expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad)
-    torch.testing.assert_close(weight.detach(), expected)
+    torch.testing.assert_close(weight.detach(), expected, atol=0.01, rtol=0)  # the iteration runs in bfloat16
 
 
 def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
