@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import time
 
 from cifar import console
 from cifar.config import FIELDS, Config, flag, help_text
@@ -24,24 +23,19 @@ def parse(arguments: list[str] | None) -> dict[str, str | None]:
 
 def pipeline(config: Config) -> None:
     """data -> train -> evaluate -> visualize, all in one run directory."""
-    from cifar import data, evaluate, train, visualize
+    from cifar import evaluate, train, visualize
 
-    started = time.perf_counter()
-    dataset, note = data.find(config.dataset, config.data_dir)
-    if note:
-        console.banner(note)
-    run = train.begin(config, dataset, started)
+    run, dataset = train.begin(config)
     with run.lifetime():
+        dataset.check()
         with run.stage("train"):
             train.fit(run, dataset)
         with run.stage("evaluate"):
-            metrics = evaluate.evaluate(run, dataset)
+            metrics = evaluate.evaluate(run, dataset, config.device)
         console.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)
     console.show_run(run)
-    if note:
-        console.banner(note)
 
 
 if __name__ == "__main__":

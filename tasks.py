@@ -2,18 +2,53 @@
 
 import functools
 import inspect
-import time
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from invoke import Exit, task
+from invoke import Argument, Exit, Task, task
 
 from cifar import console
-from cifar.config import FIELDS, Config, help_text
+from cifar.config import FIELDS, PROJECT, Config, UsageError, UserError, help_text
 
-_PROJECT = Path(__file__).resolve().parent
-_PLACES = ("data_dir", "output_dir")
-_RUN_HELP = {"run": "run directory, or its name in --output-dir; default the latest that has ended"}
+
+class _Words(Argument):
+    """A positional argument that takes all words of the command line; invoke's own takes one.
+
+    invoke hands it words while its value is None, so that is what it says until it has them all. The flags of the
+    task must take values.
+    """
+
+    def __init__(self, words: list[str], **options):
+        super().__init__(kind=list, positional=True, **options)
+        after_flag = [False, *("=" not in word and word.startswith("--") for word in words)]
+        self.missing = max(1, sum(not word.startswith("--") and not value for word, value in zip(words, after_flag)))
+
+    @property
+    def value(self) -> list[str] | None:
+        return None if self.missing else self._value
+
+    @value.setter
+    def value(self, word: str) -> None:
+        self._value = [*self._value, word]
+        self.missing -= 1
+
+
+class _WordsTask(Task):
+    """A task whose positional arguments are lists of words."""
+
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        words = sys.argv[sys.argv.index(self.name) + 1 :] if self.name in sys.argv else []
+        return [
+            _Words(words, names=argument.names, help=argument.help) if argument.positional else argument
+            for argument in super().get_arguments(ignore_unknown_help)
+        ]
+
+
+_RUN_HELP = {"run": "run directory, or its name in --output-dir; default that of the task before, or the latest"}
+_chain: dict[str, str] = {}  # the run of the last task of this command line
 
 
 def stage(*names: str, **own_help: str) -> Callable:
@@ -35,7 +70,9 @@ def stage(*names: str, **own_help: str) -> Callable:
 
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         door.__signature__ = inspect.Signature([context, *own, *flags])
-        return task(door, help={name: help_text(name) for name in names} | own_help, auto_shortflags=False)
+        positional = [parameter.name for parameter in own if parameter.default is parameter.empty]
+        help = {name: help_text(name) for name in names} | own_help
+        return task(door, help=help, auto_shortflags=False, positional=positional, klass=_WordsTask)
 
     return decorate
 
@@ -54,55 +91,118 @@ def data(config):
 @stage(*FIELDS)
 def train(config):
     """Train a network into a new run directory."""
-    from cifar import data, train
+    from cifar import train
 
-    started = time.perf_counter()
-    dataset, note = data.find(config.dataset, config.data_dir)
-    if note:
-        console.banner(note)
-    run = train.begin(config, dataset, started)
+    run, dataset = train.begin(config)
+    _chain["run"] = str(run.path)
     with run.lifetime(), run.stage("train"):
         train.fit(run, dataset)
     console.show_run(run)
-    if note:
-        console.banner(note)
 
 
-@stage("device", *_PLACES, **_RUN_HELP)
-def evaluate(config, run=None):
+@stage("device", "output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
+def evaluate(config, run=None, data_dir=None):
     """Measure a run's best checkpoint on the test split."""
-    from cifar import data, evaluate, runs
+    found = _find_run(config, run)
 
-    found = runs.find(config.output_dir, run)
-    dataset, _ = data.find(found.config.dataset, config.data_dir)
+    from cifar import evaluate
+
     with found.stage("evaluate"):
-        metrics = evaluate.evaluate(found, dataset, config.device)
+        metrics = evaluate.evaluate(found, _dataset_of(found, data_dir), config.device)
     console.show_metrics(metrics)
 
 
-@stage(*_PLACES, **_RUN_HELP)
-def visualize(config, run=None):
+@stage("output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
+def visualize(config, run=None, data_dir=None):
     """Draw a run's figures from what it has saved."""
-    from cifar import data, runs, visualize
+    found = _find_run(config, run)
 
-    found = runs.find(config.output_dir, run)
-    dataset, _ = data.find(found.config.dataset, config.data_dir)
+    from cifar import visualize
+
     with found.stage("visualize"):
-        visualize.visualize(found, dataset)
+        visualize.visualize(found, _dataset_of(found, data_dir))
     console.show_run(found)
 
 
-@stage("dataset", "data_dir", "device")
+def _find_run(config: Config, name: str | None):
+    """The run that is named, or else the one of the task before, or else the latest."""
+    from cifar import runs
+
+    found = runs.find(config.output_dir, name or _chain.get("run"))
+    _chain["run"] = str(found.path)
+    return found
+
+
+def _dataset_of(run, data_dir: str | None):
+    """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
+    from cifar import data
+
+    return data.find(run.config.dataset, data_dir or os.environ.get("CIFAR_DATA_DIR") or run.config.data_dir)[0]
+
+
+@stage("dataset", "data_dir")
 def bench(config):
-    """Measure training speed beside a DataLoader that augments picture by picture, in float32."""
+    """Measure training speed on the CPU beside a DataLoader that augments picture by picture, in float32."""
     from cifar import bench, data
 
-    dataset, _ = data.find(config.dataset, config.data_dir)
+    dataset, note = data.find(config.dataset, config.data_dir)
+    if note:
+        console.banner(note)
     recipes = ("simple", "convnet")
-    given = {"data_dir": config.data_dir, "device": config.device}
-    console.show_speeds(
-        {recipe: bench.compare(Config.create({"recipe": recipe, **given}), dataset) for recipe in recipes}
-    )
+    speeds = {recipe: bench.compare(Config.create({"recipe": recipe, "device": "cpu"}), dataset) for recipe in recipes}
+    console.show_speeds(dataset.name, speeds)
+
+
+@stage(
+    "device",
+    "output_dir",
+    paths="files, folders, globs, or - for standard input",
+    fit="what becomes of a picture that is not square; crop to its middle, or letterbox; default crop",
+    output="file that receives all probabilities, .csv or .json",
+    **_RUN_HELP,
+)
+def predict(config, paths, run=None, fit="crop", output=None):
+    """Say what is in pictures: files, folders, a glob, or - for standard input."""
+    if output and not output.endswith((".csv", ".json")):
+        raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
+    found = _find_run(config, run)
+
+    from cifar import predict
+
+    predictor = predict.Predictor(found, config.device)
+    pictures = predict.find_pictures(paths)
+    with console.counting_bar("pictures", len(pictures)) as advance:
+        answers = []
+        for answer in predictor.answer(pictures, fit):
+            answers.append(answer)
+            advance(1)
+    console.show_answers(answers, predictor)
+    if output:
+        predict.write(Path(output), answers, predictor)
+    if refused := sum(answer.refusal is not None for answer in answers):
+        raise UserError(f"{refused} of {len(answers)} pictures were refused")
+
+
+@stage(
+    "device",
+    "data_dir",
+    "output_dir",
+    host="address to listen on; default 127.0.0.1, which only this machine reaches",
+    port="port to listen on; default 7860",
+    share="make a public address through Gradio's servers",
+    auth="USER:PASSWORD that visitors must give; CIFAR_DEMO_AUTH in the environment stands for it",
+    **_RUN_HELP,
+)
+def demo(config, run=None, host="127.0.0.1", port="7860", share=False, auth=None):
+    """Show a run in the browser and let it answer for any picture."""
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"--port takes a number from 1 to 65535, not '{port}'")
+    found = _find_run(config, run) if run or _chain else None
+
+    from cifar import demo
+
+    places = {"output_dir": config.output_dir, "data_dir": config.data_dir}
+    demo.serve(found, **places, host=host, port=int(port), share=share, auth=auth, device=config.device)
 
 
 @task(help={"only": "run the tests whose names contain this"}, auto_shortflags=False)
@@ -110,12 +210,13 @@ def test(context, only=""):  # noqa: PT028
     """Run the tests."""
     import pytest
 
-    if code := pytest.main([str(_PROJECT / "tests"), f"--rootdir={_PROJECT}", *(["-k", only] if only else [])]):
+    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *(["-k", only] if only else [])]):
         raise Exit(code=int(code))
 
 
 @task
 def lint(context):
     """Check the code's style and look for mistakes, with ruff."""
-    with context.cd(str(_PROJECT)):
-        context.run("ruff check . && ruff format --check .")
+    ruff = f"{shlex.quote(sys.executable)} -m ruff"
+    with context.cd(str(PROJECT)):
+        context.run(f"{ruff} check . && {ruff} format --check .")

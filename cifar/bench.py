@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ _WORKERS = (0, 1, 2)  # of the DataLoader
 def compare(config: Config, dataset: data.Dataset, *, steps: int = 100, rounds: int = 3) -> dict[str, Any]:
     """Images a second of the recipe in this suite and through a DataLoader, the same steps by turns.
 
-    Both train the same network with the same batch size and augmentation. steps: timed in each of the `rounds`.
+    Both train the same network with the same batch size, augmentation and optimizer. steps: timed in each of the
+    `rounds`.
     Returns the medians, the DataLoader's by its number of workers, and the ratio to its fastest.
     """
     device.keep_freed_memory()
@@ -64,24 +64,17 @@ def _loader_speed(config: Config, split: data.Split, classes: int, workers: int)
     """Images a second of the loop that tutorials show, after some steps that warm up."""
     network = train.fresh_network(config, split, classes).train()
     network.normalize = torch.nn.Identity()  # the pictures come normalized
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     pictures = _Pictures(split, config)
-    loader = DataLoader(
-        pictures, config.batch_size, sampler=RandomSampler(pictures), num_workers=workers, drop_last=True
-    )
-    return _timed_steps(loader, network, optimizer)
-
-
-def _timed_steps(loader: Iterable[tuple[Tensor, Tensor]], network, optimizer) -> float:
-    seen = 0
+    order = RandomSampler(pictures)
+    loader = DataLoader(pictures, config.batch_size, sampler=order, num_workers=workers, drop_last=True)
+    updates = train.make_updates(config, network, len(loader))
     for step, (images, labels) in enumerate(loader):
         if step == _WARM_STEPS:
             started = time.perf_counter()
-        optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-        seen += len(labels) if step >= _WARM_STEPS else 0
-    return seen / (time.perf_counter() - started)
+        updates.step()
+        ended = time.perf_counter()
+    return (len(loader) - _WARM_STEPS) * config.batch_size / (ended - started)
 
 
 class _Pictures(TorchDataset):
@@ -91,7 +84,8 @@ class _Pictures(TorchDataset):
         self.arrays = split.images.permute(0, 2, 3, 1).numpy()
         self.labels = split.labels.tolist()
         size, mean_and_std = split.images.shape[-1], [values.tolist() for values in split.mean_and_std()]
-        steps = [transforms.RandomCrop(size, padding=config.crop)]
+        padding_mode = "constant" if config.crop_mode == "zeros" else config.crop_mode
+        steps = [transforms.RandomCrop(size, padding=config.crop, padding_mode=padding_mode)]
         if config.flip != "none":
             steps.append(transforms.RandomHorizontalFlip())
         if config.jitter:

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from cifar.config import UserError
+from cifar.runs import replacing
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
 
 
 def save(path: Path, *, model: str, classes: tuple[str, ...], image_size: int, epoch: int, weights: dict) -> None:
-    """Write a checkpoint; a reader sees the old one or the new one, never a part.
+    """Write a checkpoint; a reader sees the old one or the new one, never a part. Raises UserError if it cannot.
 
     weights: a state_dict. epoch: the epochs that made them, from 1.
     """
@@ -24,9 +25,8 @@ def save(path: Path, *, model: str, classes: tuple[str, ...], image_size: int, e
         "epoch": epoch,
         "weights": weights,
     }
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save(content, partial)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: the run ended before its first epoch did") from None
+    except PermissionError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged file makes the unpickler stumble in any way there is
         raise UserError(f"the checkpoint {path} is damaged or not one of this program's") from None
     if not isinstance(content, dict) or content.keys() != _KEYS or content["format"] != FORMAT:

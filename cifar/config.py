@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
+PROJECT = Path(__file__).resolve().parent.parent
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; its message is one sentence, shown without a traceback."""
@@ -61,19 +63,29 @@ class Config:
     epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
     batch_size: int = _option(2000, "images a step; lowered where an epoch would have under 20 steps", least=2)
     optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
-    lr: float = _option(0.24, "peak learning rate", least=0.0)
-    momentum: float = _option(0.6, "momentum of muon and sgd", least=0.0, most=1.0)
-    weight_decay: float = _option(0.004, "weight decay of one step; muon normalizes its weights instead", least=0.0)
+    lr: float = _option(
+        0.24,
+        "peak learning rate; muon's own, as the head and the biases that sgd trains beside it keep theirs",
+        least=0.0,
+    )
+    momentum: float = _option(0.6, "momentum of muon, or of sgd", least=0.0, most=1.0)
+    weight_decay: float = _option(
+        0.004,
+        "weight decay as adam and sgd define it; with muon, the share that the head and the biases lose in a step",
+        least=0.0,
+    )
     schedule: str = _option("linear", "decay of the learning rate, step by step", known=("linear", "cosine", "halving"))
     halve_every: int = _option(10, "epochs between two halvings of the schedule `halving`", least=1)
     label_smoothing: float = _option(0.2, "share of the target spread over all classes", least=0.0, most=1.0)
     patience: int = _option(0, "epochs without a better validation accuracy before training stops; 0 never", least=0)
     crop: int = _option(2, "pixels by which a training image is shifted at most", least=0, most=31)
     crop_mode: str = _option("reflect", "what a shift uncovers", known=("reflect", "zeros"))
-    flip: str = _option("alternating", "mirroring of training images", known=("none", "random", "alternating"))
+    flip: str = _option(
+        "alternating", "mirroring of training images; none of digits", known=("none", "random", "alternating")
+    )
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
-    small_epochs: int = _option(6, "first epochs that train on shrunken images", least=0)
-    small_size: int = _option(24, "side of the shrunken images, in pixels", least=8)
+    small_epochs: int = _option(6, "first epochs that train on shrunken images, at most half of all", least=0)
+    small_size: int = _option(24, "side of the shrunken images, in pixels", least=9)
 
     def __post_init__(self):
         known_name("recipe", self.recipe, RECIPES)
@@ -81,6 +93,8 @@ class Config:
             _check(field, getattr(self, field.name))
         if self.small_epochs and self.model in _ONE_SIZE_MODELS:
             raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
+        if self.optimizer == "muon" and self.model != "whitened":
+            raise UserError(f"muon's rates are those of the model whitened: {self.model} takes adam or sgd")
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
@@ -91,8 +105,8 @@ class Config:
         """
         settings = {name: read(name, value) for name, value in given.items() if value is not None}
         recipe = known_name("recipe", settings.get("recipe", cls.recipe), RECIPES)
-        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or _in_project(cls.data_dir))
-        settings.setdefault("output_dir", _in_project(cls.output_dir))
+        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or short(PROJECT / cls.data_dir))
+        settings.setdefault("output_dir", short(PROJECT / cls.output_dir))
         return cls(**{"recipe": recipe, **RECIPES[recipe], **settings})
 
 
@@ -147,9 +161,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def _in_project(folder: str) -> str:
-    """A folder of the project, as seen from the working directory, so that a command works from any."""
-    return os.path.relpath(Path(__file__).parent.parent / folder)
+def short(path: Path) -> str:
+    """A path as seen from the working directory, where it can be."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # on another drive
+        return str(path)
 
 
 def known_name(kind: str, name: str, known) -> str:
@@ -183,20 +200,31 @@ def read(name: str, value: Any) -> Any:
     """`value` as the type of the field `name`; a string is parsed. Raises UsageError if it cannot be."""
     if not isinstance(value, str):
         return value
-    declared = get_type_hints(Config)[name]
-    kind = next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
     try:
-        return kind(value)
+        return _kind(name)(value)
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UsageError(f"{flag(name)} takes {wanted}, not '{value}'") from None
+        raise UsageError(f"{flag(name)} takes {_KINDS[_kind(name)]}, not '{value}'") from None
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _kind(name: str) -> type:
+    """The type of a field's values, None aside."""
+    declared = get_type_hints(Config)[name]
+    return next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     known, least, most = (field.metadata[key] for key in ("known", "least", "most"))
+    if value is None and field.default is None:
+        return
+    kind = _kind(field.name)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise UserError(f"{flag(field.name)} takes {_KINDS[kind]}, not {value!r}")
     if known:
         known_name(field.name, value, known)
-    if value is None or isinstance(value, str):
+    if kind is str:
         return
     in_range = (least is None or value >= least) and (most is None or value <= most)
     if not (in_range and math.isfinite(value)):

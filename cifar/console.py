@@ -1,7 +1,6 @@
 """What a person sees in the terminal: banners, tables and progress, and their plain form without a terminal."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,12 +17,14 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cifar.config import UserError
+from cifar.config import UserError, short
 
 _REFRESH_SECONDS = 0.25
+_ROWS = 100  # of a table of pictures
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -81,6 +82,14 @@ def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]
     )
     with Progress(*columns, console=out) as progress:
         task = progress.add_task(name, total=size)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that counts things; yields a function that takes how many more are done. Nothing without a terminal."""
+    with Progress(*Progress.get_default_columns(), console=out, transient=True, disable=not is_live()) as progress:
+        task = progress.add_task(name, total=total)
         yield lambda count: progress.advance(task, count)
 
 
@@ -180,9 +189,43 @@ def show_metrics(metrics: dict[str, Any]) -> None:
         say(f"most confused: {pair['true']} taken for {pair['predicted']}, {pair['count']} times")
 
 
-def show_speeds(speeds: dict[str, dict[str, Any]]) -> None:
+def show_answers(answers: Sequence[Any], predictor: Any) -> None:
+    """The three most probable classes of each picture, from `predict.Answer`s, or why it was refused."""
+    table = Table(title=f"what {predictor.run.path.name} sees")
+    table.add_column("picture", overflow="fold")
+    for place in ("first", "second", "third")[: len(predictor.classes)]:
+        table.add_column(place)
+    for answer in answers[:_ROWS]:
+        if answer.refusal:
+            table.add_row(Text(answer.source), Text("refused", style="red"))
+            continue
+        top = answer.probabilities.argsort()[::-1][:3]
+        table.add_row(Text(answer.source), *(_share(predictor.classes[n], answer.probabilities[n]) for n in top))
+    out.print(table)
+    if len(answers) > _ROWS:
+        say(f"and {len(answers) - _ROWS:,} more, all of which --output keeps")
+    for answer in answers:
+        if answer.refusal:
+            say(f"refused {answer.source}: {answer.refusal}", style="red")
+    if unsure := [answer.source for answer in answers if _is_unsure(answer, predictor)]:
+        first = ", ".join(unsure[:3]) + (" and others" if len(unsure) > 3 else "")
+        say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {first}")
+
+
+def _share(name: str, share: float) -> Table:
+    """A class with its probability as a bar and in percent."""
+    cell = Table.grid(padding=(0, 1))
+    cell.add_row(Text(name), ProgressBar(total=1.0, completed=float(share), width=8), f"{share:.1%}")
+    return cell
+
+
+def _is_unsure(answer: Any, predictor: Any) -> bool:
+    return answer.probabilities is not None and predictor.is_probably_none(answer.probabilities)
+
+
+def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:
     """The training speeds of recipes, from `bench.compare`."""
-    table = Table(title="images a second in training")
+    table = Table(title=f"images of {dataset} a second in training, on the CPU")
     table.add_column("recipe")
     table.add_column("this suite", justify="right")
     workers = list(next(iter(speeds.values()))["loader_images_per_second"])
@@ -208,10 +251,12 @@ def show_dataset(dataset: Any) -> None:
 
 
 def show_run(run: Any) -> None:
-    """Where a run lies and how long its stages took."""
-    seconds = run.record["seconds"]
+    """Where a run lies, how long its stages took, and what must not be overlooked about it."""
+    seconds, note = run.record["seconds"], run.record.get("note")
     say(
         "  ".join(f"{stage} {taken:.1f} s" for stage, taken in seconds.items())
-        + f"  in all {sum(seconds.values()):.1f} s"
+        + f"  stages together {sum(seconds.values()):.1f} s"
     )
-    say(f"run directory: {os.path.relpath(run.path)}")
+    say(f"run directory: {short(run.path)}")
+    if note:
+        banner(note)

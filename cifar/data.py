@@ -77,6 +77,11 @@ class Dataset:
         """The test images. Raises UserError if a file is damaged."""
         return _read(self, "test")
 
+    def check(self) -> None:
+        """Compare every file with its MD5, and read none. Raises UserError that names one that is damaged."""
+        if self.folder:
+            _check_files(self.folder, CIFAR10.train_list + CIFAR10.test_list)
+
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -92,6 +97,8 @@ def find(name: str, data_dir: str) -> tuple[Dataset, str | None]:
         return digits, None
     try:
         folder = _cifar10_folder(Path(data_dir)) or _fetch_cifar10(Path(data_dir))
+    except OSError as error:
+        raise UserError(f"cannot read {data_dir}: {error.strerror}") from None
     except UnavailableError as error:
         if name != "auto":
             raise
@@ -102,7 +109,7 @@ def find(name: str, data_dir: str) -> tuple[Dataset, str | None]:
 def settle(config: Config, dataset: Dataset) -> Config:
     """The configuration with what depends on the dataset filled in: the settings of the run as they will be.
 
-    Raises UserError if the validation split would leave a class without an image on either side.
+    Raises UserError if the validation or the training split would have fewer images than there are classes.
     """
     images, classes = len(dataset.train), len(dataset.classes)
     val_size = images // 10 if config.val_size is None else config.val_size
@@ -115,6 +122,8 @@ def settle(config: Config, dataset: Dataset) -> Config:
         config,
         dataset=dataset.name,
         val_size=val_size,
+        small_epochs=min(config.small_epochs, config.epochs // 2),
+        small_size=min(config.small_size, dataset.train.images.shape[-1]),
         batch_size=min(config.batch_size, max(2, (images - val_size) // _LEAST_STEPS)),
         flip=config.flip if dataset.mirrors else "none",
     )
@@ -274,7 +283,8 @@ def _unpack(archive: Path) -> Path:
             tar.extractall(temporary, filter="data")
             (Path(temporary) / CIFAR10.base_folder).rename(folder)
     except OSError as error:
-        raise UserError(f"cannot unpack {archive} beside itself: {error.strerror}") from None
+        if not folder.is_dir():  # or else another process was faster
+            raise UserError(f"cannot unpack {archive} beside itself: {error.strerror}") from None
     return folder
 
 
@@ -286,14 +296,21 @@ def _read_cifar10(folder: Path, part: str) -> Split:
     """One split, checked and parsed by torchvision, which is shown the files of that split alone."""
     other = "test_list" if part == "train" else "train_list"
     reader = type("CIFAR10", (CIFAR10,), {other: [], "base_folder": folder.resolve().name})
-    try:
-        read = reader(folder.resolve().parent, train=part == "train")
-    except RuntimeError:
-        files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
-        damaged = next(folder / file for file, md5 in files if not check_integrity(folder / file, md5))
-        state = "damaged" if damaged.exists() else "missing"
-        raise UserError(f"{damaged} is {state}: put back the original, or delete {folder} to fetch it anew") from None
+    _check_files(folder, reader.train_list + reader.test_list)
+    read = reader(folder.resolve().parent, train=part == "train")
     return Split(torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(read.targets))
+
+
+def _check_files(folder: Path, files: list) -> None:
+    """Raise UserError that names the first of the files, or the list of classes, that is missing or damaged.
+
+    files: pairs of name and MD5. torchvision checks them too, and says only that something is wrong.
+    """
+    for name, md5 in (*files, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])):
+        if not check_integrity(folder / name, md5):
+            state = "damaged" if (folder / name).exists() else "missing"
+            cure = f"put back the original, or delete {folder} to fetch it anew"
+            raise UserError(f"{folder / name} is {state}: {cure}")
 
 
 def _read_digits(part: str) -> Split:

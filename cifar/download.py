@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import http.client
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -23,16 +24,15 @@ def fetch(url: str, target: Path, *, md5: str) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with _open(url) as response, partial.open("wb") as file:
-            found = _copy(response, file, target.name)
+        with _open(url) as response, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            found = _copy(response, partial)
+            if found != md5:
+                raise UserError(f"{url} sent a wrong file: its MD5 is {found}, not {md5}")
+            partial.replace(target)
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"cannot download {url}: {reason}") from None
-    if found != md5:
-        partial.unlink()
-        raise UserError(f"{url} sent a wrong file: its MD5 is {found}, not {md5}")
-    partial.replace(target)
 
 
 def _open(url: str) -> http.client.HTTPResponse:
@@ -61,11 +61,11 @@ def _open(url: str) -> http.client.HTTPResponse:
         raise TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds") from None
 
 
-def _copy(response: http.client.HTTPResponse, file, name: str) -> str:
-    """Write the response's body to the file under a progress bar; return its MD5."""
+def _copy(response: http.client.HTTPResponse, path: Path) -> str:
+    """Write the response's body to a file under a progress bar; return its MD5."""
     digest = hashlib.md5(usedforsecurity=False)
     size = int(response.headers.get("Content-Length") or 0) or None
-    with download_bar(name, size) as advance:
+    with path.open("wb") as file, download_bar(path.name, size) as advance:
         while chunk := response.read(_CHUNK):
             file.write(chunk)
             digest.update(chunk)

@@ -1,6 +1,7 @@
 """Logits to metrics: accuracy with its interval, scores by class, calibration, test-time augmentation."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +21,10 @@ from cifar.runs import Run
 
 _BATCH = 500  # images; larger ones leave the processor's caches
 _BINS = 15
+_UNSURE_SHARE = 0.05  # of the validation images, on which the network is called unsure
 
 
-def evaluate(run: Run, dataset: data.Dataset, device_name: str = "auto") -> dict[str, Any]:
+def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any]:
     """Measure the run's best.pt on the test split; write and return metrics.json.
 
     Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
@@ -30,9 +32,10 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str = "auto") -> dict
     """
     device.keep_freed_memory()
     config = run.config
-    if dataset.name != config.dataset:
-        raise UserError(f"{run.path.name} was trained on {config.dataset}, not on {dataset.name}")
-    network = load(run, dataset.classes)
+    run.check_dataset(dataset.name)
+    if dataset.train.sha256() != run.record["dataset"]["train_sha256"]:
+        raise UserError(f"the training images of {dataset.name} are not those that {run.path.name} was trained on")
+    network, content = load(run, dataset.classes)
     hardware = device.choose(device_name)
     network.to(hardware)
     precision = device.resolve_precision(config.precision, hardware)
@@ -44,7 +47,8 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str = "auto") -> dict
         "dataset": dataset.name,
         "recipe": config.recipe,
         "split": "test",
-        "sha256": test.sha256(),
+        "epoch": content["epoch"],
+        "test_sha256": test.sha256(),
         **measure(logits.numpy(), logits_tta.numpy(), test.labels.numpy(), dataset.classes),
         "calibration": calibrate(logits.numpy(), test.labels.numpy(), val_logits.numpy(), val.labels.numpy()),
     }
@@ -56,14 +60,17 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str = "auto") -> dict
         digits=4,
         zero_division=0,
     )
-    (run.path / "classification_report.txt").write_text(report, encoding="utf-8")
+    run.write_text("classification_report.txt", report)
     _write_predictions(run, logits, test.labels, dataset.classes, metrics["calibration"]["temperature"])
     run.write("metrics.json", metrics)
     return metrics
 
 
-def load(run: Run, classes: Sequence[str]) -> nn.Module:
-    """The network with the run's best weights, on the CPU. Raises UserError if they are missing or do not fit."""
+def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with the run's best weights, on the CPU, and what else the checkpoint says.
+
+    Raises UserError if the weights are missing, damaged or do not fit.
+    """
     path = run.checkpoints / "best.pt"
     content = checkpoint.load(path)
     if content["classes"] != list(classes):
@@ -73,7 +80,7 @@ def load(run: Run, classes: Sequence[str]) -> nn.Module:
         network.load_state_dict(content["weights"])
     except RuntimeError:
         raise UserError(f"the weights in {path} do not fit the network {content['model']}") from None
-    return network
+    return network, content
 
 
 @torch.inference_mode()
@@ -131,6 +138,7 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
         "per_class": {name: _scores(report[name]) for name in classes},
         "macro_average": _scores(report["macro avg"]),
+        "weighted_average": _scores(report["weighted avg"]),
         "most_confused": most_confused(matrix, classes),
         "confusion_matrix": matrix.tolist(),
     }
@@ -157,11 +165,16 @@ def most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, 
 def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
     """How far confidence is from accuracy, before and after the temperature that validation asks for.
 
-    The temperature is 1 where nothing was held out. Source: Guo et al. 2017, arXiv:1706.04599.
+    threshold: the confidence that all but `threshold_share` of the validation images reach, so that a picture
+    below it is probably none of the classes. Without validation the temperature is 1 and there is no threshold.
+    Source: Guo et al. 2017, arXiv:1706.04599.
     """
     temperature = fit_temperature(val_logits, val_labels) if len(val_labels) else 1.0
+    confidence = softmax(val_logits / temperature, axis=1).max(1, initial=0)
     return {
         "temperature": temperature,
+        "threshold": float(np.quantile(confidence, _UNSURE_SHARE)) if len(val_labels) else None,
+        "threshold_share": _UNSURE_SHARE,
         "fitted_on": len(val_labels),
         "before": _calibration(logits, labels),
         "after": _calibration(logits / temperature, labels),
@@ -183,9 +196,11 @@ def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     probabilities = softmax(logits.astype(np.float64), axis=1)
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels
+    edges = np.linspace(0, 1, _BINS + 1)
+    places = np.digitize(confidence, edges[1:-1], right=True)
     bins = []
-    for low in np.arange(_BINS) / _BINS:
-        inside = (confidence > low) & (confidence <= low + 1 / _BINS)
+    for place, low in enumerate(edges[:-1]):
+        inside = places == place
         count = int(inside.sum())
         means = [float(values[inside].mean()) if count else None for values in (confidence, correct)]
         bins.append({"low": float(low), "count": count, "confidence": means[0], "accuracy": means[1]})
@@ -207,10 +222,11 @@ def _scores(row: dict[str, float]) -> dict[str, Any]:
 def _write_predictions(run: Run, logits: Tensor, labels: Tensor, classes: Sequence[str], temperature: float) -> None:
     """predictions.csv: a row per test image, with its calibrated probabilities."""
     probabilities = softmax(logits.double().numpy() / temperature, axis=1)
-    with (run.path / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "true", "predicted", "confidence", *classes])
-        for index, (row, label) in enumerate(zip(probabilities, labels.tolist())):
-            winner = int(row.argmax())
-            shares = [f"{share:.6f}" for share in (row[winner], *row)]
-            writer.writerow([index, classes[label], classes[winner], *shares])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["index", "true", "predicted", "confidence", *classes])
+    for index, (row, label) in enumerate(zip(probabilities, labels.tolist())):
+        winner = int(row.argmax())
+        shares = [f"{share:.6f}" for share in (row[winner], *row)]
+        writer.writerow([index, classes[label], classes[winner], *shares])
+    run.write_text("predictions.csv", text.getvalue())

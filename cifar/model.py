@@ -83,6 +83,7 @@ class Scale(nn.Module):
 def whitening_filters(images: Tensor, side: int) -> Tensor:
     """Filters whose responses to the images' patches are uncorrelated and of equal variance, each with its negative.
 
+    Directions in which the patches hardly vary, by less than 5e-4, are left fainter than the others.
     images: (N, 3, H, W), normalized. Returns (2 * 3 * side**2, 3, side, side).
     """
     patches = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * side**2)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-# Muon trains what has two or more dimensions, and SGD the rest at these rates (Jordan 2024, where the loss is a
-# sum over 2,000 images: his rates times 2,000). They are large because the logits are scaled down by the width.
+# What Muon does not train, SGD does at these rates (Jordan 2024, where the loss is a sum over 2,000 images: his
+# rates times 2,000). They are large because the network `whitened` scales its logits down by its width.
 _BIAS_LR = 0.053 * 2000
 _HEAD_LR = 0.67 * 2000
 _SGD_MOMENTUM = 0.85
@@ -16,14 +16,16 @@ _WHITEN_BIAS_EPOCHS = 3  # then it stays as it is, and no gradient has to reach 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, on weights kept at unit mean row norm.
+    """Momentum whose update is orthogonalized, on weights that start each step with rows of norm one on average.
 
     Each parameter is a matrix, or is taken as one of (first dimension, all others). torch.optim.Muon is the
     plain form, for matrices alone. Source: Jordan 2024, airbench94_muon.
     """
 
-    def __init__(self, parameters, lr: float, momentum: float):
+    def __init__(self, parameters, lr: float, momentum: float, dtype: torch.dtype):
+        """dtype: of the matrix products that orthogonalize."""
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -39,19 +41,19 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
         nesterov = parameter.grad.add(buffer, alpha=momentum)
         parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-        parameter.add_(orthogonalize(nesterov.flatten(1)).view_as(parameter), alpha=-lr)
+        parameter.add_(orthogonalize(nesterov.flatten(1), self.dtype).view_as(parameter), alpha=-lr)
 
 
-def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
-    """The matrix (M, N) with its singular values brought near one, by Newton-Schulz iteration in bfloat16.
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix (M, N) with its singular values brought near one, by Newton-Schulz iteration in `dtype`.
 
-    Three steps of a quintic chosen for its slope at zero leave values from about 0.5 to 1.5, which train as
-    well as exact ones (Jordan 2024). Singular values far below the largest stay small.
+    Three steps of a quintic whose slope at zero is steep: values over a twentieth of the matrix's norm end between
+    0.5 and 1.3, which trains as well as ones (Jordan 2024), and smaller ones stay smaller.
     """
     tall = matrix.size(0) > matrix.size(1)
     x = matrix.T if tall else matrix
-    x = x.bfloat16() / (matrix.norm() + 1e-7)
-    for _ in range(steps):
+    x = x.to(dtype) / (matrix.norm() + 1e-7)
+    for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
@@ -98,11 +100,13 @@ def build(
     halve_every: int,
     epochs: int,
     steps_per_epoch: int,
+    precision: str,
 ) -> Updates:
     """The optimizers and schedules of a recipe, for parameters that require a gradient."""
     decay = _factor(schedule, epochs * steps_per_epoch, halve_every * steps_per_epoch)
     if optimizer == "muon":
-        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch, dtype)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if optimizer == "adam":
         rule = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -111,10 +115,10 @@ def build(
     return Updates([rule], [[decay]])
 
 
-def _muon(network, lr, momentum, weight_decay, decay, whiten_steps) -> Updates:
-    """Muon on the hidden layers' weights; SGD on the head and on what is a vector, as `fast` has them."""
+def _muon(network, lr, momentum, weight_decay, decay, whiten_steps, dtype) -> Updates:
+    """For the network `whitened`: Muon on the hidden layers' weights; SGD on the head and on what is a vector."""
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    whiten_bias = [trained.pop("whiten.bias")] if "whiten.bias" in trained else []
+    whiten_bias = [trained.pop("whiten.bias")]
     head = [trained.pop("head.weight")]
     vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
     matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
@@ -122,12 +126,12 @@ def _muon(network, lr, momentum, weight_decay, decay, whiten_steps) -> Updates:
     groups = [(vectors, _BIAS_LR, decay), (head, _HEAD_LR, decay), (whiten_bias, _BIAS_LR, whiten_decay)]
     # SGD multiplies weight_decay by the rate, so a decay of the same share of each weight is divided by it.
     sgd = torch.optim.SGD(
-        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in groups if params],
+        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in groups],
         momentum=_SGD_MOMENTUM,
         nesterov=True,
         fused=True,
     )
-    return Updates([Muon(matrices, lr, momentum), sgd], [[decay], [factor for params, _, factor in groups if params]])
+    return Updates([Muon(matrices, lr, momentum, dtype), sgd], [[decay], [factor for _, _, factor in groups]])
 
 
 def _factor(schedule: str, steps: int, halving_steps: int) -> Callable[[int], float]:

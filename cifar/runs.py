@@ -8,15 +8,15 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cifar.config import Config, UserError
+from cifar.config import FIELDS, PROJECT, Config, UserError
 
-_PROJECT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
 _RECORD = "run.json"
 
@@ -40,12 +40,16 @@ class Run:
         """run.json: status, provenance, seconds per stage."""
         return self.read(_RECORD)
 
+    def check_dataset(self, name: str) -> None:
+        """Raise UserError unless the run was trained on the dataset of that name."""
+        if name != self.config.dataset:
+            raise UserError(f"{self.path.name} was trained on {self.config.dataset}, not on {name}")
+
     @property
     def config(self) -> Config:
         """config.json as a Config. Raises UserError if a setting is unknown or out of range."""
         settings = self.read("config.json")
-        unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
-        if unknown:
+        if unknown := settings.keys() - set(FIELDS):
             raise UserError(f"{self.path / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}")
         return Config(**settings)
 
@@ -63,10 +67,12 @@ class Run:
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run; a reader sees the old one or the new one, never a part."""
-        target = self.path / name
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(target)
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Replace a text file of the run, likewise."""
+        with replacing(self.path / name) as partial:
+            partial.write_text(content, encoding="utf-8", newline="")
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
@@ -74,7 +80,8 @@ class Run:
 
     def append_history(self, epoch: dict[str, Any]) -> None:
         """Add one epoch's line to history.jsonl."""
-        with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "history.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(epoch, allow_nan=False) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
@@ -92,25 +99,58 @@ class Run:
         started = time.perf_counter()
         try:
             yield
-        finally:
-            self.update(seconds={**self.record["seconds"], name: round(time.perf_counter() - started, 3)})
+        except BaseException:
+            with contextlib.suppress(UserError):  # the first error is the one to tell
+                self._record_seconds(name, started)
+            raise
+        self._record_seconds(name, started)
+
+    def _record_seconds(self, stage: str, started: float) -> None:
+        self.update(seconds={**self.record["seconds"], stage: round(time.perf_counter() - started, 3)})
 
     @contextlib.contextmanager
     def lifetime(self) -> Iterator[None]:
         """Record how a run ended: completed, interrupted or failed; then `latest` points at it."""
         try:
             yield
-        except KeyboardInterrupt:
-            self._end(status="interrupted")
-            raise
         except BaseException as error:
-            self._end(status="failed", error=str(error) or type(error).__name__)
+            interrupted = isinstance(error, KeyboardInterrupt)
+            how = {"status": "interrupted"} if interrupted else {"status": "failed", "error": str(error) or repr(error)}
+            with contextlib.suppress(UserError):
+                self._end(**how)
             raise
         self._end(status="completed")
 
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=_now())
         _point_latest(self)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing the file into UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which then takes the place of `path` at once. Raises UserError if it cannot be written."""
+    partial = path.with_suffix(".partial")
+    with writing(path):
+        yield partial
+        partial.replace(path)
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise UserError, before anything costs time, if runs cannot be written there."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {output_dir}: {error.strerror}") from None
 
 
 def create(config: Config, **facts: Any) -> Run:
@@ -135,6 +175,8 @@ def _point_latest(run: Run) -> None:
     with contextlib.suppress(OSError, NotImplementedError):
         fresh.symlink_to(run.path.name, target_is_directory=True)
         fresh.replace(link)
+    with contextlib.suppress(OSError):
+        fresh.unlink()
 
 
 def find(output_dir: str, name: str | None = None) -> Run:
@@ -190,7 +232,7 @@ def _provenance() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     """The output of git on this project; None where there is no git, or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

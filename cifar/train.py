@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, device, evaluate, model, optim, runs
+from cifar import checkpoint, console, data, device, evaluate, model, optim, runs
 from cifar.config import Config, UserError
 from cifar.console import TrainingDisplay
 from cifar.runs import Run
@@ -17,14 +17,27 @@ from cifar.runs import Run
 _INPUT_IMAGES = 5000  # that the whitening layer is fitted on
 
 
-def begin(config: Config, dataset: data.Dataset, started: float) -> Run:
-    """Settle the configuration on the dataset and make the run's directory, ready for `fit`.
+def begin(config: Config) -> tuple[Run, data.Dataset]:
+    """Find the dataset, settle the configuration on it and make the run's directory, ready for `fit`.
 
-    started: when the data stage began, by time.perf_counter. Raises UserError for a setting that does not fit
-    the dataset or the machine, or if the directory cannot be made.
+    Raises UserError for a setting that does not fit the machine or the dataset, if the dataset cannot be had, or if
+    the directory cannot be made.
     """
-    hardware = device.choose(config.device)
+    started = time.perf_counter()
+    device.choose(config.device)
+    runs.check_writable(config.output_dir)
+    dataset, note = data.find(config.dataset, config.data_dir)
+    if note:
+        console.banner(note)
+    run = create(config, dataset)
+    run.update(note=note, seconds={"data": round(time.perf_counter() - started, 3)})
+    return run, dataset
+
+
+def create(config: Config, dataset: data.Dataset) -> Run:
+    """The run's directory, with the configuration settled on the dataset and what is known before training."""
     config = data.settle(config, dataset)
+    hardware = device.choose(config.device)
     image_size = dataset.train.images.shape[-1]
     network = model.build(config.model, len(dataset.classes), image_size)
     layers = model.layers(network, image_size)
@@ -42,12 +55,11 @@ def begin(config: Config, dataset: data.Dataset, started: float) -> Run:
             "multiply_adds": sum(layer.multiply_adds for layer in layers),
             "layers": [asdict(layer) for layer in layers],
         },
-        seconds={"data": round(time.perf_counter() - started, 3)},
     )
 
 
 def fit(run: Run, dataset: data.Dataset) -> None:
-    """Train the run's network on the training split alone; write history.jsonl, last.pt and best.pt.
+    """Train the run's network on the dataset's training split alone; write history.jsonl, last.pt and best.pt.
 
     best.pt has the highest validation accuracy, the earlier one of equals; without validation, the last epoch.
     Raises UserError, with epoch and step, when the loss is no longer finite.
@@ -65,6 +77,7 @@ def fit(run: Run, dataset: data.Dataset) -> None:
     with TrainingDisplay(config.epochs, len(batches), [side**2 for side in sides]) as display:
         for epoch, side in enumerate(sides, start=1):
             record = train_epoch(network, batches, updates, epoch, side, config.label_smoothing, precision, display)
+            _check_finite(network, epoch, len(batches))
             record |= _validate(network, val_split, precision)
             run.append_history(record)
             is_best = not len(val_split) or record["val_accuracy"] > best_accuracy
@@ -129,6 +142,12 @@ def _finite_mean(losses: Tensor, epoch: int) -> float:
     raise UserError(f"the loss is not finite at epoch {epoch}, step {step}: lower --lr")
 
 
+def _check_finite(network: nn.Module, epoch: int, step: int) -> None:
+    """Raise UserError if the epoch's last step, whose loss nobody has seen yet, has spoiled the weights."""
+    if not all(parameter.isfinite().all() for parameter in network.state_dict().values()):
+        raise UserError(f"the weights are not finite after epoch {epoch}, step {step}: lower --lr")
+
+
 def _validate(network: nn.Module, split: data.Split, precision: str) -> dict[str, Any]:
     """The validation part of the history's line; nulls where nothing was held out."""
     if not len(split):
@@ -161,17 +180,20 @@ def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> op
         halve_every=config.halve_every,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
+        precision=device.resolve_precision(config.precision, next(network.parameters()).device),
     )
 
 
 def _side(config: Config, split: data.Split, epoch: int) -> int:
-    """The side in pixels of the epoch's images; a training too short for all small epochs keeps their share."""
-    size = split.images.shape[-1]
-    return min(config.small_size, size) if epoch <= min(config.small_epochs, config.epochs // 2) else size
+    """The side in pixels of the epoch's images."""
+    return config.small_size if epoch <= config.small_epochs else split.images.shape[-1]
 
 
 def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:
-    """The network with fresh weights from the seed, its input layers fitted on the training images."""
+    """The network with fresh weights, its input layers fitted on the training images.
+
+    Seeds torch's global generator, from which the weights and, later, dropout are drawn.
+    """
     torch.manual_seed(config.seed)
     network = model.build(config.model, classes, split.images.shape[-1])
     model.fit_input(network, data.to_float(split.images[:_INPUT_IMAGES]), *split.mean_and_std())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cifar.config import UserError
 from cifar.data import Dataset
-from cifar.runs import Run
+from cifar.runs import Run, replacing
 
 _DPI = 150
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito 2008: safe when colour-blind
@@ -52,8 +52,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
     The test split is opened only if the run has predictions. Raises UserError if the dataset is not the run's,
     nothing has been measured yet, predictions.csv does not fit the test split, or a file cannot be written.
     """
-    if dataset.name != run.config.dataset:
-        raise UserError(f"{run.path.name} was trained on {run.config.dataset}, not on {dataset.name}")
+    run.check_dataset(dataset.name)
     with matplotlib.style.context(_STYLE):
         return [_save(figure, run.figures / f"{name}.png") for name, figure in _figures(run, dataset)]
 
@@ -82,13 +81,10 @@ def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    partial = path.with_suffix(".partial")
-    try:
+    with replacing(path) as partial:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(partial, format="png")
-        return partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
 
 @pytest.fixture(autouse=True)
-def no_dataset_in_the_environment(monkeypatch):
-    monkeypatch.delenv("CIFAR_DATA_DIR", raising=False)
+def nothing_in_the_environment(monkeypatch):
+    for name in ("CIFAR_DATA_DIR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +64,7 @@ def make_run(tmp_path, digits):
     """A function that trains on digits with the given settings and returns the run."""
 
     def make(dataset: data.Dataset = digits, **settings):
-        run = train.begin(quick_config(tmp_path / "outputs", **settings), dataset, started=0.0)
+        run = train.create(quick_config(tmp_path / "outputs", **settings), dataset)
         with run.lifetime(), run.stage("train"):
             train.fit(run, dataset)
         return run
@@ -74,10 +75,10 @@ def make_run(tmp_path, digits):
 @pytest.fixture(scope="session")
 def evaluated_run(tmp_path_factory, digits):
     """A run on digits, trained and evaluated; do not change it."""
-    run = train.begin(quick_config(tmp_path_factory.mktemp("evaluated")), digits, started=0.0)
+    run = train.create(quick_config(tmp_path_factory.mktemp("evaluated")), digits)
     with run.lifetime():
         with run.stage("train"):
             train.fit(run, digits)
         with run.stage("evaluate"):
-            evaluate.evaluate(run, digits)
+            evaluate.evaluate(run, digits, "cpu")
     return run

@@ -58,6 +58,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, write):
 
 
 def test_another_format_is_refused(tmp_path):
-    torch.save({"format": 2, "weights": {}}, tmp_path / "best.pt")
+    save(tmp_path / "best.pt")
+    torch.save({**checkpoint.load(tmp_path / "best.pt"), "format": 2}, tmp_path / "best.pt")
     with pytest.raises(UserError, match="is not of format 1"):
         checkpoint.load(tmp_path / "best.pt")

@@ -52,6 +52,19 @@ def test_small_images_need_a_network_that_takes_any_size():
         Config.create({"recipe": "mlp", "small_epochs": "1"})
 
 
+def test_muon_is_for_the_network_whose_rates_it_has():
+    with pytest.raises(UserError, match="simple takes adam or sgd"):
+        Config.create({"recipe": "simple", "optimizer": "muon"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", None), ("epochs", "12"), ("epochs", True), ("recipe", 3), ("lr", [1])]
+)
+def test_a_value_of_another_type_is_refused(name, value):
+    with pytest.raises(UserError):
+        Config(**{name: value})
+
+
 def test_the_environment_names_the_data_folder_unless_the_flag_does(monkeypatch):
     monkeypatch.setenv("CIFAR_DATA_DIR", "elsewhere")
     assert Config.create({}).data_dir == "elsewhere"

@@ -1,6 +1,8 @@
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from cifar import console
 from cifar.config import UsageError, UserError
@@ -41,6 +43,39 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(action, code, printed, capsy
 def test_a_programming_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         console.exit_code(lambda: 1 / 0)
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """A terminal of 120 columns, and what is written to it."""
+    written = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(console, "out", Console(file=written, force_terminal=True, width=120, highlight=False))
+    return written
+
+
+def test_a_terminal_shows_the_training_live_and_keeps_a_line_for_each_epoch(terminal):
+    with console.TrainingDisplay(2, 4, [1.0, 1.0]) as display:
+        display.step(1, 3, 0.4321, 0.871, 1034.4)
+        display.progress.refresh()
+        display.end_epoch(RECORD, best=True)
+    written = terminal.getvalue()
+    for part in ("epoch 1/2", "batch 3/4", "loss 0.432", "accuracy 87.1%", "1,034 images/s", "91.23%"):
+        assert part in written
+
+
+def test_a_terminal_shows_how_much_of_a_download_has_come(terminal):
+    with console.download_bar("archive.tar.gz", 1000) as advance:
+        advance(500)
+    written = terminal.getvalue()
+    assert "archive.tar.gz" in written
+    assert "500/1.0 kB" in written or "0.5/1.0 kB" in written
+
+
+def test_without_a_terminal_a_download_is_one_plain_line(capsys):
+    with console.download_bar("archive.tar.gz", 170_000_000) as advance:
+        advance(500)
+    assert capsys.readouterr().out == "downloading archive.tar.gz, 170 MB\n"
 
 
 def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 from torch import nn
 
 from cifar import data, evaluate
@@ -124,6 +124,7 @@ def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, d
     assert likelihood == pytest.approx(log_loss(true, probabilities), rel=1e-3)
     low, high = metrics["interval_95"]
     assert low < metrics["accuracy"] < high
+    assert metrics["weighted_average"]["f1"] == pytest.approx(f1_score(true, predicted, average="weighted"))
 
 
 def test_the_saved_confidence_is_that_of_the_predicted_class(evaluated_run):
@@ -141,14 +142,26 @@ def test_the_classification_report_is_kept_as_text(evaluated_run):
 def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run):
     other = data.Dataset("cifar10", data.CIFAR10_CLASSES, folder=None, mirrors=True)
     with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
-        evaluate.evaluate(evaluated_run, other)
+        evaluate.evaluate(evaluated_run, other, "cpu")
+
+
+def test_a_run_is_not_evaluated_on_changed_training_images(evaluated_run, digits):
+    changed = data.Dataset(digits.name, digits.classes, folder=None, mirrors=False)
+    vars(changed)["train"] = data.Split(digits.train.images.flip(0), digits.train.labels)
+    with pytest.raises(UserError, match=r"are not those that .* was trained on"):
+        evaluate.evaluate(evaluated_run, changed, "cpu")
+
+
+def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, digits):
+    calibration = evaluate.evaluate(make_run(val_size=0), digits, "cpu")["calibration"]
+    assert (calibration["temperature"], calibration["threshold"], calibration["fitted_on"]) == (1, None, 0)
 
 
 def test_a_run_without_a_checkpoint_says_so(make_run, digits):
     run = make_run(epochs=1)
     (run.checkpoints / "best.pt").unlink()
     with pytest.raises(UserError, match="there is no checkpoint"):
-        evaluate.evaluate(run, digits)
+        evaluate.evaluate(run, digits, "cpu")
 
 
 def test_weights_of_another_network_are_refused(make_run):

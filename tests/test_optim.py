@@ -7,7 +7,15 @@ from torch import nn
 
 from cifar import model, optim
 
-COMMON = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "halve_every": 2, "epochs": 4, "steps_per_epoch": 5}
+COMMON = {
+    "lr": 0.1,
+    "momentum": 0.5,
+    "weight_decay": 0.0,
+    "halve_every": 2,
+    "epochs": 4,
+    "steps_per_epoch": 5,
+    "precision": "float32",
+}
 
 
 def rates(schedule: str, steps: int) -> list[float]:
@@ -34,24 +42,26 @@ def test_the_rate_follows_its_schedule_step_by_step(schedule, expected):
     np.testing.assert_allclose(rates(schedule, 20), [expected(step) for step in range(20)])
 
 
-def test_orthogonalizing_keeps_the_directions_and_evens_out_the_singular_values():
-    for shape in ((8, 30), (30, 8), (16, 16)):
-        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        inner = left.T @ optim.orthogonalize(matrix, steps=5) @ right.T
-        values = inner.diag()
-        assert values.min() > 0.4
-        assert values.max() < 1.3
-        assert (inner - values.diag()).abs().max() < 0.1
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
+def test_orthogonalizing_keeps_the_directions_and_evens_out_the_singular_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    wanted = torch.linspace(0.06, 1, min(shape))
+    wanted /= wanted.norm()
+    inner = left.T @ optim.orthogonalize(left @ wanted.diag() @ right, torch.float32) @ right.T
+    values = inner.diag()[wanted > 0.05]
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert (inner - inner.diag().diag()).abs().max() < 1e-4
 
 
 def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient():
     weight = nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 7)
     before = weight.detach().clone()
     weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    optim.Muon([weight], lr=0.1, momentum=0.5).step()
-    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad)
-    torch.testing.assert_close(weight.detach(), expected, atol=0.01, rtol=0)  # the iteration runs in bfloat16
+    optim.Muon([weight], lr=0.1, momentum=0.5, dtype=torch.float32).step()
+    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad, torch.float32)
+    torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
@@ -74,16 +84,6 @@ def test_the_whitening_bias_stops_after_three_epochs_and_asks_for_no_more_gradie
         network(torch.rand(4, 3, 32, 32)).square().sum().backward()
         updates.step()
     assert network.groups[0].conv1.weight.requires_grad
-
-
-@pytest.mark.parametrize("name", ["simple", "mlp", "convnet", "resnet18"])
-def test_muon_trains_any_network(name):
-    network = model.build(name, 10, 32)
-    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
-    before = {key: value.clone() for key, value in network.named_parameters()}
-    network(torch.rand(4, 3, 32, 32)).square().sum().backward()
-    updates.step()
-    assert all(not torch.equal(value, before[key]) for key, value in network.named_parameters())
 
 
 def test_adam_is_torchs_with_the_given_rate_and_decay():

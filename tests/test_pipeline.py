@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-PROJECT = Path(__file__).resolve().parent.parent
+from cifar.config import FIELDS, PROJECT, flag
+
 INVOKE = "import sys; from invoke.main import program; sys.exit(program.run())"
 QUICK = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "1")
 FIGURES = {
@@ -60,8 +62,8 @@ def test_one_command_fills_the_run_directory(tmp_path):
 
 
 def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_path):
-    place = ("--output-dir", str(tmp_path))
-    code, out, err = invoke("train", *QUICK, *place, "evaluate", *place, "visualize", *place, cwd=PROJECT / "cifar")
+    train = ("train", *QUICK, "--output-dir", str(tmp_path))
+    code, out, err = invoke(*train, "evaluate", "visualize", cwd=PROJECT / "cifar")
     assert (code, err) == (0, "")
     made = next(tmp_path.glob("*_convnet_digits"))
     assert (made / "metrics.json").exists()
@@ -80,6 +82,7 @@ def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_p
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
+        ((*QUICK, "--device", "mps"), 1, "this machine has no device 'mps'"),
         (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py is damaged or another file"),
     ],
 )
@@ -124,9 +127,9 @@ def test_help_and_list_load_no_torch(command):
 def test_every_setting_is_a_flag_with_its_help_behind_both_doors():
     _, help_of_main, _ = main("--help")
     _, help_of_train, _ = invoke("--help", "train")
-    for flag in ("--recipe", "--val-size", "--small-epochs"):
-        assert flag in help_of_main
-        assert flag in help_of_train
+    for name in FIELDS:
+        assert flag(name) in help_of_main
+        assert flag(name) in help_of_train
     assert "default 25" not in help_of_main
     assert "simple 25" in " ".join(help_of_main.split())
 
@@ -143,3 +146,56 @@ def test_ctrl_c_marks_the_run_interrupted(tmp_path):
     assert err.count("\n") == 1
     record = next(tmp_path.glob("*_convnet_digits/run.json")).read_text(encoding="utf-8")
     assert '"status": "interrupted"' in record
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, digits) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(3):
+        Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+def test_predict_takes_files_and_keeps_all_probabilities(evaluated_run, pictures, tmp_path, flags_first):
+    files = [str(pictures / f"{index}.png") for index in range(3)]
+    flags = ["--run", str(evaluated_run.path), "--output", str(tmp_path / "answers.csv")]
+    code, out, err = invoke("predict", *(flags + files if flags_first else files + flags))
+    assert (code, err) == (0, "")
+    for file in files:
+        assert file in out.replace("\n", "") or Path(file).name in out
+    rows = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()
+    kept = (evaluated_run.path / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == [row.split(",")[2] for row in kept[1:4]]
+
+
+def test_predict_reads_standard_input(evaluated_run, pictures):
+    arguments = ("-c", INVOKE, "predict", "-", "--run", str(evaluated_run.path))
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=PROJECT, input=(pictures / "0.png").read_bytes(), capture_output=True
+    )
+    assert done.returncode == 0
+    assert b"standard input" in done.stdout
+
+
+def test_predict_tries_every_picture_and_then_exits_with_1(evaluated_run, pictures, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    files = (str(tmp_path / "notes.txt"), str(pictures))
+    code, out, err = invoke("predict", *files, "--run", str(evaluated_run.path))
+    assert (code, err) == (1, "error: 1 of 4 pictures were refused\n")
+    assert f"refused {tmp_path / 'notes.txt'}: the file is not a picture" in out
+    assert "2.png" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("x.png", "--output", "x.txt"), "--output takes a file that ends in"),
+        (("x.png", "--fit", "stretch"), "unknown fit"),
+    ],
+)
+def test_predict_tells_a_mistake_in_one_sentence(evaluated_run, arguments, sentence):
+    code, _, err = invoke("predict", *arguments, "--run", str(evaluated_run.path))
+    assert code == 1
+    assert sentence in err
+    assert err.count("\n") == 1

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def test_the_same_seed_gives_identical_weights_and_history_and_another_seed_does
 def test_the_same_seed_repeats_a_recipe_with_all_its_augmentation(make_run, recipe):
     settings = {"recipe": recipe, "epochs": 1, "val_size": 1237, "batch_size": 50}
     assert record(make_run(**settings)) == record(make_run(**settings))
+
+
+def test_scrambling_the_test_file_of_cifar10_changes_no_weight(small_cifar10, make_run):
+    settings = {"recipe": "fast", "epochs": 1, "val_size": 50}
+    before = record(make_run(dataset=data.find("cifar10", str(small_cifar10))[0], **settings))
+    content = pickle.loads((small_cifar10 / "test_batch").read_bytes())
+    scrambled = {"data": content["data"][::-1] ^ 255, "labels": content["labels"][::-1]}
+    (small_cifar10 / "test_batch").write_bytes(pickle.dumps(scrambled))
+    assert record(make_run(dataset=data.find("cifar10", str(small_cifar10))[0], **settings)) == before
 
 
 def test_scrambling_the_test_set_changes_no_weight(make_run, digits):
@@ -78,6 +88,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, t
     assert "not finite" in kept["error"]
 
 
+def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
+    spoil = train.train_epoch
+
+    def spoiling(network, *arguments):
+        record = spoil(network, *arguments)
+        next(network.parameters()).data[0] = float("nan")
+        return record
+
+    monkeypatch.setattr(train, "train_epoch", spoiling)
+    with pytest.raises(UserError, match="the weights are not finite after epoch 1"):
+        make_run(val_size=0)
+
+
 def test_the_first_step_that_is_not_finite_is_named():
     losses = torch.tensor([1.0, 2.0, float("inf"), float("nan")])
     with pytest.raises(UserError, match="epoch 7, step 3"):
@@ -95,7 +118,7 @@ def test_best_is_the_epoch_of_highest_validation_accuracy_and_last_the_last(make
 def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits):
     run = make_run(epochs=2)
     val = data.hold_out(digits.train, run.config.val_size, run.config.seed)[1]
-    network = evaluate.load(run, digits.classes)
+    network, _ = evaluate.load(run, digits.classes)
     best = max(epoch["val_accuracy"] for epoch in run.history())
     logits = evaluate.infer(network, val.images, precision=run.record["precision"])
     assert evaluate.accuracy(logits, val.labels) == pytest.approx(best)
@@ -128,4 +151,4 @@ def test_fast_learns_real_pictures_in_a_short_training(real_cifar10, make_run):
     vars(few)["train"] = real_cifar10.train[:10_000]
     vars(few)["test"] = real_cifar10.test
     run = make_run(dataset=few, recipe="fast", epochs=3, batch_size=500)
-    assert evaluate.evaluate(run, few)["accuracy"] > 0.55
+    assert evaluate.evaluate(run, few, "cpu")["accuracy"] > 0.55
