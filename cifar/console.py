@@ -1,6 +1,7 @@
 """What a person sees in the terminal: banners, tables and progress, and their plain form without a terminal."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -191,16 +192,16 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 
 def show_answers(answers: Sequence[Any], predictor: Any) -> None:
     """The three most probable classes of each picture, from `predict.Answer`s, or why it was refused."""
-    table = Table(title=f"what {predictor.run.path.name} sees")
+    folder = os.path.commonpath([os.path.dirname(answer.source) or "." for answer in answers])
+    table = Table(title=f"{predictor.run.path.name} on {folder}")
     table.add_column("picture", overflow="fold")
     for place in ("first", "second", "third")[: len(predictor.classes)]:
         table.add_column(place)
     for answer in answers[:_ROWS]:
-        if answer.refusal:
-            table.add_row(Text(answer.source), Text("refused", style="red"))
-            continue
-        top = answer.probabilities.argsort()[::-1][:3]
-        table.add_row(Text(answer.source), *(_share(predictor.classes[n], answer.probabilities[n]) for n in top))
+        name = Text(os.path.relpath(answer.source, folder))
+        top = [] if answer.refusal else answer.probabilities.argsort()[::-1][:3]
+        cells = [_share(predictor.classes[n], answer.probabilities[n], bar=not place) for place, n in enumerate(top)]
+        table.add_row(name, *(cells or [Text("refused", style="red")]))
     out.print(table)
     if len(answers) > _ROWS:
         say(f"and {len(answers) - _ROWS:,} more, all of which --output keeps")
@@ -212,10 +213,12 @@ def show_answers(answers: Sequence[Any], predictor: Any) -> None:
         say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {first}")
 
 
-def _share(name: str, share: float) -> Table:
-    """A class with its probability as a bar and in percent."""
+def _share(name: str, share: float, bar: bool) -> Table:
+    """A class with its probability in percent, and as a bar."""
     cell = Table.grid(padding=(0, 1))
-    cell.add_row(Text(name), ProgressBar(total=1.0, completed=float(share), width=8), f"{share:.1%}")
+    cell.add_column(no_wrap=True)
+    parts = [ProgressBar(total=1.0, completed=float(share), width=6)] if bar else []
+    cell.add_row(Text(name), *parts, f"{share:.1%}")
     return cell
 
 

@@ -25,8 +25,10 @@ from cifar.runs import Run, writing
 
 FITS = ("crop", "letterbox")
 _MOST_PIXELS = 25_000_000
-# What a picture may be. Not EPS, which runs another program, and not formats that any bytes could be.
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "PCX", "QOI")
+# What a picture may be. Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and
+# not what hardly anybody sends: each decoder is one more that may have a hole.
+_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
+_WIDE_SIDE = 1000  # pixels, to which wide greyscale is averaged first, as it takes four times the memory
 _BATCH = 500  # pictures decoded before the network sees them
 
 Source = Path | bytes | np.ndarray | Image.Image
@@ -49,11 +51,14 @@ class Predictor:
         if not (run.path / "metrics.json").exists():
             raise UserError(f"{run.path.name} has not been evaluated: `invoke evaluate --run {run.path.name}` does it")
         device.keep_freed_memory()
-        calibration = run.read("metrics.json")["calibration"]
-        self.run = run
-        self.classes: tuple[str, ...] = tuple(run.record["dataset"]["classes"])
-        self.temperature: float = calibration["temperature"]
-        self.threshold: float | None = calibration["threshold"]  # confidence below which it is probably no class
+        try:
+            calibration = run.read("metrics.json")["calibration"]
+            self.run = run
+            self.classes: tuple[str, ...] = tuple(run.record["dataset"]["classes"])
+            self.temperature: float = calibration["temperature"]
+            self.threshold: float | None = calibration["threshold"]  # confidence below which it is probably no class
+        except KeyError as missing:
+            raise UserError(f"{run.path.name} has no {missing} in its files: evaluate it anew") from None
         self.network, content = evaluate.load(run, self.classes)
         self.image_size: int = content["image_size"]
         hardware = device.choose(device_name)
@@ -163,10 +168,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _narrowed(image: Image.Image) -> Image.Image:
     """Greyscale of 16 or 32 bits, or float, as 8 bits, on the scale of the narrowest type that holds the values."""
-    values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    averaged = image.reduce(max(1, min(image.size) // _WIDE_SIDE))
+    values = np.nan_to_num(np.asarray(averaged, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
     span = next((scale for scale in scales if high <= scale), high) - low

@@ -107,9 +107,7 @@ GOOD = {
     "BMP": (lambda: saved(picture(), "BMP"), COLOURS),
     "PPM": (lambda: saved(picture(), "PPM"), COLOURS),
     "ICO": (lambda: saved(picture(), "ICO", sizes=[(64, 64)]), COLOURS),
-    "JPEG 2000": (lambda: saved(picture(), "JPEG2000"), COLOURS),
     "MPO": (lambda: saved(picture(), "MPO", save_all=True, append_images=[picture()], quality=95), COLOURS),
-    "PCX": (lambda: saved(picture(), "PCX"), COLOURS),
 }
 
 
@@ -162,6 +160,13 @@ def test_a_picture_of_the_networks_size_keeps_its_every_pixel(digits):
             assert torch.equal(decode(source, SIZE), image)
 
 
+@pytest.mark.parametrize("kind", [(np.uint16, 257), (np.int32, 257), (np.float32, 1 / 255)])
+def test_large_wide_greyscale_is_taken(kind):
+    dtype, scale = kind
+    large = wide(dtype, scale).resize((3000, 3000), Image.Resampling.NEAREST)
+    np.testing.assert_allclose(quarters(decode(saved(large, "TIFF"), SIZE)), GREYS, atol=12)
+
+
 def test_a_wide_picture_is_cropped_to_its_middle_or_kept_whole_on_white():
     pixels = np.zeros((30, 90, 3), dtype=np.uint8)
     pixels[:, 30:60] = (200, 100, 50)
@@ -199,6 +204,7 @@ REFUSED = {
     "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>', "not a picture"),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not a picture"),
     "PDF": (lambda: b"%PDF-1.7\n%%EOF\n", "not a picture"),
+    "JPEG 2000": (lambda: saved(picture(), "JPEG2000"), "not a picture"),
     "ZIP": (lambda: b"PK\x03\x04" + bytes(100), "not a picture"),
     "rubbish": (lambda: np.random.default_rng(0).bytes(5000), "not a picture"),
     "26 megapixels": (lambda: saved(Image.new("1", (5200, 5000)), "PNG"), "has 26 million pixels, and 25 million"),
@@ -229,7 +235,7 @@ def outcome(content: bytes) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "JPEG2000"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "PPM"])
 def test_a_file_truncated_anywhere_is_refused_or_seen_but_never_breaks(format):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = saved(noise, format)
