@@ -74,8 +74,7 @@ class Config:
         "weight decay as adam and sgd define it; with muon, the share that the head and the biases lose in a step",
         least=0.0,
     )
-    schedule: str = _option("linear", "decay of the learning rate, step by step", known=("linear", "cosine", "halving"))
-    halve_every: int = _option(10, "epochs between two halvings of the schedule `halving`", least=1)
+    schedule: str = _option("linear", "decay of the learning rate to zero, step by step", known=("linear", "cosine"))
     label_smoothing: float = _option(0.2, "share of the target spread over all classes", least=0.0, most=1.0)
     patience: int = _option(0, "epochs without a better validation accuracy before training stops; 0 never", least=0)
     crop: int = _option(2, "pixels by which a training image is shifted at most", least=0, most=31)
@@ -114,10 +113,9 @@ _CONVNET = {
     "epochs": 20,
     "batch_size": 64,
     "optimizer": "adam",
-    "lr": 1e-3,
+    "lr": 4e-3,
     "weight_decay": 0.0,
-    "schedule": "halving",
-    "halve_every": 10,
+    "schedule": "cosine",
     "label_smoothing": 0.0,
     "patience": 5,
     "crop": 4,
@@ -136,14 +134,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             **_CONVNET,
             "model": "simple",
             "epochs": 25,
+            "lr": 1e-3,
             "weight_decay": 1e-4,
-            "schedule": "cosine",
             "jitter": 0.2,
         },
-        # The network of ansonnchan/cifar10-image-classification.
+        # The network and augmentation of ansonnchan/cifar10-image-classification; his rate of 1e-3, halved every ten
+        # epochs, left it at 75.7% of validation, and 1e-3 with cosine decay at the same.
         "convnet": {**_CONVNET, "model": "convnet"},
-        # A baseline without convolutions.
-        "mlp": {**_CONVNET, "model": "mlp"},
+        # A baseline without convolutions. At 1e-3 it stops learning at 32%.
+        "mlp": {**_CONVNET, "model": "mlp", "lr": 3e-4},
         # He et al. 2015 with the settings of kuangliu/pytorch-cifar. For a GPU.
         "resnet18": {
             **_CONVNET,
@@ -154,7 +153,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": 0.1,
             "momentum": 0.9,
             "weight_decay": 5e-4,
-            "schedule": "cosine",
             "patience": 0,
         },
     }

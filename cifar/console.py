@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -111,13 +110,13 @@ class TrainingDisplay:
         return Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=out,
             transient=True,
+            expand=True,
         )
 
     def __enter__(self) -> "TrainingDisplay":
@@ -138,25 +137,19 @@ class TrainingDisplay:
         self.drawn = time.monotonic()
         self.done = self.steps * sum(self.costs[: epoch - 1]) + step * self.costs[epoch - 1]
         if self.progress:
-            status = f"batch {step}/{self.steps}  loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} images/s"
+            status = f"batch {step}/{self.steps} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} images/s"
             self.progress.update(
                 self.task, completed=self.done, description=f"epoch {epoch}/{self.epochs}", status=status
             )
 
     def end_epoch(self, record: dict[str, Any], best: bool) -> None:
-        """Print the line that stays: one epoch as history.jsonl has it."""
-        parts = [
-            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}",
-            f"{record['image_size']}x{record['image_size']}",
-            f"loss {record['train_loss']:.3f}",
-            f"accuracy {record['train_accuracy']:.1%}",
-        ]
+        """Print the line that stays, with a star at the best epoch so far; record: as history.jsonl has it."""
+        loss, accuracy = f"loss {record['train_loss']:.3f}", f"accuracy {record['train_accuracy']:.1%}"
         if record["val_accuracy"] is not None:
-            parts.append(f"validation loss {record['val_loss']:.3f} accuracy {record['val_accuracy']:.2%}")
-            parts.append("best" if best else "    ")
-        parts.append(f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s")
-        parts.append(f"left {self._left()}")
-        say("  ".join(parts))
+            loss += f" val {record['val_loss']:.3f}"
+            accuracy += f" val {record['val_accuracy']:.2%}" + ("*" if best else " ")
+        where = f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
+        say(f"{where}  {loss}  {accuracy} {record['images_per_second']:,.0f}/s  {self._left()} left")
 
     def _left(self) -> str:
         seconds = (time.monotonic() - self.started) * (self.work - self.done) / max(self.done, 1e-9)

@@ -97,13 +97,12 @@ def build(
     momentum: float,
     weight_decay: float,
     schedule: str,
-    halve_every: int,
     epochs: int,
     steps_per_epoch: int,
     precision: str,
 ) -> Updates:
     """The optimizers and schedules of a recipe, for parameters that require a gradient."""
-    decay = _factor(schedule, epochs * steps_per_epoch, halve_every * steps_per_epoch)
+    decay = _factor(schedule, epochs * steps_per_epoch)
     if optimizer == "muon":
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch, dtype)
@@ -122,7 +121,7 @@ def _muon(network, lr, momentum, weight_decay, decay, whiten_steps, dtype) -> Up
     head = [trained.pop("head.weight")]
     vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
     matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
-    whiten_decay = _factor("linear", whiten_steps, whiten_steps)
+    whiten_decay = _factor("linear", whiten_steps)
     groups = [(vectors, _BIAS_LR, decay), (head, _HEAD_LR, decay), (whiten_bias, _BIAS_LR, whiten_decay)]
     # SGD multiplies weight_decay by the rate, so a decay of the same share of each weight is divided by it.
     sgd = torch.optim.SGD(
@@ -134,10 +133,8 @@ def _muon(network, lr, momentum, weight_decay, decay, whiten_steps, dtype) -> Up
     return Updates([Muon(matrices, lr, momentum, dtype), sgd], [[decay], [factor for _, _, factor in groups]])
 
 
-def _factor(schedule: str, steps: int, halving_steps: int) -> Callable[[int], float]:
-    """step, from 0 -> the share of the peak rate: `linear` and `cosine` reach zero after `steps`."""
+def _factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """step, from 0 -> the share of the peak rate, which is zero after `steps`."""
     if schedule == "linear":
         return lambda step: max(0.0, 1 - step / steps)
-    if schedule == "cosine":
-        return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-    return lambda step: 0.5 ** (step // halving_steps)
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))

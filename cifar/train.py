@@ -177,7 +177,6 @@ def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> op
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        halve_every=config.halve_every,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         precision=device.resolve_precision(config.precision, next(network.parameters()).device),
