@@ -133,18 +133,23 @@ def _training_history(history: list[dict[str, Any]], subject: str) -> Figure:
     epochs = [line["epoch"] for line in history]
     validated = history[0]["val_loss"] is not None
     best = max(history, key=lambda line: line["val_accuracy"])["epoch"] if validated else epochs[-1]
+    small = [line for line in history if line["image_size"] < history[-1]["image_size"]]
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
         _plot(axes, epochs, [line[f"train_{key}"] for line in history], "o-", _BLUE, "training (augmented)")
         if validated:
             _plot(axes, epochs, [line[f"val_{key}"] for line in history], "s--", _ORANGE, "validation")
     _plot(rate, epochs, [line["lr"] for line in history], "o-", _GREEN, None)
+    if small:  # validation is on images of the full size, so until then it lags
+        label = f"trained at {small[0]['image_size']}x{small[0]['image_size']}"
+        for axes in (loss, accuracy, rate):
+            axes.axvspan(epochs[0] - 0.5, small[-1]["epoch"] + 0.5, color=_GREY, alpha=0.12, linewidth=0, label=label)
     for axes, title in ((loss, "cross-entropy"), (accuracy, "accuracy"), (rate, "learning rate at the epoch's start")):
         axes.axvline(best, color=_GREY, linestyle=":", label=f"{'best' if validated else 'last'} epoch {best}, kept")
         axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", frameon=True, framealpha=0.9, edgecolor="none")
     rate.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
@@ -200,7 +205,8 @@ def _per_class_metrics(metrics: dict[str, Any], subject: str) -> Figure:
     start = max(0, np.floor(20 * lowest.min() - 0.2) / 20)
     note = f"; the axis starts at {start:.0%}, not at zero" if start else ""
     axes.set(xlim=(start, 1 + 0.01 * (1 - start)), ylim=(len(classes) - 0.3, -0.7), xlabel=f"score{note}")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # ticks that need no decimals
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_yticks(rows, classes, fontsize=font)
     values = axes.secondary_yaxis("right")
     values.set_yticks(rows, [f"{value:.1%}" for value in scores["f1"]], fontsize=font)

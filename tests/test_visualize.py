@@ -54,7 +54,8 @@ def make_dataset(classes=CLASSES, true=TRUE):
 
 
 def make_line(epoch, validated=True, **changes):
-    line = {"epoch": epoch, "lr": 0.1 / epoch, "train_loss": 2 / epoch, "train_accuracy": 1 - 0.5 / epoch}
+    line = {"epoch": epoch, "image_size": 32, "lr": 0.1 / epoch}
+    line |= {"train_loss": 2 / epoch, "train_accuracy": 1 - 0.5 / epoch}
     validation = {"val_loss": 2.5 / epoch, "val_accuracy": 1 - 0.6 / epoch}
     line |= validation if validated else dict.fromkeys(validation)
     return {**line, "images_per_second": 100.0, "seconds": 1.0, **changes}
@@ -179,6 +180,15 @@ def test_a_single_epoch_shows_as_markers():
     for axes in figure.axes:
         assert axes.lines[0].get_marker() == "o"
         assert axes.lines[0].get_markersize() > 0
+
+
+def test_epochs_on_small_images_are_shaded():
+    history = [make_line(1, image_size=24), make_line(2, image_size=24), make_line(3)]
+    for axes in visualize._training_history(history, "fast on digits").axes:
+        (shade,) = axes.patches
+        assert (shade.get_x(), shade.get_width()) == (0.5, 2)
+        assert shade.get_label() == "trained at 24x24"
+    assert not visualize._training_history([make_line(1)], "fast on digits").axes[0].patches
 
 
 def test_the_best_epoch_is_the_earlier_of_equals():
