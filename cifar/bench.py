@@ -16,11 +16,11 @@ from cifar import data, device, train
 from cifar.config import Config
 from cifar.console import TrainingDisplay
 
-_WARM_STEPS = 10
+_WARM_STEPS = 30
 _WORKERS = (0, 1, 2)  # of the DataLoader
 
 
-def compare(config: Config, dataset: data.Dataset, *, steps: int = 100, rounds: int = 3) -> dict[str, Any]:
+def compare(config: Config, dataset: data.Dataset, *, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
     """Images a second of the recipe in this suite and through a DataLoader, the same steps by turns.
 
     Both train the same network with the same batch size, augmentation and optimizer. steps: timed in each of the
