@@ -1,4 +1,8 @@
-"""Datasets as uint8 tensors in memory: reading, splitting, augmenting, batching."""
+"""Datasets as uint8 tensors in memory: reading, splitting, augmenting, batching.
+
+torchvision and scikit-learn are imported where they are used: together they take three seconds, and the demo would
+wait for them.
+"""
 
 import dataclasses
 import hashlib
@@ -11,12 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.v2 import functional as transforms
 
 from cifar.config import Config, UserError
 from cifar.download import fetch
@@ -79,6 +78,8 @@ class Dataset:
 
     def check(self) -> None:
         """Compare every file with its MD5, and read none. Raises UserError that names one that is damaged."""
+        from torchvision.datasets import CIFAR10
+
         if self.folder:
             _check_files(self.folder, CIFAR10.train_list + CIFAR10.test_list)
 
@@ -131,6 +132,8 @@ def settle(config: Config, dataset: Dataset) -> Config:
 
 def hold_out(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
     """Split into training and validation, `val_size` images with each class in its share, drawn by the seed."""
+    from sklearn.model_selection import train_test_split
+
     if val_size == 0:
         return split, split[:0]
     train, val = train_test_split(
@@ -207,10 +210,21 @@ def random_crop(images: Tensor, pad: int, mode: str, generator: torch.Generator)
         raise ValueError(f"pad {pad} must be from 0 to {min(height, width) - 1}")
     if pad == 0:
         return images
-    padded = transforms.pad(images, [pad] * 4, padding_mode="constant" if mode == "zeros" else mode)
+    padded = pad_border(images, pad, mode)
     shift = torch.randint(0, 2 * pad + 1, (2, len(images)), generator=generator, device=images.device)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 pad + 1, 2 pad + 1, H, W), a view
     return windows[torch.arange(len(images), device=images.device), :, shift[0], shift[1]]
+
+
+def pad_border(images: Tensor, pad: int, mode: str) -> Tensor:
+    """Widen images (N, 3, H, W), of any dtype, by `pad` pixels on each side: `reflect` or `zeros`."""
+    if mode == "zeros":
+        return F.pad(images, (pad,) * 4)
+    rows, columns = (
+        F.pad(torch.arange(side, dtype=torch.float32, device=images.device)[None], (pad, pad), mode="reflect")[0].long()
+        for side in images.shape[-2:]
+    )
+    return images[..., rows[:, None], columns]  # F.pad reflects no integers
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -251,6 +265,8 @@ class UnavailableError(UserError):
 
 def _cifar10_folder(path: Path) -> Path | None:
     """The folder of CIFAR-10's seven files that `path` is, holds, or has in an archive; None if there is none."""
+    from torchvision.datasets import CIFAR10
+
     if path.is_file():
         return _unpack(path)
     for folder in (path / CIFAR10.base_folder, path):
@@ -261,6 +277,8 @@ def _cifar10_folder(path: Path) -> Path | None:
 
 
 def _fetch_cifar10(path: Path) -> Path:
+    from torchvision.datasets import CIFAR10
+
     archive = path / CIFAR10.filename
     try:
         fetch(CIFAR10.url, archive, md5=CIFAR10.tgz_md5)
@@ -273,6 +291,9 @@ def _fetch_cifar10(path: Path) -> Path:
 
 def _unpack(archive: Path) -> Path:
     """Unpack CIFAR-10's archive beside itself, whole or not at all, and return the folder."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
     folder = archive.parent / CIFAR10.base_folder
     if folder.is_dir():
         return folder
@@ -294,6 +315,8 @@ def _read(dataset: Dataset, part: str) -> Split:
 
 def _read_cifar10(folder: Path, part: str) -> Split:
     """One split, checked and parsed by torchvision, which is shown the files of that split alone."""
+    from torchvision.datasets import CIFAR10
+
     other = "test_list" if part == "train" else "train_list"
     reader = type("CIFAR10", (CIFAR10,), {other: [], "base_folder": folder.resolve().name})
     _check_files(folder, reader.train_list + reader.test_list)
@@ -306,6 +329,9 @@ def _check_files(folder: Path, files: list) -> None:
 
     files: pairs of name and MD5. torchvision checks them too, and says only that something is wrong.
     """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
     for name, md5 in (*files, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])):
         if not check_integrity(folder / name, md5):
             state = "damaged" if (folder / name).exists() else "missing"
@@ -315,6 +341,9 @@ def _check_files(folder: Path, files: list) -> None:
 
 def _read_digits(part: str) -> Split:
     """scikit-learn's 1,797 scanned digits, 8x8 in 17 greys, as 32x32 RGB; a fixed fifth is the test split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     scans, labels = load_digits(return_X_y=True)
     chosen = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)[part == "test"]
     pictures = torch.from_numpy(scans[chosen]).float().view(-1, 1, 8, 8) * (255 / 16)

@@ -115,7 +115,7 @@ def build(runs: DemoRuns, uploads: Path) -> gr.Blocks:
             **asking,
             **own,
         )
-        gr.on([], predict, [picture, chosen], gr.JSON(visible=False), api_name="predict", **asking)
+        gr.on([], predict, [picture, chosen], gr.JSON(label="answer", visible=False), api_name="predict", **asking)
         examples.click(
             lambda index, name: str(runs.examples(name)[index]), [examples, chosen], picture, preprocess=False, **own
         )
@@ -141,14 +141,11 @@ def _handlers(runs: DemoRuns, uploads: Path) -> tuple[Callable, Callable]:
         return _doubt(opinion), opinion.confidences, _views(opinion)
 
     def predict(picture: Payload, run: str | None = None) -> dict[str, Any]:
-        """Classify a picture: the class, the calibrated confidence of each class, and whether it is probably none.
+        """Classify a picture file of at most 10 MB and 25 million pixels, by the run of that name.
 
-        Parameters:
-            picture: a file of at most 10 MB and 25 million pixels
-            run: a run of the menu
-        Returns:
-            {"label", "confidences": [{"label", "confidence"}, ...], "probably_none", "threshold", "run"}
-        """
+        Returns {"label", "confidences": [{"label", "confidence"}, ...], "probably_none", "threshold", "run"}, the
+        confidences calibrated and largest first; a picture under the threshold is probably none of the classes.
+        """  # Gradio shows this in the API's documentation
         name = run or runs.default
         try:
             opinion = runs.ask(name, _file(picture, uploads), explain=False)

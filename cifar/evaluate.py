@@ -1,4 +1,7 @@
-"""Logits to metrics: accuracy with its interval, scores by class, calibration, test-time augmentation."""
+"""Logits to metrics: accuracy with its interval, scores by class, calibration, test-time augmentation.
+
+scikit-learn and SciPy's statistics are imported where they are used, as data.py says.
+"""
 
 import csv
 import io
@@ -9,10 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import binomtest
-from sklearn.metrics import classification_report, confusion_matrix, log_loss
 from torch import Tensor, nn
 
 from cifar import checkpoint, data, device, model
@@ -30,6 +30,8 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any
     Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
     Raises UserError if the run has no checkpoint, or the dataset is not the run's.
     """
+    from sklearn.metrics import classification_report
+
     device.keep_freed_memory()
     config = run.config
     run.check_dataset(dataset.name)
@@ -100,7 +102,7 @@ def infer_augmented(network: nn.Module, images: Tensor, *, mirrors: bool, precis
     and a quarter; each, where `mirrors`, also mirrored. Source: Jordan 2024, section 3.5.
     """
     size = images.shape[-1]
-    padded = data.transforms.pad(images, [1] * 4, padding_mode="reflect")
+    padded = data.pad_border(images, 1, "reflect")
     shifted = [images, padded[..., :size, :size], padded[..., 2:, 2:]]
     plain = infer(network, images, precision=precision)
     mean = torch.zeros_like(plain)
@@ -122,6 +124,8 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
 
     What is not called `tta` is from the plain logits.
     """
+    from sklearn.metrics import classification_report, confusion_matrix
+
     numbers = range(len(classes))
     predicted = logits.argmax(1)
     report = classification_report(
@@ -146,6 +150,8 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95% confidence interval of a share (Wilson 1927), as two numbers in 0..1."""
+    from scipy.stats import binomtest
+
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -183,6 +189,7 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, va
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T, from 0.01 to 100, that minimizes the cross-entropy of logits (N, classes) / T against labels (N,)."""
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits.astype(np.float64) / math.exp(log_temperature), axis=1)
@@ -193,6 +200,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
+    from sklearn.metrics import log_loss
+
     probabilities = softmax(logits.astype(np.float64), axis=1)
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels

@@ -50,7 +50,6 @@ class Predictor:
         """Raises UserError if the run has no checkpoint or has not been evaluated."""
         if not (run.path / "metrics.json").exists():
             raise UserError(f"{run.path.name} has not been evaluated: `invoke evaluate --run {run.path.name}` does it")
-        device.keep_freed_memory()
         try:
             calibration = run.read("metrics.json")["calibration"]
             self.run = run
