@@ -1,6 +1,9 @@
 """The whole way, as a user goes it: main.py and the invoke tasks in processes of their own."""
 
+import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import test_predict
 from PIL import Image
 
 from cifar.config import FIELDS, PROJECT, flag
@@ -199,3 +203,23 @@ def test_predict_tells_a_mistake_in_one_sentence(evaluated_run, arguments, sente
     assert code == 1
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_predict_answers_or_refuses_every_odd_and_hostile_file(evaluated_run, digits, tmp_path, monkeypatch):
+    saved = (evaluated_run.path / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    clearest = int(max(csv.DictReader(saved), key=lambda row: float(row["confidence"]))["index"])
+    pixels = digits.test.images[clearest].permute(1, 2, 0).numpy()
+    digit = Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)
+    monkeypatch.setattr(test_predict, "picture", lambda side=64: digit.resize((side, side)))
+    for kind, (make, _) in (test_predict.GOOD | test_predict.REFUSED).items():
+        (tmp_path / kind).write_bytes(make())
+    output = tmp_path.parent / "answers.json"
+    code, _, err = invoke("predict", str(tmp_path), "--run", str(evaluated_run.path), "--output", str(output))
+    answers = {Path(row["picture"]).name: row for row in json.loads(output.read_text(encoding="utf-8"))}
+    total = len(test_predict.GOOD) + len(test_predict.REFUSED)
+    assert (code, err) == (1, f"error: {len(test_predict.REFUSED)} of {total} pictures were refused\n")
+    hides = ("PNG 1 bit", "PNG RGBA", "PNG LA")  # greys, or the lower half, as do those called transparent
+    whole = [kind for kind in test_predict.GOOD if kind not in hides and "transparent" not in kind]
+    assert {kind: answers[kind]["predicted"] for kind in whole} == dict.fromkeys(whole, answers["PNG RGB"]["predicted"])
+    for kind, (_, sentence) in test_predict.REFUSED.items():
+        assert re.search(sentence, answers[kind]["refusal"])
