@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio import processing_utils
@@ -31,22 +32,10 @@ _SESSIONS = 100  # visitors whose page Gradio remembers
 _PORTS_TRIED = 100
 
 
-def serve(
-    run: Run | None = None,
-    *,
-    output_dir: str,
-    data_dir: str,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    share: bool = False,
-    auth: str | None = None,
-    device: str = "auto",
-) -> None:
+def serve(run: Run | None = None, *, host: str = "127.0.0.1", **options: Any) -> None:
     """Serve the demo until interrupted. The parameters are those of `running`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is ended so; it too deletes its files
-    with running(
-        run, output_dir=output_dir, data_dir=data_dir, host=host, port=port, share=share, auth=auth, device=device
-    ) as page:
+    with running(run, host=host, **options) as page:
         console.say(f"the demo is at {page.share_url or page.local_url}, Ctrl-C ends it")
         if not _is_loopback(host) and not page.auth:
             console.banner(f"Whoever reaches {host} can use the demo: --auth USER:PASSWORD asks who they are.")

@@ -25,12 +25,11 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from cifar import demo, visualize
-from cifar.config import UserError
+from cifar.config import PROJECT, UserError
 from cifar.demo_runs import DemoRuns
 from cifar.predict import Predictor, decode
 from cifar.runs import Run
 
-PROJECT = Path(__file__).resolve().parent.parent
 OLDER, NEWER = "2026-01-01_00-00-00_convnet_digits", "2026-01-02_00-00-00_convnet_digits"
 
 
