@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cifar import data
 from cifar.config import UserError, known_name
-from cifar.predict import Predictor, decode
+from cifar.picture import decode
+from cifar.predict import Predictor
 from cifar.runs import Run
 from cifar.saliency import saliency
 

@@ -27,7 +27,8 @@ from PIL import Image
 from cifar import demo, visualize
 from cifar.config import PROJECT, UserError
 from cifar.demo_runs import DemoRuns
-from cifar.predict import Predictor, decode
+from cifar.picture import decode
+from cifar.predict import Predictor
 from cifar.runs import Run
 
 OLDER, NEWER = "2026-01-01_00-00-00_convnet_digits", "2026-01-02_00-00-00_convnet_digits"

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import test_predict
+import test_picture
 from PIL import Image
 
 from cifar.config import FIELDS, PROJECT, flag
@@ -210,16 +210,16 @@ def test_predict_answers_or_refuses_every_odd_and_hostile_file(evaluated_run, di
     clearest = int(max(csv.DictReader(saved), key=lambda row: float(row["confidence"]))["index"])
     pixels = digits.test.images[clearest].permute(1, 2, 0).numpy()
     digit = Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)
-    monkeypatch.setattr(test_predict, "picture", lambda side=64: digit.resize((side, side)))
-    for kind, (make, _) in (test_predict.GOOD | test_predict.REFUSED).items():
+    monkeypatch.setattr(test_picture, "picture", lambda side=64: digit.resize((side, side)))
+    for kind, (make, _) in (test_picture.GOOD | test_picture.REFUSED).items():
         (tmp_path / kind).write_bytes(make())
     output = tmp_path.parent / "answers.json"
     code, _, err = invoke("predict", str(tmp_path), "--run", str(evaluated_run.path), "--output", str(output))
     answers = {Path(row["picture"]).name: row for row in json.loads(output.read_text(encoding="utf-8"))}
-    total = len(test_predict.GOOD) + len(test_predict.REFUSED)
-    assert (code, err) == (1, f"error: {len(test_predict.REFUSED)} of {total} pictures were refused\n")
+    total = len(test_picture.GOOD) + len(test_picture.REFUSED)
+    assert (code, err) == (1, f"error: {len(test_picture.REFUSED)} of {total} pictures were refused\n")
     hides = ("PNG 1 bit", "PNG RGBA", "PNG LA")  # greys, or the lower half, as do those called transparent
-    whole = [kind for kind in test_predict.GOOD if kind not in hides and "transparent" not in kind]
+    whole = [kind for kind in test_picture.GOOD if kind not in hides and "transparent" not in kind]
     assert {kind: answers[kind]["predicted"] for kind in whole} == dict.fromkeys(whole, answers["PNG RGB"]["predicted"])
-    for kind, (_, sentence) in test_predict.REFUSED.items():
+    for kind, (_, sentence) in test_picture.REFUSED.items():
         assert re.search(sentence, answers[kind]["refusal"])

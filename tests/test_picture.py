@@ -1,0 +1,283 @@
+import io
+import os
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, TiffImagePlugin
+
+from cifar.config import UserError
+from cifar.picture import FITS, decode
+
+SIZE = 32
+
+
+def picture(side: int = 64) -> Image.Image:
+    """Four flat quarters in four colours, so that any turn or mirroring shows."""
+    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    half = side // 2
+    pixels[:half, :half], pixels[:half, half:] = (220, 40, 30), (30, 200, 60)
+    pixels[half:, :half], pixels[half:, half:] = (40, 60, 210), (240, 230, 60)
+    return Image.fromarray(pixels)
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def quarters(decoded: torch.Tensor) -> np.ndarray:
+    """The colours in the middle of the four quarters: (4, 3)."""
+    return decoded[:, [8, 8, 24, 24], [8, 24, 8, 24]].T.numpy().astype(int)
+
+
+COLOURS = quarters(torch.from_numpy(np.array(picture(32))).permute(2, 0, 1))
+GREYS = np.repeat(np.array(picture(32).convert("L"))[[8, 8, 24, 24], [8, 24, 8, 24]][:, None], 3, axis=1).astype(int)
+
+
+def with_alpha(mode: str) -> Image.Image:
+    """The picture, whose lower half is fully transparent and hides black."""
+    pixels = np.array(picture().convert("RGBA"))
+    pixels[32:] = 0
+    return Image.fromarray(pixels).convert(mode)
+
+
+OVER_WHITE = np.concatenate([COLOURS[:2], np.full((2, 3), 255)])
+GREYS_OVER_WHITE = np.concatenate([GREYS[:2], np.full((2, 3), 255)])
+
+
+def wide(dtype, scale: float) -> Image.Image:
+    return Image.fromarray((np.array(picture().convert("L")).astype(np.float64) * scale).astype(dtype))
+
+
+def frames(format: str, **options) -> bytes:
+    return saved(picture(), format, save_all=True, append_images=[Image.new("RGB", (64, 64))] * 3, **options)
+
+
+def indexed_with_transparency() -> bytes:
+    palette = picture().quantize(8)
+    hidden = palette.getpixel((10, 60)), palette.getpixel((60, 60))
+    return saved(palette, "PNG", transparency=bytes(0 if index in hidden else 255 for index in range(8)))
+
+
+def colour_key() -> bytes:
+    pixels = np.array(picture())
+    pixels[32:] = (1, 2, 3)
+    return saved(Image.fromarray(pixels), "PNG", transparency=(1, 2, 3))
+
+
+GOOD = {
+    "PNG RGB": (lambda: saved(picture(), "PNG"), COLOURS),
+    "PNG RGBA": (lambda: saved(with_alpha("RGBA"), "PNG"), OVER_WHITE),
+    "PNG LA": (lambda: saved(with_alpha("LA"), "PNG"), GREYS_OVER_WHITE),
+    "PNG L": (lambda: saved(picture().convert("L"), "PNG"), GREYS),
+    "PNG 1 bit": (
+        lambda: saved(picture().convert("L").point(lambda v: 255 * (v > 100)).convert("1"), "PNG"),
+        255 * (GREYS > 100),
+    ),
+    "PNG palette": (lambda: saved(picture().quantize(8), "PNG"), COLOURS),
+    "PNG palette transparent": (indexed_with_transparency, OVER_WHITE),
+    "PNG transparent colour": (colour_key, OVER_WHITE),
+    "PNG 16 bit": (lambda: saved(wide(np.uint16, 257), "PNG"), GREYS),
+    "TIFF 16 bit": (lambda: saved(wide(np.uint16, 257), "TIFF"), GREYS),
+    "TIFF 32 bit": (lambda: saved(wide(np.int32, 257), "TIFF"), GREYS),
+    "TIFF 32 bit dark": (lambda: saved(wide(np.int32, 1), "TIFF"), GREYS),
+    "TIFF float to 1": (lambda: saved(wide(np.float32, 1 / 255), "TIFF"), GREYS),
+    "TIFF float to 255": (lambda: saved(wide(np.float32, 1), "TIFF"), GREYS),
+    "TIFF CMYK": (lambda: saved(picture().convert("CMYK"), "TIFF"), COLOURS),
+    "TIFF LZW": (lambda: saved(picture(), "TIFF", compression="tiff_lzw"), COLOURS),
+    "JPEG": (lambda: saved(picture(), "JPEG", quality=95), COLOURS),
+    "JPEG progressive": (lambda: saved(picture(), "JPEG", quality=95, progressive=True), COLOURS),
+    "JPEG L": (lambda: saved(picture().convert("L"), "JPEG", quality=95), GREYS),
+    "JPEG CMYK": (lambda: saved(picture().convert("CMYK"), "JPEG", quality=95), COLOURS),
+    "GIF": (lambda: saved(picture(), "GIF"), COLOURS),
+    "GIF animated": (lambda: frames("GIF"), COLOURS),
+    "PNG animated": (lambda: frames("PNG"), COLOURS),
+    "WebP": (lambda: saved(picture(), "WEBP", quality=95), COLOURS),
+    "WebP lossless": (lambda: saved(picture(), "WEBP", lossless=True), COLOURS),
+    "WebP transparent": (lambda: saved(with_alpha("RGBA"), "WEBP", lossless=True), OVER_WHITE),
+    "WebP animated": (lambda: frames("WEBP", lossless=True), COLOURS),
+    "AVIF": (lambda: saved(picture(), "AVIF", quality=95), COLOURS),
+    "BMP": (lambda: saved(picture(), "BMP"), COLOURS),
+    "PPM": (lambda: saved(picture(), "PPM"), COLOURS),
+    "ICO": (lambda: saved(picture(), "ICO", sizes=[(64, 64)]), COLOURS),
+    "MPO": (lambda: saved(picture(), "MPO", save_all=True, append_images=[picture()], quality=95), COLOURS),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_every_kind_of_picture_is_seen_as_a_person_sees_it(kind):
+    make, expected = GOOD[kind]
+    np.testing.assert_allclose(quarters(decode(make(), SIZE)), expected, atol=12)
+
+
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_turned_photo_is_turned_upright(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = picture().transpose(TURNS[orientation]) if TURNS[orientation] is not None else picture()
+    np.testing.assert_allclose(quarters(decode(saved(turned, format, exif=exif), SIZE)), COLOURS, atol=12)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\x00\x00rubbish", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00" + b"\xff" * 500]
+)
+def test_malformed_exif_is_passed_over(exif):
+    np.testing.assert_allclose(
+        quarters(decode(saved(picture(), "JPEG", exif=exif, quality=95), SIZE)), COLOURS, atol=12
+    )
+
+
+def test_an_orientation_out_of_range_is_passed_over():
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    np.testing.assert_allclose(quarters(decode(saved(picture(), "JPEG", exif=exif), SIZE)), COLOURS, atol=20)
+
+
+def test_a_picture_of_the_networks_size_keeps_its_every_pixel(digits):
+    for image in digits.test.images[:20]:
+        array = image.permute(1, 2, 0).numpy()
+        for source in (array, Image.fromarray(array), saved(Image.fromarray(array), "PNG")):
+            assert torch.equal(decode(source, SIZE), image)
+
+
+@pytest.mark.parametrize("kind", [(np.uint16, 257), (np.int32, 257), (np.float32, 1 / 255)])
+def test_large_wide_greyscale_is_taken(kind):
+    dtype, scale = kind
+    large = wide(dtype, scale).resize((3000, 3000), Image.Resampling.NEAREST)
+    np.testing.assert_allclose(quarters(decode(saved(large, "TIFF"), SIZE)), GREYS, atol=12)
+
+
+def test_a_wide_picture_is_cropped_to_its_middle_or_kept_whole_on_white():
+    pixels = np.zeros((30, 90, 3), dtype=np.uint8)
+    pixels[:, 30:60] = (200, 100, 50)
+    cropped, kept = (decode(pixels, SIZE, fit) for fit in FITS)
+    assert cropped[:, 2:-2, 2:-2].flatten(1).float().std(1).max() < 1
+    assert kept[:, 2, 16].tolist() == [255, 255, 255]
+    assert kept[:, 16, 16].tolist() == pytest.approx([200, 100, 50], abs=3)
+    assert kept[:, 16, 3].tolist() == pytest.approx([0, 0, 0], abs=3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (3000, 2), (5000, 5000)])
+def test_any_size_up_to_25_megapixels_is_taken(size):
+    started = time.perf_counter()
+    assert decode(saved(Image.new("RGB", size, (9, 99, 199)), "PNG"), SIZE)[:, 16, 16].tolist() == [9, 99, 199]
+    assert time.perf_counter() - started < 2
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that claims to be that large, one bit deep, all zeros."""
+    rows = zlib.compressobj(9)
+    line = bytes(1 + (width + 7) // 8)
+    packed = b"".join(rows.compress(line) for _ in range(height)) + rows.flush()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+REFUSED = {
+    "empty": (lambda: b"", "the file is empty"),
+    "text": (lambda: b"not a picture\n" * 50, "not a picture in a format known here"),
+    "HTML": (lambda: b"<!doctype html><p>hello", "not a picture"),
+    "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>', "not a picture"),
+    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not a picture"),
+    "PDF": (lambda: b"%PDF-1.7\n%%EOF\n", "not a picture"),
+    "JPEG 2000": (lambda: saved(picture(), "JPEG2000"), "not a picture"),
+    "ZIP": (lambda: b"PK\x03\x04" + bytes(100), "not a picture"),
+    "rubbish": (lambda: np.random.default_rng(0).bytes(5000), "not a picture"),
+    "26 megapixels": (lambda: saved(Image.new("1", (5200, 5000)), "PNG"), "has 26 million pixels, and 25 million"),
+    "bomb": (lambda: bomb(13_000, 13_000), "has 169 million pixels|has over 100 million pixels"),
+    "larger bomb": (lambda: bomb(60_000, 2000), "million pixels"),
+    "PNG header alone": (lambda: saved(picture(), "PNG")[:40], "damaged or incomplete|not a picture"),
+    "PNG with a wrong checksum": (lambda: saved(picture(), "PNG").replace(b"IHDR", b"IHDr"), "damaged|not a picture"),
+    "JPEG renamed and cut": (lambda: saved(picture(), "JPEG")[:300], "damaged or incomplete|not a picture"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_good_picture_is_refused_in_one_sentence(kind):
+    make, sentence = REFUSED[kind]
+    content = make()
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=sentence) as caught:
+        decode(content, SIZE)
+    assert time.perf_counter() - started < 2
+    assert "\n" not in str(caught.value)
+
+
+def outcome(content: bytes) -> str:
+    """The sentence of refusal, or nothing for a picture that is decoded."""
+    try:
+        return "" if decode(content, SIZE).shape == (3, SIZE, SIZE) else "wrong shape"
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "PPM"])
+def test_a_file_truncated_anywhere_is_refused_or_seen_but_never_breaks(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = saved(noise, format)
+    lengths = np.linspace(1, len(whole) - 1, 20).astype(int).tolist()
+    outcomes = [outcome(whole[:length]) for length in lengths]
+    assert sum(len(sentence) > 0 for sentence in outcomes) >= 15
+    assert all(
+        sentence.startswith(("the picture is damaged", "the file is not a picture"))
+        for sentence in outcomes
+        if sentence
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_flipped_bits_never_break_the_decoder(format):
+    whole = bytearray(saved(picture(), format))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 5):
+            damaged[place] ^= 1 << int(rng.integers(8))
+        assert "\n" not in outcome(bytes(damaged))
+
+
+def test_a_tiff_that_claims_more_than_it_has_is_refused():
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    content = bytearray(saved(picture(), "TIFF", tiffinfo=tags))
+    width = content.index(struct.pack("<HHI", 256, 4, 1)) + 8 if struct.pack("<HHI", 256, 4, 1) in content else None
+    if width is None:
+        width = content.index(struct.pack("<HHI", 256, 3, 1)) + 8
+    content[width : width + 2] = struct.pack("<H", 5000)
+    with pytest.raises(UserError):
+        decode(bytes(content), SIZE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="this is not a file"):
+        decode(tmp_path / "pipe.png", SIZE)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        decode(tmp_path / "none.png", SIZE)
+    with pytest.raises(UserError, match="the folder holds no pictures"):
+        decode(tmp_path, SIZE)
