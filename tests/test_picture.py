@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 
-from cifar.config import UserError
+from cifar.config import PROJECT, UserError
 from cifar.picture import FITS, decode
 
 SIZE = 32
@@ -180,6 +182,40 @@ def test_any_size_up_to_25_megapixels_is_taken(size):
     started = time.perf_counter()
     assert decode(saved(Image.new("RGB", size, (9, 99, 199)), "PNG"), SIZE)[:, 16, 16].tolist() == [9, 99, 199]
     assert time.perf_counter() - started < 2
+
+
+def test_a_large_webp_is_turned_and_laid_over_white_as_a_small_one():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: the camera's top is the right
+    large = with_alpha("RGBA").resize((2100, 2100), Image.Resampling.NEAREST)
+    options = {"lossless": True, "exif": exif}
+    turned = OVER_WHITE[[2, 0, 3, 1]]
+    for image in (large, with_alpha("RGBA")):
+        np.testing.assert_allclose(quarters(decode(saved(image, "WEBP", **options), SIZE)), turned, atol=2)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from cifar.picture import decode
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+decode(Path(sys.argv[1]), 32)  # a small one first, for what is imported on the way
+before = peak()
+decode(Path(sys.argv[2]), 32)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_webp_of_25_megapixels_takes_under_300_megabytes(tmp_path):
+    for name, side in (("small", 2001), ("large", 5000)):
+        (tmp_path / name).write_bytes(saved(Image.new("RGB", (side, side), "red"), "WEBP", method=0))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    megabytes = float(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
+    assert 60 < megabytes < 300
 
 
 def bomb(width: int, height: int) -> bytes:
