@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -140,17 +141,24 @@ def _dataset_of(run, data_dir: str | None):
     return data.find(run.config.dataset, data_dir or os.environ.get("CIFAR_DATA_DIR") or run.config.data_dir)[0]
 
 
-@stage("dataset", "data_dir")
+@stage("dataset", "data_dir", "output_dir")
 def bench(config):
-    """Measure training speed on the CPU beside a DataLoader that augments picture by picture, in float32."""
-    from cifar import bench, data
+    """Measure, on the CPU, training speed beside a per-image DataLoader, and where a step of `fast` spends its time."""
+    from cifar import bench, data, profiling, runs
 
+    runs.check_writable(config.output_dir)
     dataset, note = data.find(config.dataset, config.data_dir)
     if note:
         console.banner(note)
-    recipes = ("simple", "convnet")
-    speeds = {recipe: bench.compare(Config.create({"recipe": recipe, "device": "cpu"}), dataset) for recipe in recipes}
+    settings = {recipe: Config.create({"recipe": recipe, "device": "cpu"}) for recipe in ("fast", "simple", "convnet")}
+    profile = profiling.profile(settings.pop("fast"), dataset)
+    console.show_profile(profile)
+    speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in settings.items()}
     console.show_speeds(dataset.name, speeds)
+    path = Path(config.output_dir) / "bench.json"
+    with runs.replacing(path) as partial:
+        partial.write_text(json.dumps({"profile": profile, "speeds": speeds}, indent=2) + "\n", encoding="utf-8")
+    console.say(f"all figures: {path}")
 
 
 @stage(

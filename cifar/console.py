@@ -25,6 +25,7 @@ from cifar.config import UserError, short
 
 _REFRESH_SECONDS = 0.25
 _ROWS = 100  # of a table of pictures
+_SHOWN_SHARE = 0.005  # of a step, from which an operator is shown
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -232,6 +233,48 @@ def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:
         loader = (f"{speed['loader_images_per_second'][count]:,.0f}" for count in workers)
         table.add_row(recipe, f"{speed['suite_images_per_second']:,.0f}", *loader, f"{speed['ratio']:.2f}")
     out.print(table)
+
+
+def show_profile(profile: dict[str, Any]) -> None:
+    """Where training steps spend their time, from `profiling.profile`: the operators and convolutions that matter."""
+    rate = profile["matrix_flop_per_second"]
+    say(
+        f"{profile['recipe']}, {profile['batch_size']} images a step, {profile['precision']}, {profile['hardware']}, "
+        f"{profile['threads']} threads: matrix product {rate / 1e12:.2f} TFLOP/s"
+    )
+    for side, step in profile["sides"].items():
+        reached = step["flop_per_second"]
+        title = (
+            f"{side}x{side} pixels: {step['seconds']:.3g} s a step, {reached / 1e12:.2f} TFLOP/s, {reached / rate:.0%}"
+        )
+        table = Table(title=title, caption=_profile_caption(step))
+        table.add_column("operator, or convolution")
+        for column in ("calls", "ms", "of the step", "TFLOP/s", "of the rate", "GB/s"):
+            table.add_column(column, justify="right")
+        for part in ("operators", "convolutions"):
+            shown = [row for row in step[part] if row["seconds"] > _SHOWN_SHARE * step["seconds"]]
+            for row in shown:
+                table.add_row(*_profile_cells(row, step["seconds"], rate), end_section=row is shown[-1])
+        out.print(table)
+
+
+def _profile_cells(row: dict[str, Any], seconds: float, rate: float) -> list[str]:
+    flop = row["flop_per_second"]
+    rates = (f"{flop / 1e12:.2f}", f"{flop / rate:.0%}") if flop else ("", "")
+    share = f"{row['seconds'] / seconds:.1%}"
+    return [
+        row["name"],
+        f"{row['calls']:.0f}",
+        f"{row['seconds'] * 1e3:.1f}",
+        share,
+        *rates,
+        f"{row['bytes_per_second'] / 1e9:.1f}",
+    ]
+
+
+def _profile_caption(step: dict[str, Any]) -> str:
+    share = step["augmentation_seconds"] / step["seconds"]
+    return f"augmentation {share:.1%} of the step; {step['page_faults']:.0f} page faults a step"
 
 
 def show_dataset(dataset: Any) -> None:
