@@ -133,7 +133,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "simple": {
             **_CONVNET,
             "model": "simple",
-            "epochs": 25,
+            "epochs": 40,
             "lr": 1e-3,
             "weight_decay": 1e-4,
             "jitter": 0.2,
