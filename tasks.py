@@ -77,12 +77,12 @@ def stage(*names: str, **own_help: str) -> Callable:
     return decorate
 
 
-@stage("dataset", "data_dir")
+@stage("dataset", "data_dir", "image_size")
 def data(config):
     """Fetch the dataset if it is not there, check its files, and say what is there."""
-    from cifar import data
+    from cifar import datasets
 
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
     if note:
         console.banner(note)
     console.show_dataset(dataset)
@@ -135,21 +135,26 @@ def _find_run(config: Config, name: str | None):
 
 def _dataset_of(run, data_dir: str | None):
     """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
-    from cifar import data
+    from cifar import datasets
 
-    return data.find(run.config.dataset, data_dir or os.environ.get("CIFAR_DATA_DIR") or run.config.data_dir)[0]
+    settings = run.config
+    place = data_dir or os.environ.get("CIFAR_DATA_DIR") or settings.data_dir
+    return datasets.find(settings.dataset, place, settings.image_size)[0]
 
 
-@stage("dataset", "data_dir")
+@stage("dataset", "data_dir", "image_size")
 def bench(config):
     """Measure training speed on the CPU beside a DataLoader that augments picture by picture, in float32."""
-    from cifar import bench, data
+    from cifar import bench, datasets
 
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
     if note:
         console.banner(note)
-    recipes = ("simple", "convnet")
-    speeds = {recipe: bench.compare(Config.create({"recipe": recipe, "device": "cpu"}), dataset) for recipe in recipes}
+    settings = {"device": "cpu", "image_size": config.image_size}
+    speeds = {
+        recipe: bench.compare(Config.create({"recipe": recipe, **settings}), dataset)
+        for recipe in ("simple", "convnet")
+    }
     console.show_speeds(dataset.name, speeds)
 
 
