@@ -103,7 +103,7 @@ class Config:
     def __post_init__(self):
         known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            check(field.name, getattr(self, field.name))
         if self.small_epochs and self.model in _ONE_SIZE_MODELS:
             raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
         if self.optimizer == "muon" and self.model != "whitened":
@@ -235,21 +235,23 @@ def _kind(name: str) -> type:
     return next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
 
 
-def _check(field: dataclasses.Field, value: Any) -> None:
+def check(name: str, value: Any) -> None:
+    """Raise UserError unless the field `name` takes the value."""
+    field = _FIELDS[name]
     known, least, most = (field.metadata[key] for key in ("known", "least", "most"))
     if value is None and field.default is None:
         return
-    kind = _kind(field.name)
+    kind = _kind(name)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise UserError(f"{flag(field.name)} takes {_KINDS[kind]}, not {value!r}")
+        raise UserError(f"{flag(name)} takes {_KINDS[kind]}, not {value!r}")
     if known and not field.metadata["others"]:  # what is open is looked up where it is used
-        known_name(field.name, value, known)
+        known_name(name, value, known)
     if kind is str:
         return
     in_range = (least is None or value >= least) and (most is None or value <= most)
     if not (in_range and math.isfinite(value)):
         bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-        raise UserError(f"{flag(field.name)} must be {bounds}, not {value}")
+        raise UserError(f"{flag(name)} must be {bounds}, not {value}")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -100,6 +100,8 @@ def test_a_folder_of_pictures_with_odd_names_goes_the_whole_way(digits, tmp_path
         (("--device", "tpu"), 1, "unknown device 'tpu'"),
         (("--epochs", "0"), 1, "--epochs must be"),
         (("--epochs", "-3"), 1, "--epochs must be"),
+        (("--set", "epochs=abc"), 2, "--epochs takes a whole number, not 'abc' (passes over"),
+        (("--config", "none.toml"), 1, "cannot read none.toml"),
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
