@@ -2,22 +2,26 @@
 
 import argparse
 import sys
+from typing import Any
 
-from cifar import console
+from cifar import console, settings
 from cifar.config import FIELDS, Config, flag, help_text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
-    return console.exit_code(lambda: pipeline(Config.create(given)))
+    file, assignments = given.pop("config"), given.pop("set")
+    return console.exit_code(lambda: pipeline(Config.create(settings.gather(given, file, assignments))))
 
 
-def parse(arguments: list[str] | None) -> dict[str, str | None]:
-    """Field name -> the text given for it, or None. Exits with code 2 on an unknown flag."""
+def parse(arguments: list[str] | None) -> dict[str, Any]:
+    """Field name, or `config` or `set` -> the text given for it, or None. Exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
     for name in FIELDS:
         parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
+    parser.add_argument("--config", metavar="FILE", help=settings.HELP["config"])
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=settings.HELP["set"])
     return vars(parser.parse_args(arguments))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from invoke import Argument, Exit, Task, task
 
-from cifar import console
+from cifar import console, settings
 from cifar.config import FIELDS, PROJECT, Config, UsageError, UserError, help_text
 
 
@@ -52,44 +52,50 @@ _RUN_HELP = {"run": "run directory, or its name in --output-dir; default that of
 _chain: dict[str, str] = {}  # the run of the last task of this command line
 
 
-def stage(*names: str, **own_help: str) -> Callable:
+def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
     """Make a function an invoke task whose flags are the settings `names`, and its own keyword parameters.
 
-    The function receives the Config that the settings make. Each flag arrives as text, because invoke would
-    show a traceback for a number that it cannot read.
+    from_file: whether --config and --set give settings too. The function receives the Config that the settings make.
+    Each flag arrives as text, because invoke would show a traceback for a number that it cannot read.
     """
 
     def decorate(body: Callable) -> Callable:
         own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "config"]
-        flags = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+        places = settings.HELP if from_file else {}
+        flags = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in (*names, *places)
+        ]
 
         @functools.wraps(body)
         def door(_context, **given):
             extra = {parameter.name: given.pop(parameter.name, parameter.default) for parameter in own}
-            if code := console.exit_code(lambda: body(Config.create(given), **extra)):
+            file, assignments = given.pop("config", None), given.pop("set", [])
+            create = lambda: Config.create(settings.gather(given, file, assignments))  # noqa: E731
+            if code := console.exit_code(lambda: body(create(), **extra)):
                 raise Exit(code=code)
 
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         door.__signature__ = inspect.Signature([context, *own, *flags])
         positional = [parameter.name for parameter in own if parameter.default is parameter.empty]
-        help = {name: help_text(name) for name in names} | own_help
-        return task(door, help=help, auto_shortflags=False, positional=positional, klass=_WordsTask)
+        help = {name: help_text(name) for name in names} | own_help | places
+        repeated = [name for name in places if name == "set"]
+        return task(door, help=help, auto_shortflags=False, positional=positional, iterable=repeated, klass=_WordsTask)
 
     return decorate
 
 
-@stage("dataset", "data_dir")
+@stage("dataset", "data_dir", "image_size")
 def data(config):
     """Fetch the dataset if it is not there, check its files, and say what is there."""
-    from cifar import data
+    from cifar import datasets
 
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
     if note:
         console.banner(note)
     console.show_dataset(dataset)
 
 
-@stage(*FIELDS)
+@stage(*FIELDS, from_file=True)
 def train(config):
     """Train a network into a new run directory."""
     from cifar import train
@@ -136,24 +142,27 @@ def _find_run(config: Config, name: str | None):
 
 def _dataset_of(run, data_dir: str | None):
     """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
-    from cifar import data
+    from cifar import datasets
 
-    return data.find(run.config.dataset, data_dir or os.environ.get("CIFAR_DATA_DIR") or run.config.data_dir)[0]
+    config = run.config
+    place = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
+    return datasets.find(config.dataset, place, config.image_size)[0]
 
 
-@stage("dataset", "data_dir", "output_dir")
+@stage("dataset", "data_dir", "image_size", "output_dir")
 def bench(config):
     """Measure, on the CPU, training speed beside a per-image DataLoader, and where a step of `fast` spends its time."""
-    from cifar import bench, data, profiling, runs
+    from cifar import bench, datasets, profiling, runs
 
     runs.check_writable(config.output_dir)
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
     if note:
         console.banner(note)
-    settings = {recipe: Config.create({"recipe": recipe, "device": "cpu"}) for recipe in ("fast", "simple", "convnet")}
-    profile = profiling.profile(settings.pop("fast"), dataset)
+    own = {"device": "cpu", "image_size": config.image_size}
+    recipes = {recipe: Config.create({"recipe": recipe, **own}) for recipe in ("fast", "simple", "convnet")}
+    profile = profiling.profile(recipes.pop("fast"), dataset)
     console.show_profile(profile)
-    speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in settings.items()}
+    speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in recipes.items()}
     console.show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
     with runs.replacing(path) as partial:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2 as transforms
 
-from cifar import data, device, train
+from cifar import data, datasets, device, train
 from cifar.config import Config
 from cifar.console import TrainingDisplay
 
@@ -20,7 +20,7 @@ _WARM_STEPS = 150  # after 30 the processor is still a tenth slower than in a lo
 _WORKERS = (0, 1, 2)  # of the DataLoader
 
 
-def compare(config: Config, dataset: data.Dataset, *, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
+def compare(config: Config, dataset: datasets.Dataset, *, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
     """Images a second of the recipe in this suite and through a DataLoader, the same steps by turns.
 
     Both train the same network with the same batch size, augmentation and optimizer. steps: timed in each of the
@@ -28,7 +28,7 @@ def compare(config: Config, dataset: data.Dataset, *, steps: int = 150, rounds: 
     Returns the medians, the DataLoader's by its number of workers, and the ratio to its fastest.
     """
     device.keep_freed_memory()
-    config = data.settle(config, dataset)
+    config = datasets.settle(config, dataset)
     needed = config.batch_size * (steps + _WARM_STEPS)
     split = dataset.train[torch.arange(needed) % len(dataset.train)]
     speeds: dict[int | None, list[float]] = {}

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,13 +25,14 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def _option(default: Any, help: str, *, known: tuple[str, ...] = (), least=None, most=None) -> Any:
-    """A field of Config with its help text and the values that it takes."""
-    metadata = {"help": help, "known": known, "least": least, "most": most}
+def _option(default: Any, help: str, *, known: tuple[str, ...] = (), others: str = "", least=None, most=None) -> Any:
+    """A field of Config with its help text and the values that it takes; others: what it takes beside the known."""
+    metadata = {"help": help, "known": known, "others": others, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-DATASETS = ("auto", "cifar10", "digits")
+DATASETS = ("auto", "cifar10", "cifar100", "digits")
+A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
 _ONE_SIZE_MODELS = ("simple", "mlp")
@@ -45,8 +46,15 @@ class Config:
     """
 
     recipe: str = _option("fast", "named settings to start from")
-    dataset: str = _option("auto", "images; auto is cifar10, or digits where that cannot be had", known=DATASETS)
-    data_dir: str = _option("data", "folder or .tar.gz with CIFAR-10; CIFAR_DATA_DIR in the environment stands for it")
+    dataset: str = _option(
+        "auto", "images; auto is cifar10, or digits where that cannot be had", known=DATASETS, others=A_FOLDER
+    )
+    data_dir: str = _option(
+        "data", "folder or .tar.gz with CIFAR-10 or CIFAR-100; CIFAR_DATA_DIR in the environment stands for it"
+    )
+    image_size: int = _option(
+        32, "side in pixels to which the pictures of a folder are brought, cropped to a square", least=32, most=128
+    )
     output_dir: str = _option("outputs", "folder that receives a directory per run")
     device: str = _option("auto", "where to compute; auto takes cuda, then mps, then cpu", known=DEVICES)
     precision: str = _option(
@@ -61,7 +69,11 @@ class Config:
 
     model: str = _option("whitened", "network", known=MODELS)
     epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
-    batch_size: int = _option(2000, "images a step; lowered where an epoch would have under 20 steps", least=2)
+    batch_size: int = _option(
+        2000,
+        "images a step; lowered where an epoch would have under 20 steps, or a step over 2 million pixels",
+        least=2,
+    )
     optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
     lr: float = _option(
         0.24,
@@ -84,12 +96,14 @@ class Config:
     )
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
     small_epochs: int = _option(6, "first epochs that train on shrunken images, at most half of all", least=0)
-    small_size: int = _option(24, "side of the shrunken images, in pixels", least=9)
+    small_size: int | None = _option(
+        None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
+    )
 
     def __post_init__(self):
         known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            check(field.name, getattr(self, field.name))
         if self.small_epochs and self.model in _ONE_SIZE_MODELS:
             raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
         if self.optimizer == "muon" and self.model != "whitened":
@@ -167,13 +181,20 @@ def short(path: Path) -> str:
         return str(path)
 
 
-def known_name(kind: str, name: str, known) -> str:
-    """`name`, if it is one of `known`. Raises UserError that names the known ones and the nearest."""
+def known_name(kind: str, name: str, known, others: str = "") -> str:
+    """`name`, if it is one of `known`. Raises UserError that names the known ones, the `others` and the nearest."""
     if name in known:
         return name
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown {kind} '{name}': {hint}known are {', '.join(known)}")
+    beside = f", and {others}" if others else ""
+    raise UserError(f"unknown {kind} '{name}': {hint}known are {', '.join(known)}{beside}")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def flag(name: str) -> str:
@@ -185,9 +206,10 @@ def help_text(name: str) -> str:
     """A field's help, the values that it takes and its default in each recipe."""
     field = _FIELDS[name]
     known = tuple(RECIPES) if name == "recipe" else field.metadata["known"]
+    others = field.metadata["others"]
     parts = [field.metadata["help"]]
     if known:
-        parts.append("one of " + ", ".join(known))
+        parts.append("one of " + ", ".join(known) + (f", or {others}" if others else ""))
     if field.default is not None:
         others = [f"{recipe} {changed[name]}" for recipe, changed in RECIPES.items() if name in changed]
         parts.append("default " + ", ".join([str(field.default), *others]))
@@ -213,21 +235,23 @@ def _kind(name: str) -> type:
     return next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
 
 
-def _check(field: dataclasses.Field, value: Any) -> None:
+def check(name: str, value: Any) -> None:
+    """Raise UserError unless the field `name` takes the value."""
+    field = _FIELDS[name]
     known, least, most = (field.metadata[key] for key in ("known", "least", "most"))
     if value is None and field.default is None:
         return
-    kind = _kind(field.name)
+    kind = _kind(name)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise UserError(f"{flag(field.name)} takes {_KINDS[kind]}, not {value!r}")
-    if known:
-        known_name(field.name, value, known)
+        raise UserError(f"{flag(name)} takes {_KINDS[kind]}, not {value!r}")
+    if known and not field.metadata["others"]:  # what is open is looked up where it is used
+        known_name(name, value, known)
     if kind is str:
         return
     in_range = (least is None or value >= least) and (most is None or value <= most)
     if not (in_range and math.isfinite(value)):
         bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-        raise UserError(f"{flag(field.name)} must be {bounds}, not {value}")
+        raise UserError(f"{flag(name)} must be {bounds}, not {value}")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}

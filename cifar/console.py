@@ -21,11 +21,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cifar.config import UserError, short
+from cifar.config import UserError, short, some
 
 _REFRESH_SECONDS = 0.25
 _ROWS = 100  # of a table of pictures
 _SHOWN_SHARE = 0.005  # of a step, from which an operator is shown
+_NAMED = 20  # classes that are listed, or that have a row
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -160,7 +161,7 @@ class TrainingDisplay:
 def show_metrics(metrics: dict[str, Any]) -> None:
     """The tables of an evaluation, from metrics.json's content."""
     total = Table(
-        title=f"{metrics['recipe']} on {metrics['dataset']}: {metrics['split']} split, {metrics['n']:,} images"
+        title=Text(f"{metrics['recipe']} on {metrics['dataset']}: {metrics['split']} split, {metrics['n']:,} images")
     )
     total.add_column("")
     total.add_column("value", justify="right")
@@ -171,11 +172,14 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     total.add_row("loss (cross-entropy)", f"{metrics['loss']:.4f}", "")
     out.print(total)
 
-    classes = Table(title="by class, without test-time augmentation")
+    scores_of = sorted(metrics["per_class"].items(), key=lambda entry: entry[1]["f1"])[:_NAMED]
+    all_fit = len(metrics["per_class"]) <= _NAMED
+    which = "by class" if all_fit else f"the {_NAMED} classes of {len(metrics['per_class']):,} with the lowest F1"
+    classes = Table(title=f"{which}, without test-time augmentation")
     classes.add_column("class")
     for column in ("precision", "recall", "F1", "images"):
         classes.add_column(column, justify="right")
-    for name, scores in metrics["per_class"].items():
+    for name, scores in metrics["per_class"].items() if all_fit else scores_of:
         shares = (f"{scores[key]:.1%}" for key in ("precision", "recall", "f1"))
         classes.add_row(Text(name), *shares, f"{scores['support']:,}")
     out.print(classes)
@@ -187,7 +191,7 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 def show_answers(answers: Sequence[Any], predictor: Any) -> None:
     """The three most probable classes of each picture, from `predict.Answer`s, or why it was refused."""
     folder = os.path.commonpath([os.path.dirname(answer.source) or "." for answer in answers])
-    table = Table(title=f"{predictor.run.path.name} on {folder}")
+    table = Table(title=Text(f"{predictor.run.path.name} on {folder}"))
     table.add_column("picture", overflow="fold")
     for place in ("first", "second", "third")[: len(predictor.classes)]:
         table.add_column(place)
@@ -222,7 +226,7 @@ def _is_unsure(answer: Any, predictor: Any) -> bool:
 
 def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:
     """The training speeds of recipes, from `bench.compare`."""
-    table = Table(title=f"images of {dataset} a second in training, on the CPU")
+    table = Table(title=Text(f"images of {dataset} a second in training, on the CPU"))
     table.add_column("recipe")
     table.add_column("this suite", justify="right")
     workers = list(next(iter(speeds.values()))["loader_images_per_second"])
@@ -279,14 +283,14 @@ def _profile_caption(step: dict[str, Any]) -> str:
 
 def show_dataset(dataset: Any) -> None:
     """What a dataset holds; reads, and so checks, all of it."""
-    table = Table(title=dataset.name)
+    table = Table(title=Text(dataset.name))
     for column in ("split", "images", "size", "classes", "SHA-256"):
         table.add_column(column, justify="right" if column == "images" else "left")
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         _, _, height, width = split.images.shape
         table.add_row(name, f"{len(split):,}", f"{width}x{height}", str(len(dataset.classes)), split.sha256()[:16])
     out.print(table)
-    say(f"from {dataset.folder or 'scikit-learn'}; classes: {', '.join(dataset.classes)}")
+    say(f"from {dataset.place}; classes: {some(dataset.classes, _NAMED)}")
 
 
 def show_run(run: Any) -> None:

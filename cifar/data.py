@@ -1,26 +1,16 @@
-"""Datasets as uint8 tensors in memory: reading, splitting, augmenting, batching.
+"""Images in memory as uint8 tensors: splitting, augmenting, batching.
 
-torchvision and scikit-learn are imported where they are used: together they take three seconds, and the demo would
-wait for them.
+scikit-learn is imported where it is used: it takes a second, and the demo would wait for it.
 """
 
-import dataclasses
 import hashlib
-import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar.config import Config, UserError
-from cifar.download import fetch
-
-_LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
 _ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
@@ -55,79 +45,6 @@ class Split:
             totals += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))])
         mean, square = totals / (self.images.numel() / 3)
         return mean.float(), (square - mean.square()).sqrt().float()
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset that is there. A split is read when it is first asked for: training never opens the test split."""
-
-    name: str
-    classes: tuple[str, ...]
-    folder: Path | None  # None for a dataset that a package embeds
-    mirrors: bool  # whether a mirrored picture still shows its class
-
-    @cached_property
-    def train(self) -> Split:
-        """All training images, those for validation among them. Raises UserError if a file is damaged."""
-        return _read(self, "train")
-
-    @cached_property
-    def test(self) -> Split:
-        """The test images. Raises UserError if a file is damaged."""
-        return _read(self, "test")
-
-    def check(self) -> None:
-        """Compare every file with its MD5, and read none. Raises UserError that names one that is damaged."""
-        from torchvision.datasets import CIFAR10
-
-        if self.folder:
-            _check_files(self.folder, CIFAR10.train_list + CIFAR10.test_list)
-
-
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-def find(name: str, data_dir: str) -> tuple[Dataset, str | None]:
-    """The dataset `name`, fetched if need be, and for `auto` the sentence that says why it is `digits`.
-
-    data_dir: a folder that holds cifar-10-batches-py/, that folder itself, or the .tar.gz archive; CIFAR-10 is
-    fetched into it. Raises UserError if the dataset is not there and cannot be fetched.
-    """
-    digits = Dataset("digits", tuple("0123456789"), folder=None, mirrors=False)
-    if name == "digits":
-        return digits, None
-    try:
-        folder = _cifar10_folder(Path(data_dir)) or _fetch_cifar10(Path(data_dir))
-    except OSError as error:
-        raise UserError(f"cannot read {data_dir}: {error.strerror}") from None
-    except UnavailableError as error:
-        if name != "auto":
-            raise
-        return digits, f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {error}."
-    return Dataset("cifar10", CIFAR10_CLASSES, folder=folder, mirrors=True), None
-
-
-def settle(config: Config, dataset: Dataset) -> Config:
-    """The configuration with what depends on the dataset filled in: the settings of the run as they will be.
-
-    Raises UserError if the validation or the training split would have fewer images than there are classes.
-    """
-    images, classes = len(dataset.train), len(dataset.classes)
-    val_size = images // 10 if config.val_size is None else config.val_size
-    if val_size and not classes <= val_size <= images - classes:
-        raise UserError(
-            f"--val-size {val_size} does not fit: {dataset.name} has {images} training images in {classes} classes, "
-            f"so it takes 0, or {classes} to {images - classes}"
-        )
-    return dataclasses.replace(
-        config,
-        dataset=dataset.name,
-        val_size=val_size,
-        small_epochs=min(config.small_epochs, config.epochs // 2),
-        small_size=min(config.small_size, dataset.train.images.shape[-1]),
-        batch_size=min(config.batch_size, max(2, (images - val_size) // _LEAST_STEPS)),
-        flip=config.flip if dataset.mirrors else "none",
-    )
 
 
 def hold_out(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
@@ -257,95 +174,3 @@ def shrink(images: Tensor, side: int) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     weights = images.new_tensor(_ITU_GREY).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
-
-
-class UnavailableError(UserError):
-    """The dataset is neither on disk nor to be had from its address."""
-
-
-def _cifar10_folder(path: Path) -> Path | None:
-    """The folder of CIFAR-10's seven files that `path` is, holds, or has in an archive; None if there is none."""
-    from torchvision.datasets import CIFAR10
-
-    if path.is_file():
-        return _unpack(path)
-    for folder in (path / CIFAR10.base_folder, path):
-        if (folder / CIFAR10.meta["filename"]).exists() or (folder / CIFAR10.train_list[0][0]).exists():
-            return folder
-    archive = path / CIFAR10.filename
-    return _unpack(archive) if archive.is_file() else None
-
-
-def _fetch_cifar10(path: Path) -> Path:
-    from torchvision.datasets import CIFAR10
-
-    archive = path / CIFAR10.filename
-    try:
-        fetch(CIFAR10.url, archive, md5=CIFAR10.tgz_md5)
-    except UserError as error:
-        raise UnavailableError(
-            f"{error}; put {CIFAR10.filename} into {path}, or name its place with --data-dir"
-        ) from None
-    return _unpack(archive)
-
-
-def _unpack(archive: Path) -> Path:
-    """Unpack CIFAR-10's archive beside itself, whole or not at all, and return the folder."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    folder = archive.parent / CIFAR10.base_folder
-    if folder.is_dir():
-        return folder
-    if not check_integrity(archive, CIFAR10.tgz_md5):
-        raise UserError(f"{archive} is damaged or another file: its MD5 is not {CIFAR10.tgz_md5}")
-    try:
-        with tempfile.TemporaryDirectory(dir=archive.parent) as temporary, tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
-            (Path(temporary) / CIFAR10.base_folder).rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # or else another process was faster
-            raise UserError(f"cannot unpack {archive} beside itself: {error.strerror}") from None
-    return folder
-
-
-def _read(dataset: Dataset, part: str) -> Split:
-    return _read_digits(part) if dataset.folder is None else _read_cifar10(dataset.folder, part)
-
-
-def _read_cifar10(folder: Path, part: str) -> Split:
-    """One split, checked and parsed by torchvision, which is shown the files of that split alone."""
-    from torchvision.datasets import CIFAR10
-
-    other = "test_list" if part == "train" else "train_list"
-    reader = type("CIFAR10", (CIFAR10,), {other: [], "base_folder": folder.resolve().name})
-    _check_files(folder, reader.train_list + reader.test_list)
-    read = reader(folder.resolve().parent, train=part == "train")
-    return Split(torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(read.targets))
-
-
-def _check_files(folder: Path, files: list) -> None:
-    """Raise UserError that names the first of the files, or the list of classes, that is missing or damaged.
-
-    files: pairs of name and MD5. torchvision checks them too, and says only that something is wrong.
-    """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    for name, md5 in (*files, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])):
-        if not check_integrity(folder / name, md5):
-            state = "damaged" if (folder / name).exists() else "missing"
-            cure = f"put back the original, or delete {folder} to fetch it anew"
-            raise UserError(f"{folder / name} is {state}: {cure}")
-
-
-def _read_digits(part: str) -> Split:
-    """scikit-learn's 1,797 scanned digits, 8x8 in 17 greys, as 32x32 RGB; a fixed fifth is the test split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    scans, labels = load_digits(return_X_y=True)
-    chosen = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)[part == "test"]
-    pictures = torch.from_numpy(scans[chosen]).float().view(-1, 1, 8, 8) * (255 / 16)
-    pictures = F.interpolate(pictures, size=(32, 32), mode="bilinear").round().to(torch.uint8)
-    return Split(pictures.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[chosen]).long())

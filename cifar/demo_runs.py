@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar import data
+from cifar import data, datasets
 from cifar.config import UserError, known_name
 from cifar.picture import decode
 from cifar.predict import Predictor
@@ -101,7 +101,8 @@ class DemoRuns:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 with contextlib.suppress(UserError):
-                    _draw(data.find(self.run(name).config.dataset, self._data_dir)[0].test, folder)
+                    config = self.run(name).config
+                    _draw(datasets.find(config.dataset, self._data_dir, config.image_size)[0].test, folder)
         return sorted(folder.glob("*.png"))
 
     def _load(self, path: Path) -> Predictor:

@@ -1,6 +1,6 @@
 """Logits to metrics: accuracy with its interval, scores by class, calibration, test-time augmentation.
 
-scikit-learn and SciPy's statistics are imported where they are used, as data.py says.
+scikit-learn and SciPy's statistics are imported where they are used, as datasets.py says.
 """
 
 import csv
@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, device, model
-from cifar.config import UserError
+from cifar import checkpoint, data, datasets, device, model
+from cifar.config import UserError, some
 from cifar.runs import Run
 
-_BATCH = 500  # images; larger ones leave the processor's caches
+_BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more leave the processor's caches
 _BINS = 15
 _UNSURE_SHARE = 0.05  # of the validation images, on which the network is called unsure
 
 
-def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any]:
+def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str, Any]:
     """Measure the run's best.pt on the test split; write and return metrics.json.
 
     Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
@@ -76,7 +76,7 @@ def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     path = run.checkpoints / "best.pt"
     content = checkpoint.load(path)
     if content["classes"] != list(classes):
-        raise UserError(f"the checkpoint {path} is for other classes: {', '.join(content['classes'])}")
+        raise UserError(f"the checkpoint {path} is for other classes: {some(content['classes'])}")
     network = model.build(content["model"], len(classes), content["image_size"])
     try:
         network.load_state_dict(content["weights"])
@@ -91,7 +91,8 @@ def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
     network.eval()
     hardware = next(network.parameters()).device
     with device.autocast(hardware, precision):
-        batches = [network(data.to_float(batch.to(hardware))).float() for batch in images.split(_BATCH)]
+        parts = images.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
+        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts]
     return torch.cat(batches).cpu() if batches else torch.zeros(0, network.head.out_features)
 
 
@@ -128,9 +129,8 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
 
     numbers = range(len(classes))
     predicted = logits.argmax(1)
-    report = classification_report(
-        labels, predicted, labels=numbers, target_names=classes, output_dict=True, zero_division=0
-    )
+    # By number, as a class may be called "accuracy", which is a key of the report.
+    report = classification_report(labels, predicted, labels=numbers, output_dict=True, zero_division=0)
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
     return {
@@ -140,7 +140,7 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "accuracy_tta": correct_tta / len(labels),
         "interval_95_tta": wilson_interval(correct_tta, len(labels)),
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
-        "per_class": {name: _scores(report[name]) for name in classes},
+        "per_class": {name: _scores(report[str(number)]) for number, name in enumerate(classes)},
         "macro_average": _scores(report["macro avg"]),
         "weighted_average": _scores(report["weighted avg"]),
         "most_confused": most_confused(matrix, classes),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cifar import data, device, train
+from cifar import data, datasets, device, train
 from cifar.config import Config
 from cifar.console import TrainingDisplay
 
@@ -91,14 +91,14 @@ def matrix_rate(hardware: torch.device, precision: str, repeats: int = 9) -> flo
     return 2 * _MATRIX_SIDE**3 / statistics.median(seconds[1:])
 
 
-def profile(config: Config, dataset: data.Dataset, *, steps: int = 5) -> dict[str, Any]:
+def profile(config: Config, dataset: datasets.Dataset, *, steps: int = 5) -> dict[str, Any]:
     """Training steps of a recipe at each of its image sizes, beside the matrix rate of the same minute.
 
     Returns plain numbers, per step: seconds, flop, page_faults, seconds of augmentation, and the operators and
     convolutions with their shares and rates, the slowest first.
     """
     device.keep_freed_memory()
-    config = data.settle(config, dataset)
+    config = datasets.settle(config, dataset)
     hardware = device.choose(config.device)
     precision = device.resolve_precision(config.precision, hardware)
     split = dataset.train[torch.arange(config.batch_size * steps) % len(dataset.train)]

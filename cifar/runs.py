@@ -42,8 +42,9 @@ class Run:
 
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
-        if name != self.config.dataset:
-            raise UserError(f"{self.path.name} was trained on {self.config.dataset}, not on {name}")
+        trained_on = Path(self.config.dataset).name
+        if name != trained_on:
+            raise UserError(f"{self.path.name} was trained on {trained_on}, not on {name}")
 
     @property
     def config(self) -> Config:
@@ -159,7 +160,7 @@ def create(config: Config, **facts: Any) -> Run:
     config: with `dataset` resolved. Two runs in one second get directories of their own.
     Raises UserError if the output folder cannot be written.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{config.dataset}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{Path(config.dataset).name}"
     run = Run(_make_directory(Path(config.output_dir), name))
     run.checkpoints.mkdir()
     run.figures.mkdir()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import checkpoint, console, data, device, evaluate, model, optim, runs
+from cifar import checkpoint, console, data, datasets, device, evaluate, model, optim, runs
 from cifar.config import Config, UserError
 from cifar.console import TrainingDisplay
 from cifar.runs import Run
@@ -17,7 +17,7 @@ from cifar.runs import Run
 _INPUT_IMAGES = 5000  # that the whitening layer is fitted on
 
 
-def begin(config: Config) -> tuple[Run, data.Dataset]:
+def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     """Find the dataset, settle the configuration on it and make the run's directory, ready for `fit`.
 
     Raises UserError for a setting that does not fit the machine or the dataset, if the dataset cannot be had, or if
@@ -26,7 +26,7 @@ def begin(config: Config) -> tuple[Run, data.Dataset]:
     started = time.perf_counter()
     device.choose(config.device)
     runs.check_writable(config.output_dir)
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
     if note:
         console.banner(note)
     run = create(config, dataset)
@@ -34,9 +34,9 @@ def begin(config: Config) -> tuple[Run, data.Dataset]:
     return run, dataset
 
 
-def create(config: Config, dataset: data.Dataset) -> Run:
+def create(config: Config, dataset: datasets.Dataset) -> Run:
     """The run's directory, with the configuration settled on the dataset and what is known before training."""
-    config = data.settle(config, dataset)
+    config = datasets.settle(config, dataset)
     hardware = device.choose(config.device)
     image_size = dataset.train.images.shape[-1]
     network = model.build(config.model, len(dataset.classes), image_size)
@@ -58,7 +58,7 @@ def create(config: Config, dataset: data.Dataset) -> Run:
     )
 
 
-def fit(run: Run, dataset: data.Dataset) -> None:
+def fit(run: Run, dataset: datasets.Dataset) -> None:
     """Train the run's network on the dataset's training split alone; write history.jsonl, last.pt and best.pt.
 
     best.pt has the highest validation accuracy, the earlier one of equals; without validation, the last epoch.
@@ -199,7 +199,7 @@ def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:
     return network
 
 
-def _save(run: Run, name: str, network: nn.Module, dataset: data.Dataset, epoch: int) -> None:
+def _save(run: Run, name: str, network: nn.Module, dataset: datasets.Dataset, epoch: int) -> None:
     checkpoint.save(
         run.checkpoints / name,
         model=run.config.model,

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from cifar.config import UserError
-from cifar.data import Dataset
+from cifar.datasets import Dataset
 from cifar.runs import Run, replacing
 
 _DPI = 150
@@ -36,6 +36,7 @@ _STYLE = [
         "figure.constrained_layout.h_pad": 0.1,
         "figure.constrained_layout.w_pad": 0.1,
         "legend.frameon": False,
+        "text.parse_math": False,  # a class may be called "$"
     },
 ]
 _BIN = {"color": "#b8d6ea", "edgecolor": "white"}

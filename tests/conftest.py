@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from cifar import data, evaluate, train
+from cifar import datasets, evaluate, train
 from cifar.config import Config
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
@@ -22,34 +22,48 @@ def nothing_in_the_environment(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def digits() -> data.Dataset:
-    return data.find("digits", "nowhere")[0]
+def digits() -> datasets.Dataset:
+    return datasets.find("digits", "nowhere")[0]
 
 
 @pytest.fixture(scope="session")
-def real_cifar10() -> data.Dataset:
+def real_cifar10() -> datasets.Dataset:
     if not REAL_CIFAR10 or not Path(REAL_CIFAR10).exists():
         pytest.skip("CIFAR_DATA_DIR names no CIFAR-10")
-    return data.find("cifar10", REAL_CIFAR10)[0]
+    return datasets.find("cifar10", REAL_CIFAR10)[0]
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture
 def small_cifar10(tmp_path, monkeypatch) -> Path:
     """A folder with the seven files of CIFAR-10 at a hundredth of their size, which torchvision takes for the real."""
-    folder = tmp_path / "cifar-10-batches-py"
+    return _small(CIFAR10, tmp_path, monkeypatch, "labels", CIFAR10_CLASSES)
+
+
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch) -> Path:
+    """Likewise the three files of CIFAR-100, with 300 images each and classes called by their numbers."""
+    return _small(CIFAR100, tmp_path, monkeypatch, "fine_labels", [f"class {n}" for n in range(100)])
+
+
+def _small(kind, place: Path, monkeypatch, labels_key: str, classes) -> Path:
+    folder = place / kind.base_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
     lists = {"train_list": [], "test_list": []}
-    for kind, files in (("train_list", CIFAR10.train_list), ("test_list", CIFAR10.test_list)):
+    count = max(100, 3 * len(classes))
+    for part, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
         for name, _ in files:
-            labels = [index % 10 for index in range(100)]
-            pictures = rng.integers(0, 256, (100, 3072), dtype=np.uint8)
-            (folder / name).write_bytes(pickle.dumps({"data": pictures, "labels": labels}))
-            lists[kind].append([name, calculate_md5(folder / name)])
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(data.CIFAR10_CLASSES)}))
-    meta = {**CIFAR10.meta, "md5": calculate_md5(folder / "batches.meta")}
-    for name, value in {**lists, "meta": meta}.items():
-        monkeypatch.setattr(CIFAR10, name, value)
+            labels = [index % len(classes) for index in range(count)]
+            pictures = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({"data": pictures, labels_key: labels}))
+            lists[part].append([name, calculate_md5(folder / name)])
+    names = folder / kind.meta["filename"]
+    names.write_bytes(pickle.dumps({kind.meta["key"]: list(classes)}))
+    for name, value in {**lists, "meta": {**kind.meta, "md5": calculate_md5(names)}}.items():
+        monkeypatch.setattr(kind, name, value)
     return folder
 
 
@@ -63,7 +77,7 @@ def quick_config(output_dir: Path, **settings) -> Config:
 def make_run(tmp_path, digits):
     """A function that trains on digits with the given settings and returns the run."""
 
-    def make(dataset: data.Dataset = digits, **settings):
+    def make(dataset: datasets.Dataset = digits, **settings):
         run = train.create(quick_config(tmp_path / "outputs", **settings), dataset)
         with run.lifetime(), run.stage("train"):
             train.fit(run, dataset)

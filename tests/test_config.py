@@ -40,7 +40,7 @@ def test_a_number_out_of_range_is_told_in_one_sentence(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value", "nearest", "other"),
-    [("recipe", "fats", "fast", "resnet18"), ("dataset", "cifra10", "cifar10", "digits"), ("device", "gpu", "", "mps")],
+    [("recipe", "fats", "fast", "resnet18"), ("optimizer", "adm", "adam", "muon"), ("device", "gpu", "", "mps")],
 )
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest(name, value, nearest, other):
     with pytest.raises(UserError, match=f"unknown {name} '{value}'.*{nearest}.*known are .*{other}"):

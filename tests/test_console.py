@@ -105,23 +105,44 @@ def test_the_time_left_counts_small_epochs_as_cheap(monkeypatch, capsys):
     assert re.search(r"3:00 left$", capsys.readouterr().out.strip())
 
 
+def metrics_of(per_class: dict, dataset: str = "digits") -> dict:
+    return {
+        "recipe": "fast",
+        "dataset": dataset,
+        "split": "test",
+        "n": 8,
+        "accuracy": 0.75,
+        "interval_95": [0.41, 0.93],
+        "accuracy_tta": 0.875,
+        "interval_95_tta": [0.53, 0.98],
+        "loss": 0.1234,
+        "per_class": per_class,
+        "most_confused": [{"true": "cat", "predicted": "dog", "count": 2}],
+    }
+
+
+def test_of_many_classes_those_with_the_lowest_f1_are_shown(capsys):
+    scores = {"precision": 0.5, "recall": 0.5, "support": 1}
+    console.show_metrics(
+        metrics_of({f"n{number:03}": {**scores, "f1": number / 1000} for number in range(999, -1, -1)})
+    )
+    printed = capsys.readouterr().out
+    assert "the 20 classes of 1,000 with the lowest F1" in " ".join(printed.split())
+    assert all(f"n{number:03}" in printed for number in range(20))
+    assert "n020" not in printed
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    scores = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 1}
+    console.show_metrics(metrics_of({"[red]": scores}, dataset="my [bold] cats"))
+    printed = capsys.readouterr().out
+    assert "fast on my [bold] cats" in printed
+    assert "[red]" in printed
+
+
 def test_the_metrics_are_shown_with_their_intervals_and_confusions(capsys):
     scores = {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4}
-    console.show_metrics(
-        {
-            "recipe": "fast",
-            "dataset": "digits",
-            "split": "test",
-            "n": 8,
-            "accuracy": 0.75,
-            "interval_95": [0.41, 0.93],
-            "accuracy_tta": 0.875,
-            "interval_95_tta": [0.53, 0.98],
-            "loss": 0.1234,
-            "per_class": {"cat": scores, "dog": scores},
-            "most_confused": [{"true": "cat", "predicted": "dog", "count": 2}],
-        }
-    )
+    console.show_metrics(metrics_of({"cat": scores, "dog": scores}))
     printed = capsys.readouterr().out
     for part in ("75.00%", "41.00% to 93.00%", "87.50%", "0.1234", "66.7%", "cat taken for dog, 2 times"):
         assert part in printed

@@ -1,17 +1,10 @@
-import pickle
-import shutil
-import tarfile
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
-from cifar.config import Config, UserError
 
 
 def random_images(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:
@@ -25,73 +18,6 @@ def generator(seed: int = 0) -> torch.Generator:
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
     plain = {"batch_size": 10, "crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0}
     return data.Batches(split, **{**plain, **settings}, generator=generator(seed))
-
-
-# Reading
-
-
-def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
-    assert digits.train.images.shape == (1437, 3, 32, 32)
-    assert digits.test.images.shape == (360, 3, 32, 32)
-    assert digits.train.images.dtype == torch.uint8
-    assert digits.train.images.max() == 255
-    assert set(digits.test.labels.tolist()) == set(range(10))
-
-
-def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):
-    archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(small_cifar10, "cifar-10-batches-py")
-    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
-    renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
-    expected = np.concatenate(
-        [pickle.loads((small_cifar10 / f"data_batch_{n}").read_bytes())["data"] for n in range(1, 6)]
-    )
-    for place in (small_cifar10.parent, small_cifar10, renamed, archive, archive.parent):
-        dataset, note = data.find("cifar10", str(place))
-        assert note is None
-        assert np.array_equal(dataset.train.images.flatten(1).numpy(), expected)
-        assert len(dataset.test) == 100
-
-
-def test_a_damaged_batch_file_is_named(small_cifar10):
-    (small_cifar10 / "data_batch_3").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="data_batch_3 is damaged"):
-        _ = data.find("cifar10", str(small_cifar10))[0].train
-
-
-def test_training_images_are_read_where_the_test_file_is_missing_or_damaged(small_cifar10):
-    expected = data.find("cifar10", str(small_cifar10))[0].train.sha256()
-    (small_cifar10 / "test_batch").unlink()
-    dataset = data.find("cifar10", str(small_cifar10))[0]
-    assert dataset.train.sha256() == expected
-    with pytest.raises(UserError, match="test_batch is missing"):
-        _ = dataset.test
-
-
-def test_an_archive_that_is_another_file_is_refused(tmp_path):
-    archive = tmp_path / "cifar-10-python.tar.gz"
-    archive.write_bytes(b"not an archive")
-    with pytest.raises(UserError, match="is damaged or another file"):
-        data.find("cifar10", str(archive))
-
-
-def test_without_a_network_auto_takes_digits_and_cifar10_says_where_to_put_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    dataset, note = data.find("auto", str(tmp_path))
-    assert dataset.name == "digits"
-    assert "not CIFAR-10" in note
-    with pytest.raises(UserError, match=r"put cifar-10-python\.tar\.gz into"):
-        data.find("cifar10", str(tmp_path))
-
-
-def test_a_folder_with_a_damaged_cifar10_is_not_replaced_by_digits(small_cifar10):
-    (small_cifar10 / "data_batch_1").unlink()
-    dataset, note = data.find("auto", str(small_cifar10))
-    assert note is None
-    with pytest.raises(UserError, match="data_batch_1 is missing"):
-        _ = dataset.train
 
 
 def test_the_hash_changes_with_one_pixel_or_label():
@@ -142,18 +68,6 @@ def test_the_seed_draws_the_validation_split(digits):
 def test_no_validation_leaves_all_images_to_training(digits):
     train, val = data.hold_out(digits.train, 0, seed=0)
     assert (len(train), len(val)) == (1437, 0)
-
-
-@pytest.mark.parametrize("val_size", [5, 1430, 60000])
-def test_a_validation_split_that_does_not_fit_is_refused(digits, val_size):
-    with pytest.raises(UserError, match=f"--val-size {val_size} does not fit: digits has 1437"):
-        data.settle(Config(val_size=val_size), digits)
-
-
-def test_the_settings_are_settled_on_a_small_dataset_that_mirrors_badly(digits):
-    settled = data.settle(Config(), digits)
-    assert (settled.dataset, settled.val_size, settled.flip) == ("digits", 143, "none")
-    assert settled.batch_size == (1437 - 143) // 20
 
 
 # Augmenting

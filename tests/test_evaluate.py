@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import math
 
 import numpy as np
@@ -32,6 +33,10 @@ def test_infer_gives_the_networks_logits_in_order_whatever_the_batches():
     network = Brightness()
     expected = network(images / 255)
     torch.testing.assert_close(evaluate.infer(network, images, precision="float32"), expected)
+
+
+def test_no_images_give_no_logits():
+    assert evaluate.infer(Brightness(), random_images(0), precision="float32").shape == (0, 3)
 
 
 @pytest.mark.parametrize("mirrors", [True, False])
@@ -103,6 +108,13 @@ def test_calibration_on_validation_lowers_the_error_on_test():
     assert calibration["after"]["expected_calibration_error"] < 0.02
 
 
+def test_a_class_may_be_called_like_a_key_of_scikit_learns_report():
+    logits = np.eye(3)[[0, 1, 2, 2]]
+    metrics = evaluate.measure(logits, logits, np.array([0, 1, 2, 1]), ("accuracy", "macro avg", "2"))
+    assert [scores["recall"] for scores in metrics["per_class"].values()] == [1, 0.5, 1]
+    assert metrics["macro_average"]["recall"] == pytest.approx(2.5 / 3)
+
+
 def saved_predictions(run) -> list[dict[str, str]]:
     with (run.path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -139,14 +151,14 @@ def test_the_classification_report_is_kept_as_text(evaluated_run):
     assert f"{evaluated_run.read('metrics.json')['accuracy']:.4f}" in report
 
 
-def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run):
-    other = data.Dataset("cifar10", data.CIFAR10_CLASSES, folder=None, mirrors=True)
+def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run, digits):
+    other = dataclasses.replace(digits, key="cifar10")
     with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
         evaluate.evaluate(evaluated_run, other, "cpu")
 
 
 def test_a_run_is_not_evaluated_on_changed_training_images(evaluated_run, digits):
-    changed = data.Dataset(digits.name, digits.classes, folder=None, mirrors=False)
+    changed = dataclasses.replace(digits)
     vars(changed)["train"] = data.Split(digits.train.images.flip(0), digits.train.labels)
     with pytest.raises(UserError, match=r"are not those that .* was trained on"):
         evaluate.evaluate(evaluated_run, changed, "cpu")

@@ -75,6 +75,23 @@ def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_p
     assert str(made.name) in out
 
 
+def test_a_folder_of_pictures_with_odd_names_goes_the_whole_way(digits, tmp_path):
+    place = tmp_path / "my [red] <b>pictures"
+    for label, name in enumerate(("accuracy", "a, 'b' & $\\x$ [bold]")):
+        (place / name).mkdir(parents=True)
+        for number, image in enumerate(digits.train.images[digits.train.labels == label][:60]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / name / f"{number}.png")
+    flags = ("--dataset", str(place), "--image-size", "40", "--recipe", "convnet", "--epochs", "2")
+    outputs = ("--output-dir", str(tmp_path / "outputs"))
+    code, out, err = main(*flags, *outputs, "--data-dir", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert "convnet on my [red] <b>pictures: test split, 24 images" in out
+    assert {path.stem for path in next((tmp_path / "outputs").glob("*/figures")).iterdir()} == FIGURES
+    code, out, err = invoke("predict", str(place / "accuracy" / "0.png"), *outputs)
+    assert (code, err) == (0, "")
+    assert "accuracy" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -83,6 +100,8 @@ def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_p
         (("--device", "tpu"), 1, "unknown device 'tpu'"),
         (("--epochs", "0"), 1, "--epochs must be"),
         (("--epochs", "-3"), 1, "--epochs must be"),
+        (("--set", "epochs=abc"), 2, "--epochs takes a whole number, not 'abc' (passes over"),
+        (("--config", "none.toml"), 1, "cannot read none.toml"),
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
 
-from cifar import data, evaluate, train
+from cifar import data, datasets, evaluate, train
 from cifar.config import Config, UserError
 from cifar.console import TrainingDisplay
 
@@ -33,22 +34,22 @@ def test_the_same_seed_repeats_a_recipe_with_all_its_augmentation(make_run, reci
 
 def test_scrambling_the_test_file_of_cifar10_changes_no_weight(small_cifar10, make_run):
     settings = {"recipe": "fast", "epochs": 1, "val_size": 50}
-    before = record(make_run(dataset=data.find("cifar10", str(small_cifar10))[0], **settings))
+    before = record(make_run(dataset=datasets.find("cifar10", str(small_cifar10))[0], **settings))
     content = pickle.loads((small_cifar10 / "test_batch").read_bytes())
     scrambled = {"data": content["data"][::-1] ^ 255, "labels": content["labels"][::-1]}
     (small_cifar10 / "test_batch").write_bytes(pickle.dumps(scrambled))
-    assert record(make_run(dataset=data.find("cifar10", str(small_cifar10))[0], **settings)) == before
+    assert record(make_run(dataset=datasets.find("cifar10", str(small_cifar10))[0], **settings)) == before
 
 
 def test_scrambling_the_test_set_changes_no_weight(make_run, digits):
-    scrambled = data.Dataset(**{field: getattr(digits, field) for field in ("name", "classes", "folder", "mirrors")})
+    scrambled = dataclasses.replace(digits)
     noise = torch.randint(0, 256, digits.test.images.shape, dtype=torch.uint8)
     vars(scrambled)["test"] = data.Split(noise, digits.test.labels.flip(0))
     assert record(make_run()) == record(make_run(dataset=scrambled))
 
 
 def test_training_reads_no_test_split(make_run, digits):
-    fresh = data.Dataset(**{field: getattr(digits, field) for field in ("name", "classes", "folder", "mirrors")})
+    fresh = dataclasses.replace(digits)
     make_run(dataset=fresh)
     assert "train" in vars(fresh)
     assert "test" not in vars(fresh)
@@ -147,7 +148,7 @@ def test_fast_trains_on_small_images_first(make_run):
 
 
 def test_fast_learns_real_pictures_in_a_short_training(real_cifar10, make_run):
-    few = data.Dataset("cifar10", real_cifar10.classes, real_cifar10.folder, mirrors=True)
+    few = dataclasses.replace(real_cifar10)
     vars(few)["train"] = real_cifar10.train[:10_000]
     vars(few)["test"] = real_cifar10.test
     run = make_run(dataset=few, recipe="fast", epochs=3, batch_size=500)

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import itertools
 import json
 from dataclasses import asdict
@@ -14,7 +15,8 @@ from PIL import Image
 
 from cifar import model, visualize
 from cifar.config import MODELS, Config, UserError
-from cifar.data import Dataset, Split
+from cifar.data import Split
+from cifar.datasets import Dataset
 from cifar.runs import Run
 
 CLASSES = ("cat", "dog", "ship")
@@ -48,9 +50,8 @@ def make_dataset(classes=CLASSES, true=TRUE):
         values = ((10 * labels + places) % 256).to(torch.uint8)
         return Split(values.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous(), labels)
 
-    dataset = Dataset("digits", tuple(classes), folder=None, mirrors=False)
-    vars(dataset).update(train=split([*range(len(classes))] * 3), test=split(true))
-    return dataset
+    splits = {"train": split([*range(len(classes))] * 3), "test": split(true)}
+    return Dataset(key="digits", classes=tuple(classes), place="memory", mirrors=False, read=splits.__getitem__)
 
 
 def make_line(epoch, validated=True, **changes):
@@ -363,7 +364,6 @@ def test_a_temperature_that_was_not_fitted_says_so():
 
 def test_a_run_without_evaluation_draws_the_rest_and_leaves_the_test_split_closed(tmp_path):
     dataset = make_dataset()
-    del vars(dataset)["test"]
     paths = visualize.visualize(make_run(tmp_path, evaluated=False), dataset)
     assert [path.name for path in paths] == ["training_history.png", "dataset_samples.png", "architecture.png"]
     assert "test" not in vars(dataset)
@@ -407,7 +407,7 @@ def test_predictions_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_pa
 
 
 def test_another_dataset_is_refused(tmp_path):
-    other = Dataset("cifar10", CLASSES, folder=None, mirrors=True)
+    other = dataclasses.replace(make_dataset(), key="cifar10")
     with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
         visualize.visualize(make_run(tmp_path), other)
 
