@@ -4,28 +4,30 @@ import argparse
 import sys
 
 from cifar import console
-from cifar.config import FIELDS, Config, flag, help_text
+from cifar.config import FIELDS, MIRROR_HELP, Config, flag, help_text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
-    return console.exit_code(lambda: pipeline(Config.create(given)))
+    mirror = given.pop("mirror")
+    return console.exit_code(lambda: pipeline(Config.create(given), mirror))
 
 
 def parse(arguments: list[str] | None) -> dict[str, str | None]:
-    """Field name -> the text given for it, or None. Exits with code 2 on an unknown flag."""
+    """Field name, or `mirror`, -> the text given for it, or None. Exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
     for name in FIELDS:
         parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
+    parser.add_argument("--mirror", metavar="URL", help=MIRROR_HELP)
     return vars(parser.parse_args(arguments))
 
 
-def pipeline(config: Config) -> None:
+def pipeline(config: Config, mirror: str | None = None) -> None:
     """data -> train -> evaluate -> visualize, all in one run directory."""
     from cifar import evaluate, train, visualize
 
-    run, dataset = train.begin(config)
+    run, dataset = train.begin(config, mirror)
     with run.lifetime():
         dataset.check()
         with run.stage("train"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from invoke import Argument, Exit, Task, task
 
 from cifar import console
-from cifar.config import FIELDS, PROJECT, Config, UsageError, UserError, help_text
+from cifar.config import FIELDS, MIRROR_HELP, PROJECT, Config, UsageError, UserError, help_text
 
 
 class _Words(Argument):
@@ -77,23 +77,23 @@ def stage(*names: str, **own_help: str) -> Callable:
     return decorate
 
 
-@stage("dataset", "data_dir")
-def data(config):
+@stage("dataset", "data_dir", mirror=MIRROR_HELP)
+def data(config, mirror=None):
     """Fetch the dataset if it is not there, check its files, and say what is there."""
     from cifar import data
 
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = data.find(config.dataset, config.data_dir, mirror)
     if note:
         console.banner(note)
     console.show_dataset(dataset)
 
 
-@stage(*FIELDS)
-def train(config):
+@stage(*FIELDS, mirror=MIRROR_HELP)
+def train(config, mirror=None):
     """Train a network into a new run directory."""
     from cifar import train
 
-    run, dataset = train.begin(config)
+    run, dataset = train.begin(config, mirror)
     _chain["run"] = str(run.path)
     with run.lifetime(), run.stage("train"):
         train.fit(run, dataset)

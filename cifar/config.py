@@ -32,6 +32,10 @@ def _option(default: Any, help: str, *, known: tuple[str, ...] = (), least=None,
 
 
 DATASETS = ("auto", "cifar10", "digits")
+MIRROR_HELP = (
+    "address of the dataset's archive, or with / at its end of a folder that has it, asked before the official one; "
+    "CIFAR_MIRROR in the environment adds one too"
+)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
 _ONE_SIZE_MODELS = ("simple", "mlp")

@@ -64,13 +64,13 @@ def banner(message: str) -> None:
 
 
 @contextlib.contextmanager
-def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, speed and time left; yields a function that takes the bytes that have come.
+def download_bar(name: str, size: int, there: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, speed and time left; yields a function that takes how many bytes there are by now.
 
-    size: in bytes, None if the server does not say.
+    size: in bytes. there: how many of them an earlier download has left.
     """
     if not is_live():
-        say(f"downloading {name}" + (f", {size / 1e6:.0f} MB" if size else ""))
+        say(f"downloading {name}, {size / 1e6:.0f} MB" + (f", of which {there / 1e6:.0f} are there" if there else ""))
         yield lambda count: None
         return
     columns = (
@@ -81,8 +81,8 @@ def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=out) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(name, total=size, completed=there)
+        yield lambda count: progress.update(task, completed=count)
 
 
 @contextlib.contextmanager

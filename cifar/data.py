@@ -6,8 +6,6 @@ wait for them.
 
 import dataclasses
 import hashlib
-import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar import archive
 from cifar.config import Config, UserError
-from cifar.download import fetch
+from cifar.download import UnavailableError
 
 _LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
@@ -87,24 +86,36 @@ class Dataset:
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def find(name: str, data_dir: str) -> tuple[Dataset, str | None]:
+def find(name: str, data_dir: str, mirror: str | None = None) -> tuple[Dataset, str | None]:
     """The dataset `name`, fetched if need be, and for `auto` the sentence that says why it is `digits`.
 
     data_dir: a folder that holds cifar-10-batches-py/, that folder itself, or the .tar.gz archive; CIFAR-10 is
-    fetched into it. Raises UserError if the dataset is not there and cannot be fetched.
+    fetched into it. mirror: as `download.addresses` takes it.
+    Raises UserError if the dataset is not there and cannot be fetched.
     """
     digits = Dataset("digits", tuple("0123456789"), folder=None, mirrors=False)
     if name == "digits":
         return digits, None
     try:
-        folder = _cifar10_folder(Path(data_dir)) or _fetch_cifar10(Path(data_dir))
+        folder = cifar10_folder(data_dir) or archive.obtain(archive.ARCHIVES["cifar10"], Path(data_dir), mirror)
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error.strerror}") from None
     except UnavailableError as error:
+        reason = f"{error}; put the archive into {data_dir}, or name its place with --data-dir"
         if name != "auto":
-            raise
-        return digits, f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {error}."
+            raise UserError(reason) from None
+        return digits, f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {reason}."
     return Dataset("cifar10", CIFAR10_CLASSES, folder=folder, mirrors=True), None
+
+
+def cifar10_folder(data_dir: str) -> Path | None:
+    """The folder of CIFAR-10's seven files that `data_dir` is or holds; None if there is none."""
+    from torchvision.datasets import CIFAR10
+
+    for folder in (Path(data_dir, CIFAR10.base_folder), Path(data_dir)):
+        if (folder / CIFAR10.meta["filename"]).exists() or (folder / CIFAR10.train_list[0][0]).exists():
+            return folder
+    return None
 
 
 def settle(config: Config, dataset: Dataset) -> Config:
@@ -257,56 +268,6 @@ def shrink(images: Tensor, side: int) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     weights = images.new_tensor(_ITU_GREY).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
-
-
-class UnavailableError(UserError):
-    """The dataset is neither on disk nor to be had from its address."""
-
-
-def _cifar10_folder(path: Path) -> Path | None:
-    """The folder of CIFAR-10's seven files that `path` is, holds, or has in an archive; None if there is none."""
-    from torchvision.datasets import CIFAR10
-
-    if path.is_file():
-        return _unpack(path)
-    for folder in (path / CIFAR10.base_folder, path):
-        if (folder / CIFAR10.meta["filename"]).exists() or (folder / CIFAR10.train_list[0][0]).exists():
-            return folder
-    archive = path / CIFAR10.filename
-    return _unpack(archive) if archive.is_file() else None
-
-
-def _fetch_cifar10(path: Path) -> Path:
-    from torchvision.datasets import CIFAR10
-
-    archive = path / CIFAR10.filename
-    try:
-        fetch(CIFAR10.url, archive, md5=CIFAR10.tgz_md5)
-    except UserError as error:
-        raise UnavailableError(
-            f"{error}; put {CIFAR10.filename} into {path}, or name its place with --data-dir"
-        ) from None
-    return _unpack(archive)
-
-
-def _unpack(archive: Path) -> Path:
-    """Unpack CIFAR-10's archive beside itself, whole or not at all, and return the folder."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    folder = archive.parent / CIFAR10.base_folder
-    if folder.is_dir():
-        return folder
-    if not check_integrity(archive, CIFAR10.tgz_md5):
-        raise UserError(f"{archive} is damaged or another file: its MD5 is not {CIFAR10.tgz_md5}")
-    try:
-        with tempfile.TemporaryDirectory(dir=archive.parent) as temporary, tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
-            (Path(temporary) / CIFAR10.base_folder).rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # or else another process was faster
-            raise UserError(f"cannot unpack {archive} beside itself: {error.strerror}") from None
-    return folder
 
 
 def _read(dataset: Dataset, part: str) -> Split:

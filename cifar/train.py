@@ -17,16 +17,17 @@ from cifar.runs import Run
 _INPUT_IMAGES = 5000  # that the whitening layer is fitted on
 
 
-def begin(config: Config) -> tuple[Run, data.Dataset]:
+def begin(config: Config, mirror: str | None = None) -> tuple[Run, data.Dataset]:
     """Find the dataset, settle the configuration on it and make the run's directory, ready for `fit`.
 
+    mirror: an address of the dataset's archive, as `download.addresses` takes it.
     Raises UserError for a setting that does not fit the machine or the dataset, if the dataset cannot be had, or if
     the directory cannot be made.
     """
     started = time.perf_counter()
     device.choose(config.device)
     runs.check_writable(config.output_dir)
-    dataset, note = data.find(config.dataset, config.data_dir)
+    dataset, note = data.find(config.dataset, config.data_dir, mirror)
     if note:
         console.banner(note)
     run = create(config, dataset)

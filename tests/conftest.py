@@ -17,7 +17,7 @@ REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
 @pytest.fixture(autouse=True)
 def nothing_in_the_environment(monkeypatch):
-    for name in ("CIFAR_DATA_DIR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -65,17 +65,22 @@ def test_a_terminal_shows_the_training_live_and_keeps_a_line_for_each_epoch(term
 
 
 def test_a_terminal_shows_how_much_of_a_download_has_come(terminal):
-    with console.download_bar("archive.tar.gz", 1000) as advance:
-        advance(500)
+    with console.download_bar("archive.tar.gz", 1000, 400) as show:
+        show(500)
     written = terminal.getvalue()
     assert "archive.tar.gz" in written
+    assert "400/1.0 kB" in written or "0.4/1.0 kB" in written
     assert "500/1.0 kB" in written or "0.5/1.0 kB" in written
 
 
 def test_without_a_terminal_a_download_is_one_plain_line(capsys):
-    with console.download_bar("archive.tar.gz", 170_000_000) as advance:
-        advance(500)
-    assert capsys.readouterr().out == "downloading archive.tar.gz, 170 MB\n"
+    for there in (0, 60_000_000):
+        with console.download_bar("archive.tar.gz", 170_000_000, there) as show:
+            show(there + 500)
+    assert capsys.readouterr().out.splitlines() == [
+        "downloading archive.tar.gz, 170 MB",
+        "downloading archive.tar.gz, 170 MB, of which 60 are there",
+    ]
 
 
 def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import pickle
 import shutil
 import tarfile
@@ -6,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import calculate_md5
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
+from cifar.archive import ARCHIVES
 from cifar.config import Config, UserError
 
 
@@ -38,12 +40,21 @@ def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
     assert set(digits.test.labels.tolist()) == set(range(10))
 
 
+def test_the_archive_is_the_one_that_torchvision_fetches_and_checks():
+    archive = ARCHIVES["cifar10"]
+    assert (archive.name, archive.folder, archive.urls[0]) == (CIFAR10.filename, CIFAR10.base_folder, CIFAR10.url)
+    archive = ARCHIVES["cifar100"]
+    assert (archive.name, archive.folder, archive.urls[0]) == (CIFAR100.filename, CIFAR100.base_folder, CIFAR100.url)
+
+
 def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):
     archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(small_cifar10, "cifar-10-batches-py")
-    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+    content = archive.read_bytes()
+    facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(ARCHIVES["cifar10"], **facts))
     renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
     expected = np.concatenate(
         [pickle.loads((small_cifar10 / f"data_batch_{n}").read_bytes())["data"] for n in range(1, 6)]
@@ -78,11 +89,12 @@ def test_an_archive_that_is_another_file_is_refused(tmp_path):
 
 
 def test_without_a_network_auto_takes_digits_and_cifar10_says_where_to_put_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    unreachable = dataclasses.replace(ARCHIVES["cifar10"], urls=("http://127.0.0.1:9/x",))
+    monkeypatch.setitem(ARCHIVES, "cifar10", unreachable)
     dataset, note = data.find("auto", str(tmp_path))
     assert dataset.name == "digits"
     assert "not CIFAR-10" in note
-    with pytest.raises(UserError, match=r"put cifar-10-python\.tar\.gz into"):
+    with pytest.raises(UserError, match="put the archive into"):
         data.find("cifar10", str(tmp_path))
 
 

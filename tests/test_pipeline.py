@@ -114,7 +114,10 @@ def test_an_unknown_flag_is_a_usage_error():
 
 
 def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(tmp_path):
-    address = "from torchvision.datasets import CIFAR10; CIFAR10.url = 'http://127.0.0.1:9/x'; "
+    address = (
+        "import dataclasses; from cifar.archive import ARCHIVES; "
+        "ARCHIVES['cifar10'] = dataclasses.replace(ARCHIVES['cifar10'], urls=('http://127.0.0.1:9/x',)); "
+    )
     flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
     code, out, _ = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
     assert code == 0
