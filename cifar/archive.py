@@ -22,6 +22,7 @@ ARCHIVES = {
     "cifar10": Archive(
         name="cifar-10-python.tar.gz",
         folder="cifar-10-batches-py",
+        files=("batches.meta", "data_batch_1"),
         size=170_498_071,
         unpacked=186_300_000,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
@@ -33,6 +34,7 @@ ARCHIVES = {
     "cifar100": Archive(
         name="cifar-100-python.tar.gz",
         folder="cifar-100-python",
+        files=("meta", "train"),
         size=169_001_437,
         unpacked=186_700_000,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
@@ -44,12 +46,20 @@ ARCHIVES = {
 }
 
 
-def obtain(archive: Archive, path: Path, mirror: str | None = None) -> Path:
-    """The folder that the archive holds, after unpacking and, before that, fetching the archive if need be.
+def find(archive: Archive, path: Path) -> Path | None:
+    """The folder of the archive's files that `path` is or holds; None if there is none."""
+    folders = (path / archive.folder, path)
+    return next((folder for folder in folders if any((folder / file).exists() for file in archive.files)), None)
 
-    path: the archive, or the folder that holds or receives it. mirror: as `download.addresses` takes it.
-    Raises UnavailableError if no address gives the archive, UserError if the disk or the file on it is at fault.
+
+def obtain(archive: Archive, path: Path, mirror: str | None = None) -> Path:
+    """The folder of the archive's files, after unpacking and, before that, fetching the archive if need be.
+
+    path: that folder, the archive, or the folder that holds or receives either. mirror: as `download.addresses` takes
+    it. Raises UnavailableError if no address gives the archive, UserError if the disk or the file on it is at fault.
     """
+    if found := find(archive, path):
+        return found
     if path.name.endswith((".tar.gz", ".tgz")) and not path.exists():
         raise UserError(f"there is no archive {path}")
     file = path if path.is_file() else path / archive.name

@@ -97,7 +97,7 @@ def find(name: str, data_dir: str, mirror: str | None = None) -> tuple[Dataset, 
     if name == "digits":
         return digits, None
     try:
-        folder = cifar10_folder(data_dir) or archive.obtain(archive.ARCHIVES["cifar10"], Path(data_dir), mirror)
+        folder = archive.obtain(archive.ARCHIVES["cifar10"], Path(data_dir), mirror)
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error.strerror}") from None
     except UnavailableError as error:
@@ -106,16 +106,6 @@ def find(name: str, data_dir: str, mirror: str | None = None) -> tuple[Dataset, 
             raise UserError(reason) from None
         return digits, f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {reason}."
     return Dataset("cifar10", CIFAR10_CLASSES, folder=folder, mirrors=True), None
-
-
-def cifar10_folder(data_dir: str) -> Path | None:
-    """The folder of CIFAR-10's seven files that `data_dir` is or holds; None if there is none."""
-    from torchvision.datasets import CIFAR10
-
-    for folder in (Path(data_dir, CIFAR10.base_folder), Path(data_dir)):
-        if (folder / CIFAR10.meta["filename"]).exists() or (folder / CIFAR10.train_list[0][0]).exists():
-            return folder
-    return None
 
 
 def settle(config: Config, dataset: Dataset) -> Config:

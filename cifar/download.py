@@ -37,6 +37,7 @@ class Archive:
 
     name: str
     folder: str  # that it holds
+    files: tuple[str, ...]  # of the folder, by any of which it is known
     size: int  # bytes
     unpacked: int  # bytes
     sha256: str

@@ -41,10 +41,9 @@ def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
 
 
 def test_the_archive_is_the_one_that_torchvision_fetches_and_checks():
-    archive = ARCHIVES["cifar10"]
-    assert (archive.name, archive.folder, archive.urls[0]) == (CIFAR10.filename, CIFAR10.base_folder, CIFAR10.url)
-    archive = ARCHIVES["cifar100"]
-    assert (archive.name, archive.folder, archive.urls[0]) == (CIFAR100.filename, CIFAR100.base_folder, CIFAR100.url)
+    for archive, reader in ((ARCHIVES["cifar10"], CIFAR10), (ARCHIVES["cifar100"], CIFAR100)):
+        assert (archive.name, archive.folder, archive.urls[0]) == (reader.filename, reader.base_folder, reader.url)
+        assert archive.files == (reader.meta["filename"], reader.train_list[0][0])
 
 
 def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):
