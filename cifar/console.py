@@ -234,6 +234,24 @@ def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:
     out.print(table)
 
 
+def show_findings(findings: Sequence[Any]) -> None:
+    """A row for each `doctor.Finding`, with its cure under it."""
+    styles = {"ok": "green", "note": "cyan", "warning": "yellow", "failure": "bold red"}
+    if not is_live():
+        for finding in findings:
+            say(f"{finding.level:<8} {finding.subject:<9} {finding.says}")
+            if finding.cure:
+                say(f"{'cure:':>18} {finding.cure}")
+        return
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        says = Text(finding.says)
+        if finding.cure:
+            says.append(f"\ncure: {finding.cure}", style="bold")
+        table.add_row(Text(finding.level, style=styles[finding.level]), finding.subject, says)
+    out.print(table)
+
+
 def show_dataset(dataset: Any) -> None:
     """What a dataset holds; reads, and so checks, all of it."""
     table = Table(title=dataset.name)

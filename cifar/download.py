@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +37,7 @@ class Archive:
 
     name: str
     folder: str  # that it holds
-    files: tuple[str, ...]  # of the folder, by any of which it is known
+    files: Mapping[str, str]  # of the folder, by any of which it is known, and their MD5
     size: int  # bytes
     unpacked: int  # bytes
     sha256: str

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from cifar import console
 from cifar.config import UsageError, UserError
+from cifar.doctor import Finding
 
 RECORD = {
     "epoch": 1,
@@ -130,3 +131,29 @@ def test_the_metrics_are_shown_with_their_intervals_and_confusions(capsys):
     printed = capsys.readouterr().out
     for part in ("75.00%", "41.00% to 93.00%", "87.50%", "0.1234", "66.7%", "cat taken for dog, 2 times"):
         assert part in printed
+
+
+FINDINGS = [
+    Finding("port", "ok", "7860 is free"),
+    Finding("disk", "failure", "1 MB free, and 20 needed [in all]", "make room"),
+]
+
+
+def test_findings_are_lines_with_their_cures(capsys):
+    console.show_findings(FINDINGS)
+    assert capsys.readouterr().out.splitlines() == [
+        "ok       port      7860 is free",
+        "failure  disk      1 MB free, and 20 needed [in all]",
+        "             cure: make room",
+    ]
+
+
+def test_a_terminal_shows_findings_in_columns(terminal):
+    console.show_findings(FINDINGS)
+    written = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).split("\n")
+    assert [line.rstrip() for line in written] == [
+        "ok       port  7860 is free",
+        "failure  disk  1 MB free, and 20 needed [in all]",
+        "               cure: make room",
+        "",
+    ]

@@ -43,7 +43,8 @@ def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
 def test_the_archive_is_the_one_that_torchvision_fetches_and_checks():
     for archive, reader in ((ARCHIVES["cifar10"], CIFAR10), (ARCHIVES["cifar100"], CIFAR100)):
         assert (archive.name, archive.folder, archive.urls[0]) == (reader.filename, reader.base_folder, reader.url)
-        assert archive.files == (reader.meta["filename"], reader.train_list[0][0])
+        checked = [(reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list]
+        assert list(archive.files.items()) == [tuple(pair) for pair in checked]
 
 
 def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ HALF = len(CONTENT) // 2
 
 
 def archive_of(content: bytes, **changes) -> Archive:
-    facts = {"name": "data.tar.gz", "folder": "data", "files": ("one",), "unpacked": 0, "urls": ()}
+    facts = {"name": "data.tar.gz", "folder": "data", "files": {"one": ""}, "unpacked": 0, "urls": ()}
     return Archive(size=len(content), sha256=hashlib.sha256(content).hexdigest(), **{**facts, **changes})
 
 
@@ -376,7 +376,7 @@ FETCH = f"""
 import sys
 from pathlib import Path
 from cifar import download
-archive = download.Archive("data.tar.gz", "data", (), {ARCHIVE.size}, 0, {ARCHIVE.sha256!r}, ())
+archive = download.Archive("data.tar.gz", "data", {{}}, {ARCHIVE.size}, 0, {ARCHIVE.sha256!r}, ())
 download.fetch(archive, Path(sys.argv[1]), sys.argv[2:])
 """
 
