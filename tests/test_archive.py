@@ -160,7 +160,7 @@ def test_a_hostile_archive_is_never_opened_as_it_is_not_the_known_one(server, tm
     with pytest.raises(UnavailableError, match=r"wrong file|another file|broke off"):
         archive.obtain(ARCHIVE, folder, server.play("a", send(content)))
     folder.joinpath("data.tar.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"data\.tar\.gz is damaged or another file: .*; delete it to fetch it anew"):
+    with pytest.raises(UserError, match=r"data\.tar\.gz is damaged or another file: .*, or delete it to fetch it anew"):
         archive.obtain(ARCHIVE, folder)
     assert not (folder / "data").exists()
 
