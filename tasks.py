@@ -49,6 +49,7 @@ class _WordsTask(Task):
 
 
 _RUN_HELP = {"run": "run directory, or its name in --output-dir; default that of the task before, or the latest"}
+_PORT, _PORT_HELP = "7860", "port that the demo listens on; default 7860"
 _chain: dict[str, str] = {}  # the run of the last task of this command line
 
 
@@ -84,12 +85,12 @@ def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
     return decorate
 
 
-@stage("dataset", "data_dir", "image_size")
+@stage("dataset", "data_dir", "image_size", "mirror")
 def data(config):
     """Fetch the dataset if it is not there, check its files, and say what is there."""
     from cifar import datasets
 
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     if note:
         console.banner(note)
     console.show_dataset(dataset)
@@ -129,6 +130,12 @@ def visualize(config, run=None, data_dir=None):
     with found.stage("visualize"):
         visualize.visualize(found, _dataset_of(found, data_dir))
     console.show_run(found)
+
+
+def _number_of(port: str) -> int:
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise UsageError(f"--port takes a number from 1 to 65535, not '{port}'")
+    return int(port)
 
 
 def _find_run(config: Config, name: str | None):
@@ -205,21 +212,31 @@ def predict(config, paths, run=None, fit="crop", output=None):
     "data_dir",
     "output_dir",
     host="address to listen on; default 127.0.0.1, which only this machine reaches",
-    port="port to listen on; default 7860",
+    port=_PORT_HELP,
     share="make a public address through Gradio's servers",
     auth="USER:PASSWORD that visitors must give; CIFAR_DEMO_AUTH in the environment stands for it",
     **_RUN_HELP,
 )
-def demo(config, run=None, host="127.0.0.1", port="7860", share=False, auth=None):
+def demo(config, run=None, host="127.0.0.1", port=_PORT, share=False, auth=None):
     """Show a run in the browser and let it answer for any picture."""
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"--port takes a number from 1 to 65535, not '{port}'")
+    number = _number_of(port)
     found = _find_run(config, run) if run or _chain else None
 
     from cifar import demo
 
     places = {"output_dir": config.output_dir, "data_dir": config.data_dir}
-    demo.serve(found, **places, host=host, port=int(port), share=share, auth=auth, device=config.device)
+    demo.serve(found, **places, host=host, port=number, share=share, auth=auth, device=config.device)
+
+
+@stage("dataset", "data_dir", "output_dir", "device", "mirror", port=_PORT_HELP)
+def doctor(config, port=_PORT):
+    """Check whether this machine can do a run, and say what mends what is not as it should be."""
+    from cifar import doctor
+
+    findings = doctor.examine(config, _number_of(port))
+    console.show_findings(findings)
+    if failures := [finding.subject for finding in findings if finding.level == "failure"]:
+        raise UserError(f"a run would fail: see {', '.join(dict.fromkeys(failures))}")
 
 
 @task(help={"only": "run the tests whose names contain this"}, auto_shortflags=False)

@@ -55,6 +55,11 @@ class Config:
     image_size: int = _option(
         32, "side in pixels to which the pictures of a folder are brought, cropped to a square", least=32, most=128
     )
+    mirror: str | None = _option(
+        None,
+        "address of the dataset's archive, or with / at its end of a folder that has it, asked before the official "
+        "one; CIFAR_MIRROR in the environment adds one too",
+    )
     output_dir: str = _option("outputs", "folder that receives a directory per run")
     device: str = _option("auto", "where to compute; auto takes cuda, then mps, then cpu", known=DEVICES)
     precision: str = _option(

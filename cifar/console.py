@@ -66,13 +66,13 @@ def banner(message: str) -> None:
 
 
 @contextlib.contextmanager
-def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, speed and time left; yields a function that takes the bytes that have come.
+def download_bar(name: str, size: int, there: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, speed and time left; yields a function that takes how many bytes there are by now.
 
-    size: in bytes, None if the server does not say.
+    size: in bytes. there: how many of them an earlier download has left.
     """
     if not is_live():
-        say(f"downloading {name}" + (f", {size / 1e6:.0f} MB" if size else ""))
+        say(f"downloading {name}, {size / 1e6:.0f} MB" + (f", of which {there / 1e6:.0f} are there" if there else ""))
         yield lambda count: None
         return
     columns = (
@@ -83,8 +83,8 @@ def download_bar(name: str, size: int | None) -> Iterator[Callable[[int], None]]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=out) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(name, total=size, completed=there)
+        yield lambda count: progress.update(task, completed=count)
 
 
 @contextlib.contextmanager
@@ -279,6 +279,24 @@ def _profile_cells(row: dict[str, Any], seconds: float, rate: float) -> list[str
 def _profile_caption(step: dict[str, Any]) -> str:
     share = step["augmentation_seconds"] / step["seconds"]
     return f"augmentation {share:.1%} of the step; {step['page_faults']:.0f} page faults a step"
+
+
+def show_findings(findings: Sequence[Any]) -> None:
+    """A row for each `doctor.Finding`, with its cure under it."""
+    styles = {"ok": "green", "note": "cyan", "warning": "yellow", "failure": "bold red"}
+    if not is_live():
+        for finding in findings:
+            say(f"{finding.level:<8} {finding.subject:<9} {finding.says}")
+            if finding.cure:
+                say(f"{'cure:':>18} {finding.cure}")
+        return
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        says = Text(finding.says)
+        if finding.cure:
+            says.append(f"\ncure: {finding.cure}", style="bold")
+        table.add_row(Text(finding.level, style=styles[finding.level]), finding.subject, says)
+    out.print(table)
 
 
 def show_dataset(dataset: Any) -> None:

@@ -6,9 +6,7 @@ wait for them.
 
 import dataclasses
 import pickle
-import tarfile
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cifar import folder
+from cifar import archive, folder
+from cifar.archive import ARCHIVES
 from cifar.config import A_FOLDER, DATASETS, Config, UserError, known_name
 from cifar.data import Split
-from cifar.download import fetch
+from cifar.download import Archive, UnavailableError
 
 _LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _STEP_PIXELS = 2000 * 32**2  # that images of more than 32x32 have in a step at most: `fast` takes 3 GB for them
@@ -52,12 +51,15 @@ class Dataset:
         return self.read("test")
 
 
-def find(name: str, data_dir: str, image_size: int = Config.image_size) -> tuple[Dataset, str | None]:
+def find(
+    name: str, data_dir: str, image_size: int = Config.image_size, mirror: str | None = None
+) -> tuple[Dataset, str | None]:
     """The dataset `name`, fetched if need be, and what must not be overlooked about it.
 
     name: one of DATASETS, or the path of a folder of pictures. data_dir: a folder that holds cifar-10-batches-py/ or
     cifar-100-python/, that folder itself, or the .tar.gz archive; what is missing is fetched into it, and pictures
-    are kept decoded in it. image_size: to which the pictures of a folder are brought, in pixels.
+    are kept decoded in it. image_size: to which the pictures of a folder are brought, in pixels. mirror: as
+    `download.addresses` takes it.
     Raises UserError if the dataset is not there and cannot be fetched, or if the folder cannot serve as one.
     """
     if name == "digits":
@@ -65,13 +67,14 @@ def find(name: str, data_dir: str, image_size: int = Config.image_size) -> tuple
     if name not in DATASETS:
         return _folder(name, data_dir, image_size)
     try:
-        return _cifar("cifar10" if name == "auto" else name, Path(data_dir)), None
+        return _cifar("cifar10" if name == "auto" else name, Path(data_dir), mirror), None
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error.strerror}") from None
     except UnavailableError as error:
+        reason = f"{error}; put the archive into {data_dir}, or name its place with --data-dir"
         if name != "auto":
-            raise
-        return _digits(), f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {error}."
+            raise UserError(reason) from None
+        return _digits(), f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {reason}."
 
 
 def settle(config: Config, dataset: Dataset) -> Config:
@@ -115,87 +118,42 @@ def _folder(name: str, data_dir: str, image_size: int) -> tuple[Dataset, str | N
     return dataset, pictures.note
 
 
-# CIFAR-10 and CIFAR-100, each as torchvision's class of it says: its address, files, their MD5s and its layout.
+# CIFAR-10 and CIFAR-100: archive.py has their addresses and hashes, torchvision parses them.
+
+_META = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}
 
 
-class UnavailableError(UserError):
-    """The dataset is neither on disk nor to be had from its address."""
-
-
-def _cifar(name: str, data_dir: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    files = _cifar_folder(kind, data_dir) or _fetch_cifar(kind, data_dir)
-    meta = kind.meta["filename"], kind.meta["md5"]
-    _check_files(files, [meta])
+def _cifar(name: str, data_dir: Path, mirror: str | None) -> Dataset:
+    kind = ARCHIVES[name]
+    files = archive.obtain(kind, data_dir, mirror)
+    meta, key = _META[name]
+    _check_files(kind, files, [meta])
     return Dataset(
         key=name,
-        classes=tuple(pickle.loads((files / meta[0]).read_bytes(), encoding="latin1")[kind.meta["key"]]),
+        classes=tuple(pickle.loads((files / meta).read_bytes(), encoding="latin1")[key]),
         place=str(files),
         mirrors=True,
-        read=lambda part: _read_cifar(kind, files, part),
-        check=lambda: _check_files(files, kind.train_list + kind.test_list),
+        read=lambda part: _read_cifar(name, files, part),
+        check=lambda: _check_files(kind, files, kind.files),
     )
 
 
-def _cifar_folder(kind, path: Path) -> Path | None:
-    """The folder of the dataset's files that `path` is, holds, or has in an archive; None if there is none."""
-    if path.is_file():
-        return _unpack(kind, path)
-    for files in (path / kind.base_folder, path):
-        if (files / kind.meta["filename"]).is_file() or (files / kind.train_list[0][0]).is_file():
-            return files
-    archive = path / kind.filename
-    return _unpack(kind, archive) if archive.is_file() else None
+def _read_cifar(name: str, files: Path, part: str) -> Split:
+    """One split, parsed by torchvision, which is shown the files of that split alone."""
+    from torchvision.datasets import CIFAR10, CIFAR100
 
-
-def _fetch_cifar(kind, path: Path) -> Path:
-    archive = path / kind.filename
-    try:
-        fetch(kind.url, archive, md5=kind.tgz_md5)
-    except UserError as error:
-        raise UnavailableError(f"{error}; put {kind.filename} into {path}, or name its place with --data-dir") from None
-    return _unpack(kind, archive)
-
-
-def _unpack(kind, archive: Path) -> Path:
-    """Unpack the dataset's archive beside itself, whole or not at all, and return the folder."""
-    from torchvision.datasets.utils import check_integrity
-
-    files = archive.parent / kind.base_folder
-    if files.is_dir():
-        return files
-    if not check_integrity(archive, kind.tgz_md5):
-        raise UserError(f"{archive} is damaged or another file: its MD5 is not {kind.tgz_md5}")
-    try:
-        with tempfile.TemporaryDirectory(dir=archive.parent) as temporary, tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
-            (Path(temporary) / kind.base_folder).rename(files)
-    except OSError as error:
-        if not files.is_dir():  # or else another process was faster
-            raise UserError(f"cannot unpack {archive} beside itself: {error.strerror}") from None
-    return files
-
-
-def _read_cifar(kind, files: Path, part: str) -> Split:
-    """One split, checked and parsed by torchvision, which is shown the files of that split alone."""
+    parser = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     other = "test_list" if part == "train" else "train_list"
-    reader = type(kind.__name__, (kind,), {other: [], "base_folder": files.resolve().name})
-    _check_files(files, reader.train_list + reader.test_list)
+    reader = type(parser.__name__, (parser,), {other: [], "base_folder": files.resolve().name})
+    _check_files(ARCHIVES[name], files, [file for file, _ in reader.train_list + reader.test_list])
     read = reader(files.resolve().parent, train=part == "train")
     return Split(torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(read.targets))
 
 
-def _check_files(folder: Path, files: list) -> None:
-    """Raise UserError that names the first of the files that is missing or damaged.
-
-    files: pairs of name and MD5. torchvision checks them too, and says only that something is wrong.
-    """
-    from torchvision.datasets.utils import check_integrity
-
-    for name, md5 in files:
-        if not check_integrity(folder / name, md5):
+def _check_files(kind: Archive, folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError that names the first of the files that is missing or damaged; torchvision does not say which."""
+    for name in names:
+        if not archive.is_published(kind, folder / name):
             state = "damaged" if (folder / name).exists() else "missing"
             cure = f"put back the original, or delete {folder} to fetch it anew"
             raise UserError(f"{folder / name} is {state}: {cure}")

@@ -26,7 +26,7 @@ def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     started = time.perf_counter()
     device.choose(config.device)
     runs.check_writable(config.output_dir)
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     if note:
         console.banner(note)
     run = create(config, dataset)

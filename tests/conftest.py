@@ -1,5 +1,6 @@
 """What several test modules start from: datasets on disk and runs that were really made."""
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from cifar import datasets, evaluate, train
+from cifar.archive import ARCHIVES
 from cifar.config import Config
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
@@ -17,7 +19,7 @@ REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
 @pytest.fixture(autouse=True)
 def nothing_in_the_environment(monkeypatch):
-    for name in ("CIFAR_DATA_DIR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -64,6 +66,9 @@ def _small(kind, place: Path, monkeypatch, labels_key: str, classes) -> Path:
     names.write_bytes(pickle.dumps({kind.meta["key"]: list(classes)}))
     for name, value in {**lists, "meta": {**kind.meta, "md5": calculate_md5(names)}}.items():
         monkeypatch.setattr(kind, name, value)
+    archive = ARCHIVES[kind.__name__.lower()]
+    files = {name: calculate_md5(folder / name) for name in archive.files}
+    monkeypatch.setitem(ARCHIVES, kind.__name__.lower(), dataclasses.replace(archive, files=files))
     return folder
 
 

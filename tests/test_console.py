@@ -6,6 +6,7 @@ from rich.console import Console
 
 from cifar import console
 from cifar.config import UsageError, UserError
+from cifar.doctor import Finding
 
 RECORD = {
     "epoch": 1,
@@ -65,17 +66,22 @@ def test_a_terminal_shows_the_training_live_and_keeps_a_line_for_each_epoch(term
 
 
 def test_a_terminal_shows_how_much_of_a_download_has_come(terminal):
-    with console.download_bar("archive.tar.gz", 1000) as advance:
-        advance(500)
+    with console.download_bar("archive.tar.gz", 1000, 400) as show:
+        show(500)
     written = terminal.getvalue()
     assert "archive.tar.gz" in written
+    assert "400/1.0 kB" in written or "0.4/1.0 kB" in written
     assert "500/1.0 kB" in written or "0.5/1.0 kB" in written
 
 
 def test_without_a_terminal_a_download_is_one_plain_line(capsys):
-    with console.download_bar("archive.tar.gz", 170_000_000) as advance:
-        advance(500)
-    assert capsys.readouterr().out == "downloading archive.tar.gz, 170 MB\n"
+    for there in (0, 60_000_000):
+        with console.download_bar("archive.tar.gz", 170_000_000, there) as show:
+            show(there + 500)
+    assert capsys.readouterr().out.splitlines() == [
+        "downloading archive.tar.gz, 170 MB",
+        "downloading archive.tar.gz, 170 MB, of which 60 are there",
+    ]
 
 
 def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):
@@ -146,3 +152,29 @@ def test_the_metrics_are_shown_with_their_intervals_and_confusions(capsys):
     printed = capsys.readouterr().out
     for part in ("75.00%", "41.00% to 93.00%", "87.50%", "0.1234", "66.7%", "cat taken for dog, 2 times"):
         assert part in printed
+
+
+FINDINGS = [
+    Finding("port", "ok", "7860 is free"),
+    Finding("disk", "failure", "1 MB free, and 20 needed [in all]", "make room"),
+]
+
+
+def test_findings_are_lines_with_their_cures(capsys):
+    console.show_findings(FINDINGS)
+    assert capsys.readouterr().out.splitlines() == [
+        "ok       port      7860 is free",
+        "failure  disk      1 MB free, and 20 needed [in all]",
+        "             cure: make room",
+    ]
+
+
+def test_a_terminal_shows_findings_in_columns(terminal):
+    console.show_findings(FINDINGS)
+    written = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).split("\n")
+    assert [line.rstrip() for line in written] == [
+        "ok       port  7860 is free",
+        "failure  disk  1 MB free, and 20 needed [in all]",
+        "               cure: make room",
+        "",
+    ]

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import pickle
 import shutil
 import tarfile
@@ -8,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import calculate_md5
 
 from cifar import data, datasets
+from cifar.archive import ARCHIVES
 from cifar.config import Config, UserError
 
 
@@ -22,12 +23,21 @@ def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):
     assert set(digits.test.labels.tolist()) == set(range(10))
 
 
+def test_the_archives_are_those_that_torchvision_fetches_and_checks():
+    for archive, reader in ((ARCHIVES["cifar10"], CIFAR10), (ARCHIVES["cifar100"], CIFAR100)):
+        assert (archive.name, archive.folder, archive.urls[0]) == (reader.filename, reader.base_folder, reader.url)
+        checked = [(reader.meta["filename"], reader.meta["md5"]), *reader.train_list, *reader.test_list]
+        assert list(archive.files.items()) == [tuple(pair) for pair in checked]
+
+
 def test_a_folder_its_parent_and_the_archive_hold_the_same_images(small_cifar10, tmp_path, monkeypatch):
     archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(small_cifar10, "cifar-10-batches-py")
-    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+    content = archive.read_bytes()
+    facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(ARCHIVES["cifar10"], **facts))
     renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
     expected = np.concatenate(
         [pickle.loads((small_cifar10 / f"data_batch_{n}").read_bytes())["data"] for n in range(1, 6)]
@@ -62,11 +72,12 @@ def test_an_archive_that_is_another_file_is_refused(tmp_path):
 
 
 def test_without_a_network_auto_takes_digits_and_cifar10_says_where_to_put_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    unreachable = dataclasses.replace(ARCHIVES["cifar10"], urls=("http://127.0.0.1:9/x",))
+    monkeypatch.setitem(ARCHIVES, "cifar10", unreachable)
     dataset, note = datasets.find("auto", str(tmp_path))
     assert dataset.name == "digits"
     assert "not CIFAR-10" in note
-    with pytest.raises(UserError, match=r"put cifar-10-python\.tar\.gz into"):
+    with pytest.raises(UserError, match="put the archive into"):
         datasets.find("cifar10", str(tmp_path))
 
 
@@ -108,8 +119,8 @@ def test_a_damaged_file_of_cifar100_is_named_before_the_training(small_cifar100)
 
 
 def test_without_cifar100_and_a_network_it_says_where_to_put_the_archive(small_cifar10, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    with pytest.raises(UserError, match=r"put cifar-100-python\.tar\.gz into"):
+    monkeypatch.setitem(ARCHIVES, "cifar100", dataclasses.replace(ARCHIVES["cifar100"], urls=("http://127.0.0.1:9/x",)))
+    with pytest.raises(UserError, match=r"cannot download cifar-100-python\.tar\.gz .*put the archive into"):
         datasets.find("cifar100", str(small_cifar10.parent))
 
 

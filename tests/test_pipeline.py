@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_picture
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from cifar.config import FIELDS, PROJECT, flag
 
@@ -133,7 +134,10 @@ def test_an_unknown_flag_is_a_usage_error():
 
 
 def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(tmp_path):
-    address = "from torchvision.datasets import CIFAR10; CIFAR10.url = 'http://127.0.0.1:9/x'; "
+    address = (
+        "import dataclasses; from cifar.archive import ARCHIVES; "
+        "ARCHIVES['cifar10'] = dataclasses.replace(ARCHIVES['cifar10'], urls=('http://127.0.0.1:9/x',)); "
+    )
     flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
     code, out, _ = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
     assert code == 0
@@ -242,3 +246,48 @@ def test_predict_answers_or_refuses_every_odd_and_hostile_file(evaluated_run, di
     assert {kind: answers[kind]["predicted"] for kind in whole} == dict.fromkeys(whole, answers["PNG RGB"]["predicted"])
     for kind, (_, sentence) in test_picture.REFUSED.items():
         assert re.search(sentence, answers[kind]["refusal"])
+
+
+OFFLINE = """
+import json, socket, sys
+attempts = []
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+        address = arguments[1] if event in ("socket.connect", "socket.sendto") else arguments
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost", None):
+            attempts.append(f"{event} {address}")
+            raise ConnectionRefusedError(111, "Connection refused")
+sys.addaudithook(watch)
+from torchvision.datasets import CIFAR10
+lists, data_dir, output_dir, picture = json.loads(sys.argv[1])
+for name, value in lists.items():
+    setattr(CIFAR10, name, value)
+from cifar import demo
+from cifar.archive import ARCHIVES
+from invoke.main import program
+import main
+md5s = [(CIFAR10.meta["filename"], CIFAR10.meta["md5"]), *CIFAR10.train_list, *CIFAR10.test_list]
+ARCHIVES["cifar10"].files.update(md5s)
+places = ["--data-dir", data_dir, "--output-dir", output_dir]
+if code := main.main(["--recipe", "convnet", "--epochs", "1", "--device", "cpu", *places]):
+    sys.exit(code)
+predict = ["predict", picture, *places[2:]]
+for command in (["data", *places[:2]], ["doctor", *places], ["evaluate", *places], predict):
+    sys.argv = ["invoke", *command]
+    program.run(exit=False)
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = listener.getsockname()[1]
+with demo.running(output_dir=output_dir, data_dir=data_dir, port=port):
+    pass
+print(json.dumps(attempts))
+"""
+
+
+def test_with_the_data_on_disk_no_command_tries_to_leave_this_machine(small_cifar10, pictures, tmp_path):
+    lists = {name: getattr(CIFAR10, name) for name in ("train_list", "test_list", "meta")}
+    given = [lists, str(small_cifar10.parent), str(tmp_path / "outputs"), str(pictures / "0.png")]
+    code, out, err = run("-c", OFFLINE, json.dumps(given))
+    assert (code, err) == (0, "")
+    assert json.loads(out.splitlines()[-1]) == []
+    for part in ("run directory: ", "SHA-256", "ok       dataset   in ", "accuracy with test-time", "0.png"):
+        assert part in out
