@@ -4,34 +4,38 @@ import argparse
 import sys
 
 from cifar import console
-from cifar.config import FIELDS, Config, flag, help_text
+from cifar.config import FIELDS, RESUME_HELP, Config, flag, help_text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
-    return console.exit_code(lambda: pipeline(Config.create(given)))
+    return console.exit_code(lambda: pipeline(given, given.pop("resume")))
 
 
 def parse(arguments: list[str] | None) -> dict[str, str | None]:
-    """Field name -> the text given for it, or None. Exits with code 2 on an unknown flag."""
+    """Field name, or `resume` -> the text given for it, or None. Exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
     for name in FIELDS:
         parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
     return vars(parser.parse_args(arguments))
 
 
-def pipeline(config: Config) -> None:
-    """data -> train -> evaluate -> visualize, all in one run directory."""
+def pipeline(given: dict[str, str | None], resume: str | None) -> None:
+    """data -> train -> evaluate -> visualize, all in one run directory: a new one, or that of the run to resume."""
     from cifar import evaluate, train, visualize
 
-    run, dataset = train.begin(config)
+    run, dataset = train.begin(Config.create(given)) if resume is None else train.take_up(resume, given)
+    if run.record["status"] == "completed" and run.has_metrics:
+        console.say(f"{run.path.name} is complete: there is nothing to resume")
+        return
     with run.lifetime():
         dataset.check()
         with run.stage("train"):
             train.fit(run, dataset)
         with run.stage("evaluate"):
-            metrics = evaluate.evaluate(run, dataset, config.device)
+            metrics = evaluate.evaluate(run, dataset, run.config.device)
         console.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)

@@ -6,6 +6,7 @@ wait for them.
 
 import dataclasses
 import hashlib
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cifar.config import Config, UserError
 from cifar.download import fetch
+from cifar.runs import Run
 
 _LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
@@ -105,6 +107,11 @@ def find(name: str, data_dir: str) -> tuple[Dataset, str | None]:
             raise
         return digits, f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {error}."
     return Dataset("cifar10", CIFAR10_CLASSES, folder=folder, mirrors=True), None
+
+
+def of_run(run: Run, data_dir: str | None) -> Dataset:
+    """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
+    return find(run.config.dataset, data_dir or os.environ.get("CIFAR_DATA_DIR") or run.config.data_dir)[0]
 
 
 def settle(config: Config, dataset: Dataset) -> Config:
