@@ -5,37 +5,41 @@ import sys
 from typing import Any
 
 from cifar import console, settings
-from cifar.config import FIELDS, Config, flag, help_text
+from cifar.config import FIELDS, RESUME_HELP, Config, flag, help_text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
-    file, assignments = given.pop("config"), given.pop("set")
-    return console.exit_code(lambda: pipeline(Config.create(settings.gather(given, file, assignments))))
+    file, assignments, resume = (given.pop(name) for name in ("config", "set", "resume"))
+    return console.exit_code(lambda: pipeline(settings.gather(given, file, assignments), resume))
 
 
 def parse(arguments: list[str] | None) -> dict[str, Any]:
-    """Field name, or `config` or `set` -> the text given for it, or None. Exits with code 2 on an unknown flag."""
+    """Field name, `config`, `set` or `resume` -> its text, or None. Exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
     for name in FIELDS:
         parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
     parser.add_argument("--config", metavar="FILE", help=settings.HELP["config"])
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=settings.HELP["set"])
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
     return vars(parser.parse_args(arguments))
 
 
-def pipeline(config: Config) -> None:
-    """data -> train -> evaluate -> visualize, all in one run directory."""
+def pipeline(given: dict[str, Any], resume: str | None) -> None:
+    """data -> train -> evaluate -> visualize, all in one run directory: a new one, or that of the run to resume."""
     from cifar import evaluate, train, visualize
 
-    run, dataset = train.begin(config)
+    run, dataset = train.begin(Config.create(given)) if resume is None else train.take_up(resume, given)
+    if run.record["status"] == "completed" and run.has_metrics:
+        console.say(f"{run.path.name} is complete: there is nothing to resume")
+        return
     with run.lifetime():
         dataset.check()
         with run.stage("train"):
             train.fit(run, dataset)
         with run.stage("evaluate"):
-            metrics = evaluate.evaluate(run, dataset, config.device)
+            metrics = evaluate.evaluate(run, dataset, run.config.device)
         console.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from invoke import Argument, Exit, Task, task
 
 from cifar import console, settings
-from cifar.config import FIELDS, PROJECT, Config, UsageError, UserError, help_text
+from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, UsageError, UserError, help_text
 
 
 class _Words(Argument):
@@ -56,12 +55,13 @@ _chain: dict[str, str] = {}  # the run of the last task of this command line
 def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
     """Make a function an invoke task whose flags are the settings `names`, and its own keyword parameters.
 
-    from_file: whether --config and --set give settings too. The function receives the Config that the settings make.
-    Each flag arrives as text, because invoke would show a traceback for a number that it cannot read.
+    from_file: whether --config and --set give settings too. The function receives the Config that the settings make
+    or, if it asks for `given`, those that were named. Each flag arrives as text, because invoke would show a traceback
+    for a number that it cannot read.
     """
 
     def decorate(body: Callable) -> Callable:
-        own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "config"]
+        first, *own = inspect.signature(body).parameters.values()
         places = settings.HELP if from_file else {}
         flags = [
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in (*names, *places)
@@ -71,8 +71,12 @@ def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
         def door(_context, **given):
             extra = {parameter.name: given.pop(parameter.name, parameter.default) for parameter in own}
             file, assignments = given.pop("config", None), given.pop("set", [])
-            create = lambda: Config.create(settings.gather(given, file, assignments))  # noqa: E731
-            if code := console.exit_code(lambda: body(create(), **extra)):
+
+            def call() -> None:
+                named = settings.gather(given, file, assignments)
+                body(named if first.name == "given" else Config.create(named), **extra)
+
+            if code := console.exit_code(call):
                 raise Exit(code=code)
 
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -96,13 +100,16 @@ def data(config):
     console.show_dataset(dataset)
 
 
-@stage(*FIELDS, from_file=True)
-def train(config):
-    """Train a network into a new run directory."""
+@stage(*FIELDS, from_file=True, resume=RESUME_HELP)
+def train(given, resume=None):
+    """Train a network into a new run directory, or go on with a training."""
     from cifar import train
 
-    run, dataset = train.begin(config)
+    run, dataset = train.begin(Config.create(given)) if resume is None else train.take_up(resume, given)
     _chain["run"] = str(run.path)
+    if run.record["status"] == "completed":
+        console.say(f"{run.path.name} is complete: there is nothing to resume")
+        return
     with run.lifetime(), run.stage("train"):
         train.fit(run, dataset)
     console.show_run(run)
@@ -113,10 +120,10 @@ def evaluate(config, run=None, data_dir=None):
     """Measure a run's best checkpoint on the test split."""
     found = _find_run(config, run)
 
-    from cifar import evaluate
+    from cifar import datasets, evaluate
 
-    with found.stage("evaluate"):
-        metrics = evaluate.evaluate(found, _dataset_of(found, data_dir), config.device)
+    with found.claim(), found.stage("evaluate"):
+        metrics = evaluate.evaluate(found, datasets.of_run(found, data_dir), config.device)
     console.show_metrics(metrics)
 
 
@@ -125,10 +132,10 @@ def visualize(config, run=None, data_dir=None):
     """Draw a run's figures from what it has saved."""
     found = _find_run(config, run)
 
-    from cifar import visualize
+    from cifar import datasets, visualize
 
-    with found.stage("visualize"):
-        visualize.visualize(found, _dataset_of(found, data_dir))
+    with found.claim(), found.stage("visualize"):
+        visualize.visualize(found, datasets.of_run(found, data_dir))
     console.show_run(found)
 
 
@@ -145,15 +152,6 @@ def _find_run(config: Config, name: str | None):
     found = runs.find(config.output_dir, name or _chain.get("run"))
     _chain["run"] = str(found.path)
     return found
-
-
-def _dataset_of(run, data_dir: str | None):
-    """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
-    from cifar import datasets
-
-    config = run.config
-    place = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
-    return datasets.find(config.dataset, place, config.image_size)[0]
 
 
 @stage("dataset", "data_dir", "image_size", "output_dir")

@@ -53,10 +53,9 @@ def _suite_speed(config: Config, split: data.Split, classes: int) -> float:
     size = split.images.shape[-1]
     warm = _WARM_STEPS * config.batch_size
     for part in (split[:warm], split[warm:]):
-        batches = train.make_batches(config, part, hardware)
-        updates = train.make_updates(config, network, len(batches))
-        display = TrainingDisplay(1, len(batches), [1])
-        record = train.train_epoch(network, batches, updates, 1, size, config.label_smoothing, precision, display)
+        state = train.fresh_state(config, network, part)
+        display = TrainingDisplay(1, len(state.batches), [1])
+        record = train.train_epoch(state, size, config.label_smoothing, precision, display)
     return record["images_per_second"]
 
 

@@ -261,3 +261,5 @@ def check(name: str, value: Any) -> None:
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FIELDS = tuple(_FIELDS)
+PLACES = ("data_dir", "mirror", "output_dir")  # the fields that say where, and not what, a run is
+RESUME_HELP = "go on with a run that was interrupted, failed or killed: its directory, or its name in --output-dir"

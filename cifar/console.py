@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cifar import signals
 from cifar.config import UserError, short, some
 
 _REFRESH_SECONDS = 0.25
@@ -43,15 +45,19 @@ def say(message: str, style: str | None = None) -> None:
 
 
 def exit_code(action: Callable[[], None]) -> int:
-    """Run a command and turn what a user can mend into one sentence: 0, 1, 2 for a usage error, 130 for Ctrl-C."""
+    """Run a command and turn what a user can mend into one sentence: 0, 1, 2 for a usage error.
+
+    Ctrl-C is 130 and SIGTERM, which ends a command likewise, 143.
+    """
     try:
-        action()
+        with signals.handled(signal.SIGTERM, by=signals.interrupt):
+            action()
     except UserError as error:
         fail(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        fail("interrupted")
-        return 130
+    except KeyboardInterrupt as stop:
+        fail(str(stop) or "interrupted")
+        return 128 + signals.number_of(stop)
     return 0
 
 
@@ -104,6 +110,7 @@ class TrainingDisplay:
         self.work, self.done = steps * sum(costs), 0.0
         self.started = time.monotonic()
         self.drawn = 0.0
+        self.begun = 0.0  # the work that was done before
         self.progress = self._progress() if is_live() else None
         self.task = self.progress.add_task("training", total=self.work, status="") if self.progress else None
 
@@ -130,6 +137,13 @@ class TrainingDisplay:
         if self.progress:
             self.progress.stop()
 
+    def start_after(self, epoch: int, step: int) -> None:
+        """Take the work up to that step as done before: a training is resumed."""
+        self.begun = self.done = self._work_until(epoch, step)
+
+    def _work_until(self, epoch: int, step: int) -> float:
+        return self.steps * sum(self.costs[: epoch - 1]) + step * sum(self.costs[epoch - 1 : epoch])
+
     def is_due(self) -> bool:
         """Whether the live line is old enough to be drawn anew, so that the caller need not compute it each step."""
         return time.monotonic() - self.drawn >= _REFRESH_SECONDS
@@ -137,7 +151,7 @@ class TrainingDisplay:
     def step(self, epoch: int, step: int, loss: float, accuracy: float, speed: float) -> None:
         """Draw the live line. epoch and step count from 1; speed is in images a second."""
         self.drawn = time.monotonic()
-        self.done = self.steps * sum(self.costs[: epoch - 1]) + step * self.costs[epoch - 1]
+        self.done = self._work_until(epoch, step)
         if self.progress:
             status = f"batch {step}/{self.steps} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} images/s"
             self.progress.update(
@@ -154,7 +168,7 @@ class TrainingDisplay:
         say(f"{where}  {loss}  {accuracy} {record['images_per_second']:,.0f}/s  {self._left()} left")
 
     def _left(self) -> str:
-        seconds = (time.monotonic() - self.started) * (self.work - self.done) / max(self.done, 1e-9)
+        seconds = (time.monotonic() - self.started) * (self.work - self.done) / max(self.done - self.begun, 1e-9)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 

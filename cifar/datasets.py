@@ -5,6 +5,7 @@ wait for them.
 """
 
 import dataclasses
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cifar.archive import ARCHIVES
 from cifar.config import A_FOLDER, DATASETS, Config, UserError, known_name
 from cifar.data import Split
 from cifar.download import Archive, UnavailableError
+from cifar.runs import Run
 
 _LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
 _STEP_PIXELS = 2000 * 32**2  # that images of more than 32x32 have in a step at most: `fast` takes 3 GB for them
@@ -75,6 +77,13 @@ def find(
         if name != "auto":
             raise UserError(reason) from None
         return _digits(), f"This is not CIFAR-10 but scikit-learn's digits, which need no network: {reason}."
+
+
+def of_run(run: Run, data_dir: str | None) -> Dataset:
+    """The run's dataset, from the folder that is named, or else that of the environment, or else the run's own."""
+    config = run.config
+    place = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
+    return find(config.dataset, place, config.image_size, config.mirror)[0]
 
 
 def settle(config: Config, dataset: Dataset) -> Config:

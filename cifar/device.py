@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+from types import ModuleType
 
 import torch
 
@@ -46,6 +47,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """A context in which the network's products are computed in `precision`; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def random_module(device: torch.device) -> ModuleType:
+    """Where get_rng_state and set_rng_state of the device's global generator are."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 def describe(device: torch.device) -> str:

@@ -78,10 +78,7 @@ def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     if content["classes"] != list(classes):
         raise UserError(f"the checkpoint {path} is for other classes: {some(content['classes'])}")
     network = model.build(content["model"], len(classes), content["image_size"])
-    try:
-        network.load_state_dict(content["weights"])
-    except RuntimeError:
-        raise UserError(f"the weights in {path} do not fit the network {content['model']}") from None
+    checkpoint.put_weights(path, content, network)
     return network, content
 
 

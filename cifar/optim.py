@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 # What Muon does not train, SGD does at these rates (Jordan 2024, where the loss is a sum over 2,000 images: his
 # rates times 2,000). They are large because the network `whitened` scales its logits down by its width.
@@ -64,8 +63,11 @@ class Updates:
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], factors: list[list[Callable[[int], float]]]):
         """factors: for each group of each optimizer, step -> share of its peak rate; 0 means for good."""
-        self.optimizers = optimizers
-        self.schedulers = [LambdaLR(optimizer, group_factors) for optimizer, group_factors in zip(optimizers, factors)]
+        self.optimizers, self.factors = optimizers, factors
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        self.go_to(0)
 
     @property
     def lr(self) -> float:
@@ -74,16 +76,17 @@ class Updates:
 
     def step(self) -> None:
         """Apply the gradients, clear them, go on to the next step's rates."""
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers):
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-        self._freeze_ended()
+        self.go_to(self.steps + 1)
 
-    def _freeze_ended(self) -> None:
-        """Spare the gradients of groups whose rate has reached zero."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
+    def go_to(self, steps: int) -> None:
+        """Set the rates to those after so many steps; spare the gradients of groups whose rate has reached zero."""
+        self.steps = steps
+        for optimizer, factors in zip(self.optimizers, self.factors):
+            for group, factor in zip(optimizer.param_groups, factors):
+                group["lr"] = group["initial_lr"] * factor(steps)
                 if group["lr"] == 0 < group["initial_lr"]:
                     for parameter in group["params"]:
                         parameter.requires_grad_(False)

@@ -37,7 +37,7 @@ class Predictor:
 
     def __init__(self, run: Run, device_name: str = "auto"):
         """Raises UserError if the run has no checkpoint or has not been evaluated."""
-        if not (run.path / "metrics.json").exists():
+        if not run.has_metrics:
             raise UserError(f"{run.path.name} has not been evaluated: `invoke evaluate --run {run.path.name}` does it")
         try:
             calibration = run.read("metrics.json")["calibration"]

@@ -119,15 +119,14 @@ def _profile_side(config: Config, split: data.Split, classes: int, side: int, pr
     """The steps of one epoch on images of one size, after such an epoch that warms up."""
     hardware = device.choose(config.device)
     network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
-    batches = train.make_batches(config, split, hardware)
-    steps = len(batches)
-    updates = train.make_updates(config, network, steps)
 
     def epoch() -> float:
+        state = train.fresh_state(config, network, split)
         display = TrainingDisplay(1, steps, [1])
-        smoothing = config.label_smoothing
-        return train.train_epoch(network, batches, updates, 1, side, smoothing, precision, display)["seconds"] / steps
+        return train.train_epoch(state, side, config.label_smoothing, precision, display)["seconds"] / steps
 
+    batches = train.fresh_state(config, network, split).batches
+    steps = len(batches)
     epoch()
     faults = _page_faults()
     seconds = epoch()

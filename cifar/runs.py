@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,12 +14,16 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from cifar.config import FIELDS, PROJECT, Config, UserError
+from cifar import signals
+from cifar.config import FIELDS, PROJECT, Config, UserError, short
+from cifar.files import append, lock, replacing, writing
 
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
-_RECORD = "run.json"
+_RECORD, _CONFIG, _HISTORY = "run.json", "config.json", "history.jsonl"
+_RESUMABLE = ("interrupted", "failed", "killed")
+_PATIENCE = 1.0  # seconds that a process waits for another's lock, which may be held for a glance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Run:
         """run.json: status, provenance, seconds per stage."""
         return self.read(_RECORD)
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it has been evaluated."""
+        return (self.path / "metrics.json").exists()
+
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
         trained_on = Path(self.config.dataset).name
@@ -49,9 +59,9 @@ class Run:
     @property
     def config(self) -> Config:
         """config.json as a Config. Raises UserError if a setting is unknown or out of range."""
-        settings = self.read("config.json")
+        settings = self.read(_CONFIG)
         if unknown := settings.keys() - set(FIELDS):
-            raise UserError(f"{self.path / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}")
+            raise UserError(f"{self.path / _CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
         return Config(**settings)
 
     def read(self, name: str) -> dict[str, Any]:
@@ -80,14 +90,23 @@ class Run:
         self.write(_RECORD, {**self.record, **changes})
 
     def append_history(self, epoch: dict[str, Any]) -> None:
-        """Add one epoch's line to history.jsonl."""
-        path = self.path / "history.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(epoch, allow_nan=False) + "\n")
+        """Add one epoch's line to history.jsonl, whole or not at all."""
+        append(self.path / _HISTORY, (json.dumps(epoch, allow_nan=False) + "\n").encode())
+
+    def cut_history(self, epochs: int) -> None:
+        """Leave nothing in history.jsonl but its first epochs. Raises UserError if it has not so many."""
+        path = self.path / _HISTORY
+        with writing(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = lines[:epochs]
+        if [_epoch_of(line) for line in kept] != list(range(1, epochs + 1)):
+            raise UserError(f"{path} is damaged: it lacks epochs that the checkpoint has")
+        if kept != lines:
+            self.write_text(_HISTORY, b"".join(kept).decode())
 
     def history(self) -> list[dict[str, Any]]:
         """The epochs of history.jsonl, first to last; empty if no epoch has ended."""
-        path = self.path / "history.jsonl"
+        path = self.path / _HISTORY
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             return [json.loads(line) for line in lines]
@@ -107,42 +126,99 @@ class Run:
         self._record_seconds(name, started)
 
     def _record_seconds(self, stage: str, started: float) -> None:
-        self.update(seconds={**self.record["seconds"], stage: round(time.perf_counter() - started, 3)})
+        record = self.record
+        taken = time.perf_counter() - started + record.get("seconds_before_resuming", {}).get(stage, 0.0)
+        self.update(seconds={**record["seconds"], stage: round(taken, 3)})
+
+    def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
+        """Record that the training goes on, now, after that step of the epoch, and how long it has taken so far."""
+        resumed = [*self.record.get("resumed", []), {"time": _now(), "epoch": epoch, "step": step}]
+        self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
+
+    @property
+    def resume_command(self) -> str:
+        return f"python main.py --resume {shlex.quote(short(self.path))}"
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keep other processes from writing into the run; the system ends that with this process, however it ends.
+
+        Raises UserError if another process has claimed it.
+        """
+        with self._open_lock() as file:
+            deadline = time.monotonic() + _PATIENCE
+            while not lock(file):
+                if time.monotonic() > deadline:
+                    raise UserError(f"{self.path.name} is in use: another process writes into it")
+                time.sleep(0.05)
+            yield
+
+    def _open_lock(self) -> BinaryIO:
+        """config.json, the one file of the run that is never replaced, open to be locked."""
+        path = self.path / _CONFIG
+        try:
+            return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # network file systems lock what is writable
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+    def status(self) -> str:
+        """running, completed, interrupted, failed or killed.
+
+        A run that says that it is running, while no process has claimed it, is recorded as killed.
+        """
+        status = self.record["status"]
+        if status != "running":
+            return status
+        with self._open_lock() as file:
+            if not lock(file):
+                return status
+            if (status := self.record["status"]) != "running":  # by now
+                return status
+            last_sign = max(path.stat().st_mtime for path in (self.path, *self.path.iterdir()))
+            with contextlib.suppress(UserError):  # of a folder that cannot be written
+                self.update(status="killed", end=_time(last_sign))
+        return "killed"
 
     @contextlib.contextmanager
     def lifetime(self) -> Iterator[None]:
-        """Record how a run ended: completed, interrupted or failed; then `latest` points at it."""
-        try:
-            yield
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            how = {"status": "interrupted"} if interrupted else {"status": "failed", "error": str(error) or repr(error)}
-            with contextlib.suppress(UserError):
-                self._end(**how)
-            raise
-        self._end(status="completed")
+        """Claim the run and record how it ended: completed, interrupted or failed; then `latest` points at it.
+
+        Raises Interrupted, with the command that continues the run, for Ctrl-C and SIGTERM.
+        """
+        with self.claim():
+            self._begin()
+            try:
+                yield
+            except KeyboardInterrupt as stop:
+                with contextlib.suppress(UserError):
+                    self._end(status="interrupted")
+                message = f"interrupted: `{self.resume_command}` goes on with it"
+                raise signals.Interrupted(signals.number_of(stop), message) from None
+            except BaseException as error:
+                with contextlib.suppress(UserError):
+                    self._end(status="failed", error=str(error) or repr(error))
+                raise
+            self._end(status="completed")
+
+    def _begin(self) -> None:
+        """Take back the marks of an earlier end, and what a killed process has left half written."""
+        record = self.record
+        if record["status"] != "running":
+            record.pop("error", None)
+            self.write(_RECORD, {**record, "status": "running", "end": None})
+        for partial in self.path.rglob("*.partial"):
+            with writing(partial):
+                partial.unlink()
 
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=_now())
         _point_latest(self)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing the file into UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which then takes the place of `path` at once. Raises UserError if it cannot be written."""
-    partial = path.with_suffix(".partial")
-    with writing(path):
-        yield partial
-        partial.replace(path)
+def _epoch_of(line: bytes) -> int | None:
+    """The epoch of a line of history.jsonl; None if it cannot be read."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return json.loads(line)["epoch"] if line.endswith(b"\n") else None
 
 
 def check_writable(output_dir: str) -> None:
@@ -164,7 +240,7 @@ def create(config: Config, **facts: Any) -> Run:
     run = Run(_make_directory(Path(config.output_dir), name))
     run.checkpoints.mkdir()
     run.figures.mkdir()
-    run.write("config.json", dataclasses.asdict(config))
+    run.write(_CONFIG, dataclasses.asdict(config))
     run.write(_RECORD, {"status": "running", "start": _now(), "end": None, "seconds": {}, **_provenance(), **facts})
     return run
 
@@ -192,17 +268,39 @@ def find(output_dir: str, name: str | None = None) -> Run:
         raise UserError(f"there is no finished run in {outputs}: make one with `python main.py`")
     if not path.exists():
         raise UserError(f"there is no run at {path}: `ls {outputs}` shows those that are there")
-    if not (path / _RECORD).is_file() or not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a run directory: it has no {_RECORD} and config.json")
-    return Run(path.resolve())
+    if not (path / _RECORD).is_file() or not (path / _CONFIG).is_file():
+        raise UserError(f"{path} is not a run directory: it has no {_RECORD} and {_CONFIG}")
+    run = Run(path.resolve())
+    run.status()
+    return run
+
+
+def find_resumable(output_dir: str, name: str | None = None) -> Run:
+    """The run that is named, as `find` finds it; without a name, the newest that did not come to its end."""
+    if name:
+        return find(output_dir, name)
+    for run in _newest_first(Path(output_dir)):
+        with contextlib.suppress(UserError):
+            if run.status() in _RESUMABLE:
+                return run
+    raise UserError(f"there is no run in {output_dir} that could be resumed")
 
 
 def _latest(outputs: Path) -> Path | None:
     """The target of the link `latest`, else the newest run by name that has ended."""
     if (outputs / "latest").exists():
         return outputs / "latest"
+    for run in _newest_first(outputs):
+        with contextlib.suppress(UserError):
+            if run.status() != "running":
+                return run.path
+    return None
+
+
+def _newest_first(outputs: Path) -> list[Run]:
+    """The runs of the folder, by name."""
     records = sorted(outputs.glob(f"*/{_RECORD}"), reverse=True)
-    return next((path.parent for path in records if Run(path.parent).record.get("end")), None)
+    return [Run(record.parent.resolve()) for record in records if not record.parent.is_symlink()]
 
 
 def _make_directory(outputs: Path, name: str) -> Path:
@@ -240,4 +338,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+    return _time(time.time())
+
+
+def _time(seconds: float) -> str:
+    """Seconds since 1970 as a local time in ISO 8601."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")

@@ -1,18 +1,22 @@
 """A training: epochs, validation, history, early stopping, best checkpoint."""
 
-import math
+import functools
+import itertools
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from cifar import checkpoint, console, data, datasets, device, evaluate, model, optim, runs
-from cifar.config import Config, UserError
+from cifar import console, data, datasets, device, evaluate, model, optim, runs, signals
+from cifar.config import PLACES, Config, UsageError, flag
 from cifar.console import TrainingDisplay
+from cifar.resume import Keeper, premises, require_same
 from cifar.runs import Run
+from cifar.state import State
 
 _INPUT_IMAGES = 5000  # that the whitening layer is fitted on
 
@@ -34,6 +38,21 @@ def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     return run, dataset
 
 
+def take_up(name: str, given: Mapping[str, Any]) -> tuple[Run, datasets.Dataset]:
+    """The run of that name, or for "" the newest that did not come to its end, and its dataset, ready for `fit`.
+
+    given: the settings that the command line names, of which only places may be there.
+    Raises UserError if there is no such run, or if it was begun with other settings, images, code or PyTorch.
+    """
+    if others := [flag(field) for field, value in given.items() if value is not None and field not in PLACES]:
+        raise UsageError(f"--resume goes on with the settings of the run: leave out {', '.join(others)}")
+    run = runs.find_resumable(Config.create(given).output_dir, name)
+    dataset = datasets.of_run(run, given.get("data_dir"))
+    require_same(run.record.get("premises"), premises(run.config, dataset), run.path.name)
+    torch.set_num_threads(run.record["threads"])  # another number of threads sums in another order
+    return run, dataset
+
+
 def create(config: Config, dataset: datasets.Dataset) -> Run:
     """The run's directory, with the configuration settled on the dataset and what is known before training."""
     config = datasets.settle(config, dataset)
@@ -48,6 +67,7 @@ def create(config: Config, dataset: datasets.Dataset) -> Run:
         precision=device.resolve_precision(config.precision, hardware),
         threads=torch.get_num_threads(),
         seed=config.seed,
+        premises=premises(config, dataset),
         dataset={"name": dataset.name, "train_sha256": dataset.train.sha256(), "classes": list(dataset.classes)},
         model={
             "name": config.model,
@@ -61,8 +81,10 @@ def create(config: Config, dataset: datasets.Dataset) -> Run:
 def fit(run: Run, dataset: datasets.Dataset) -> None:
     """Train the run's network on the dataset's training split alone; write history.jsonl, last.pt and best.pt.
 
-    best.pt has the highest validation accuracy, the earlier one of equals; without validation, the last epoch.
-    Raises UserError, with epoch and step, when the loss is no longer finite.
+    Where the run has a last.pt, the training goes on from there, as if it had never stopped. best.pt has the highest
+    validation accuracy, the earlier one of equals; without validation, the last epoch.
+    Raises UserError, with epoch and step, when the loss is no longer finite, and Interrupted, once the step under way
+    has ended and is saved, for Ctrl-C and SIGTERM.
     """
     device.keep_freed_memory()
     config = run.config
@@ -70,82 +92,63 @@ def fit(run: Run, dataset: datasets.Dataset) -> None:
     precision = device.resolve_precision(config.precision, hardware)
     train_split, val_split = data.hold_out(dataset.train, config.val_size, config.seed)
     network = fresh_network(config, train_split, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
-    batches = make_batches(config, train_split, hardware)
-    updates = make_updates(config, network, len(batches))
+    state = fresh_state(config, network, train_split)
     sides = [_side(config, train_split, epoch) for epoch in range(1, config.epochs + 1)]
-    best_epoch, best_accuracy = 0, -1.0
-    with TrainingDisplay(config.epochs, len(batches), [side**2 for side in sides]) as display:
-        for epoch, side in enumerate(sides, start=1):
-            record = train_epoch(network, batches, updates, epoch, side, config.label_smoothing, precision, display)
-            _check_finite(network, epoch, len(batches))
-            record |= _validate(network, val_split, precision)
-            run.append_history(record)
-            is_best = not len(val_split) or record["val_accuracy"] > best_accuracy
-            if is_best:
-                best_epoch, best_accuracy = epoch, record["val_accuracy"]
-            for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
-                _save(run, name, network, dataset, epoch)
-            display.end_epoch(record, is_best)
-            if config.patience and epoch - best_epoch >= config.patience:
-                break
+    keeper = Keeper(run, dataset, state)
+    display = TrainingDisplay(config.epochs, len(state.batches), [side**2 for side in sides])
+    if keeper.restore():
+        display.start_after(state.epoch, state.step)
+    with display, signals.held_back() as signal_number:
+        while not state.has_ended(config.epochs, config.patience):
+            side = sides[state.epoch - 1]
+            pause = functools.partial(keeper.pause, signal_number)
+            record = train_epoch(state, side, config.label_smoothing, precision, display, pause)
+            state.check_finite()
+            record |= _validate(state.network, val_split, precision)
+            display.end_epoch(record, keeper.end_epoch(record))
+            pause()
 
 
 def train_epoch(
-    network: nn.Module,
-    batches: data.Batches,
-    updates: optim.Updates,
-    epoch: int,
+    state: State,
     side: int,
     label_smoothing: float,
     precision: str,
     display: TrainingDisplay,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One pass over the training images; returns its part of the history's line.
+    """One pass over the training images, or what is left of it; returns its part of the history's line.
 
     The losses stay on the device until the display is due, so that no step waits for them.
     """
+    network, updates, batches = state.network, state.updates, state.batches
     network.train()
     hardware = batches.images.device
-    losses = torch.zeros(len(batches), device=hardware)
-    correct = torch.zeros((), device=hardware)
-    lr, started = updates.lr, time.perf_counter()
-    for step, (images, labels) in enumerate(batches.epoch(epoch, side), start=1):
+    started = time.perf_counter() - state.epoch_seconds
+    for images, labels in itertools.islice(batches.epoch(state.epoch, side), state.step, None):
         with device.autocast(hardware, precision):
             logits = network(images)
         log_probabilities = logits.float().log_softmax(1)
         loss = F.nll_loss(log_probabilities, labels)
         (loss * (1 - label_smoothing) - log_probabilities.mean() * label_smoothing).backward()
         updates.step()
-        losses[step - 1] = loss.detach()
-        correct += (logits.argmax(1) == labels).sum()
-        if display.is_due() or step == len(batches):
-            mean_loss = _finite_mean(losses[:step], epoch)
-            seconds, seen = time.perf_counter() - started, step * batches.batch_size
-            display.step(epoch, step, mean_loss, correct.item() / seen, seen / seconds)
+        state.losses[state.step] = loss.detach()
+        state.correct += (logits.argmax(1) == labels).sum()
+        state.step += 1
+        if display.is_due() or state.step == len(batches):
+            shown = state.mean_loss(), state.accuracy()
+            state.epoch_seconds = time.perf_counter() - started
+            display.step(state.epoch, state.step, *shown, state.images_per_second())
+        after_step()
     return {
-        "epoch": epoch,
+        "epoch": state.epoch,
         "image_size": side,
-        "lr": lr,
-        "train_loss": mean_loss,
-        "train_accuracy": correct.item() / seen,
-        "images_per_second": round(seen / seconds, 1),
-        "seconds": round(seconds, 3),
+        "lr": state.lr,
+        "train_loss": state.mean_loss(),
+        "train_accuracy": state.accuracy(),
+        "images_per_second": round(state.images_per_second(), 1),
+        "seconds": round(state.epoch_seconds, 3),
     }
-
-
-def _finite_mean(losses: Tensor, epoch: int) -> float:
-    """The mean of an epoch's losses so far. Raises UserError that names the first that is not finite."""
-    mean = losses.mean().item()
-    if math.isfinite(mean):
-        return mean
-    step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
-    raise UserError(f"the loss is not finite at epoch {epoch}, step {step}: lower --lr")
-
-
-def _check_finite(network: nn.Module, epoch: int, step: int) -> None:
-    """Raise UserError if the epoch's last step, whose loss nobody has seen yet, has spoiled the weights."""
-    if not all(parameter.isfinite().all() for parameter in network.state_dict().values()):
-        raise UserError(f"the weights are not finite after epoch {epoch}, step {step}: lower --lr")
 
 
 def _validate(network: nn.Module, split: data.Split, precision: str) -> dict[str, Any]:
@@ -188,6 +191,12 @@ def _side(config: Config, split: data.Split, epoch: int) -> int:
     return config.small_size if epoch <= config.small_epochs else split.images.shape[-1]
 
 
+def fresh_state(config: Config, network: nn.Module, split: data.Split) -> State:
+    """A training of the network on the split before its first step."""
+    batches = make_batches(config, split, next(network.parameters()).device)
+    return State(network, make_updates(config, network, len(batches)), batches)
+
+
 def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:
     """The network with fresh weights, its input layers fitted on the training images.
 
@@ -197,14 +206,3 @@ def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:
     network = model.build(config.model, classes, split.images.shape[-1])
     model.fit_input(network, data.to_float(split.images[:_INPUT_IMAGES]), *split.mean_and_std())
     return network
-
-
-def _save(run: Run, name: str, network: nn.Module, dataset: datasets.Dataset, epoch: int) -> None:
-    checkpoint.save(
-        run.checkpoints / name,
-        model=run.config.model,
-        classes=dataset.classes,
-        image_size=dataset.train.images.shape[-1],
-        epoch=epoch,
-        weights=network.state_dict(),
-    )

@@ -61,7 +61,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other so that one is in memory at a time. All files are read before the first."""
     history, network, subject = run.history(), run.record.get("model"), f"{run.config.recipe} on {dataset.name}"
-    metrics = run.read("metrics.json") if (run.path / "metrics.json").exists() else None
+    metrics = run.read("metrics.json") if run.has_metrics else None
     predictions = _read_predictions(run, dataset)
     if not (history or metrics or predictions):
         raise UserError(f"{run.path.name} has nothing to draw: it has neither a finished epoch nor an evaluation")

@@ -70,13 +70,12 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
     config = Config.create({"recipe": recipe, "lr": lr, **still})
     batch = digits.train[:images]
     network = train.fresh_network(config, batch, 10).to(memory_format=torch.channels_last)
-    batches = train.make_batches(config, batch, torch.device("cpu"))
-    updates = train.make_updates(config, network, len(batches))
+    state = train.fresh_state(config, network, batch)
     display = TrainingDisplay(epochs, 1, [1] * epochs)
-    losses = [
-        train.train_epoch(network, batches, updates, epoch, 32, 0.0, "float32", display)["train_loss"]
-        for epoch in range(1, epochs + 1)
-    ]
+    losses = []
+    for _ in range(epochs):
+        losses.append(train.train_epoch(state, 32, 0.0, "float32", display)["train_loss"])
+        state.end_epoch(None)
     assert losses[-1] < 0.35 * losses[0]
 
 
@@ -92,20 +91,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, t
 def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
     spoil = train.train_epoch
 
-    def spoiling(network, *arguments):
-        record = spoil(network, *arguments)
-        next(network.parameters()).data[0] = float("nan")
+    def spoiling(state, *arguments):
+        record = spoil(state, *arguments)
+        next(state.network.parameters()).data[0] = float("nan")
         return record
 
     monkeypatch.setattr(train, "train_epoch", spoiling)
     with pytest.raises(UserError, match="the weights are not finite after epoch 1"):
         make_run(val_size=0)
-
-
-def test_the_first_step_that_is_not_finite_is_named():
-    losses = torch.tensor([1.0, 2.0, float("inf"), float("nan")])
-    with pytest.raises(UserError, match="epoch 7, step 3"):
-        train._finite_mean(losses, 7)
 
 
 def test_best_is_the_epoch_of_highest_validation_accuracy_and_last_the_last(make_run):
