@@ -96,6 +96,8 @@ def obtain(archive: Archive, path: Path, mirror: str | None = None) -> Path:
     file = path if path.is_file() else path / archive.name
     folder = file.parent / archive.folder
     if not folder.is_dir():
+        if file.is_file():
+            _check(archive, file)  # before the lock, which writes beside it
         with one_at_a_time(file.parent):
             if not folder.is_dir():  # or else another process was faster
                 if not file.is_file():
@@ -150,14 +152,19 @@ def _require_space(archive: Archive, file: Path) -> None:
         )
 
 
-def _unpack(archive: Archive, file: Path, folder: Path) -> None:
-    """Unpack the archive beside itself, whole or not at all, after checking that it is the right one."""
+def _check(archive: Archive, file: Path) -> None:
+    """Raise UserError unless the file is the archive."""
     with file.open("rb") as opened:
         if not archive.is_in(opened):
             raise UserError(
                 f"{file} is damaged or another file: it is not {archive.size:,} bytes with the SHA-256 "
                 f"{archive.sha256}; name another place with --data-dir, or delete it to fetch it anew"
             )
+
+
+def _unpack(archive: Archive, file: Path, folder: Path) -> None:
+    """Unpack the archive beside itself, whole or not at all, after checking that it is the right one."""
+    _check(archive, file)
     partial = partial_of(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed

@@ -165,6 +165,13 @@ def test_a_hostile_archive_is_never_opened_as_it_is_not_the_known_one(server, tm
     assert not (folder / "data").exists()
 
 
+def test_beside_a_file_that_is_no_archive_nothing_is_written(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"notes\.txt is damaged or another file"):
+        archive.obtain(ARCHIVE, tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_even_if_it_were_the_known_one_nothing_would_leave_the_folder(tmp_path, kind):
     folder = tmp_path / "inner" / "folder"
