@@ -201,12 +201,16 @@ def demo(config, run=None, host="127.0.0.1", port="7860", share=False, auth=None
     demo.serve(found, **places, host=host, port=int(port), share=share, auth=auth, device=config.device)
 
 
-@task(help={"only": "run the tests whose names contain this"}, auto_shortflags=False)
-def test(context, only=""):  # noqa: PT028
+@task(
+    help={"only": "run the tests whose names contain this", "slow": "run those that take minutes too"},
+    auto_shortflags=False,
+)
+def test(context, only="", slow=False):  # noqa: PT028
     """Run the tests."""
     import pytest
 
-    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *(["-k", only] if only else [])]):
+    chosen = [*(["-k", only] if only else []), *(["-m", ""] if slow else [])]
+    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *chosen]):
         raise Exit(code=int(code))
 
 
