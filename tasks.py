@@ -237,12 +237,16 @@ def doctor(config, port=_PORT):
         raise UserError(f"a run would fail: see {', '.join(dict.fromkeys(failures))}")
 
 
-@task(help={"only": "run the tests whose names contain this"}, auto_shortflags=False)
-def test(context, only=""):  # noqa: PT028
+@task(
+    help={"only": "run the tests whose names contain this", "slow": "run those that take minutes too"},
+    auto_shortflags=False,
+)
+def test(context, only="", slow=False):  # noqa: PT028
     """Run the tests."""
     import pytest
 
-    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *(["-k", only] if only else [])]):
+    chosen = [*(["-k", only] if only else []), *(["-m", ""] if slow else [])]
+    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *chosen]):
         raise Exit(code=int(code))
 
 

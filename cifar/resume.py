@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cifar import checkpoint, console, device, evaluate
+from cifar import checkpoint, console, device
 from cifar.config import FIELDS, PLACES, PROJECT, Config, UserError
 from cifar.datasets import Dataset
 from cifar.runs import Run
@@ -66,15 +66,16 @@ class Keeper:
         if not isinstance(training, dict) or training.keys() != {"premises", "state"}:
             raise UserError(f"the checkpoint {path} holds no training that could go on")
         require_same(training["premises"], self.premises, str(path))
-        checkpoint.put_weights(path, content, self.state.network)
         try:
             self.state.load_state_dict(training["state"])
         except ValueError as error:
             raise UserError(f"the checkpoint {path} is damaged: {error}") from None
         if self.state.best_epoch:
-            _, best = evaluate.load(self.run, self.dataset.classes)
+            best = checkpoint.load(self.best)
             if best["epoch"] < self.state.best_epoch:
                 raise UserError(f"{self.best} is not of epoch {self.state.best_epoch}, as {path} wants it")
+            checkpoint.put_weights(self.best, best, self.state.network)  # to see whether they fit
+        checkpoint.put_weights(path, content, self.state.network)
 
     def pause(self, signal_number: Callable[[], int | None]) -> None:
         """After a step: save if it is time to. Raises Interrupted if there is a number of a signal that has come."""

@@ -1,25 +1,55 @@
 import os
 import pickle
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cifar import checkpoint
+from cifar import checkpoint, model
 from cifar.config import UserError
 
 CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
 
 
-def save(path):
-    checkpoint.save(path, **CONTENT, weights={"w": torch.arange(6.0).view(2, 3)})
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return model.build("convnet", 2, 32)
+
+
+def save(path: Path, **changes) -> None:
+    checkpoint.save(path, **{**CONTENT, "weights": network().state_dict(), **changes})
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Save a checkpoint and replace entries of it, past what `save` would write."""
+    save(path)
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def use(path: Path) -> torch.nn.Module:
+    """A network with the weights of the checkpoint, taken up as a user of it does."""
+    taken = model.build("convnet", 2, 32)
+    checkpoint.put_weights(path, checkpoint.load(path), taken)
+    return taken
 
 
 def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     save(tmp_path / "best.pt")
     content = checkpoint.load(tmp_path / "best.pt")
-    assert torch.equal(content["weights"]["w"], torch.arange(6.0).view(2, 3))
     assert (content["model"], content["classes"], content["epoch"]) == ("convnet", ["a", "b"], 3)
+    for name, tensor in use(tmp_path / "best.pt").state_dict().items():
+        assert torch.equal(tensor, network().state_dict()[name])
     assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_the_one_before_is_kept_under_the_name_that_is_given(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for epoch in (1, 2, 3):
+        save(last, epoch=epoch, previous=previous)
+    assert [checkpoint.load(path)["epoch"] for path in (last, previous)] == [3, 2]
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
 
 
 def test_a_missing_checkpoint_is_told(tmp_path):
@@ -27,17 +57,30 @@ def test_a_missing_checkpoint_is_told(tmp_path):
         checkpoint.load(tmp_path / "best.pt")
 
 
-@pytest.mark.parametrize("damage", [b"", b"rubbish", "truncated", "folder", "flipped"])
+@pytest.mark.parametrize("damage", [b"", b"rubbish", "truncated", "folder", "pipe", "flipped"])
 def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path, damage):
     path = tmp_path / "best.pt"
     if damage == "folder":
         path.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(path)
     else:
         save(path)
         whole = path.read_bytes()
         flipped = bytes(byte ^ 255 if 200 < index < 400 else byte for index, byte in enumerate(whole))
         path.write_bytes({"truncated": whole[:-200], "flipped": flipped}.get(damage, damage))
-    with pytest.raises(UserError, match=r"is damaged or not one of this program.s$"):
+    with pytest.raises(UserError, match=r"is damaged or not one of this program's$"):
+        checkpoint.load(path)
+
+
+def test_a_single_wrong_bit_among_the_weights_is_found(tmp_path):
+    path = tmp_path / "best.pt"
+    save(path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(network().head.weight.detach().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(whole)
+    torch.load(path, weights_only=True)  # torch itself notices nothing
+    with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(path)
 
 
@@ -57,8 +100,71 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, write):
     assert not (tmp_path / "executed").exists()
 
 
-def test_another_format_is_refused(tmp_path):
-    save(tmp_path / "best.pt")
-    torch.save({**checkpoint.load(tmp_path / "best.pt"), "format": 2}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match="is not of format 1"):
-        checkpoint.load(tmp_path / "best.pt")
+def test_a_zip_that_unpacks_to_more_than_it_is_is_not_unpacked(tmp_path):
+    path = tmp_path / "best.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(10**8))
+    with pytest.raises(UserError, match="is damaged or not"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": 2}, "is not of format 1"),
+        ({"colour": 1}, "is not of format 1"),
+        ({"model": "gpt"}, "its network is none that is known"),
+        ({"model": 1}, "its network is none that is known"),
+        ({"classes": []}, "its classes are no names"),
+        ({"classes": ["a", 2]}, "its classes are no names"),
+        ({"classes": ["a"] * 1_000_000}, "damaged"),
+        ({"image_size": 10**9}, "its image size is not possible"),
+        ({"image_size": "32"}, "its image size is not possible"),
+        ({"epoch": -1}, "its epoch is not possible"),
+        ({"weights": [1]}, "its weights are none"),
+        ({"weights": {}}, "do not fit the network convnet"),
+    ],
+)
+def test_a_part_that_is_not_possible_is_named(tmp_path, changes, sentence):
+    rewrite(tmp_path / "best.pt", **changes)
+    with pytest.raises(UserError, match=sentence):
+        use(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda weight: weight[:1], "do not fit the network"),
+        (lambda weight: weight.double(), "do not fit the network"),
+        (lambda weight: weight.to_sparse(), "is damaged"),
+        (lambda weight: weight[:1, :1].clone().expand(2, 128), "do not fit the network"),
+        (lambda weight: weight.to("meta"), "do not fit the network"),
+        (lambda weight: weight.tolist(), "do not fit the network"),
+        (lambda weight: weight * float("nan"), "are not finite"),
+        (lambda weight: weight / 0, "are not finite"),
+    ],
+)
+def test_weights_of_another_shape_or_type_or_that_are_not_finite_are_refused(tmp_path, change, sentence):
+    weights = network().state_dict()
+    rewrite(tmp_path / "best.pt", weights={**weights, "head.weight": change(weights["head.weight"])})
+    with pytest.raises(UserError, match=sentence):
+        use(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("damages", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, damages):
+    path = tmp_path / "best.pt"
+    save(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(damages):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+            damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged[: rng.integers(len(whole))] if rng.random() < 0.3 else damaged)
+        try:
+            weights = use(path).state_dict()
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:  # it hit the padding between the parts
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in network().state_dict().items())

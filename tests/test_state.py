@@ -1,0 +1,147 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import quick_config
+
+from cifar import checkpoint, data, train
+from cifar.config import UserError
+from cifar.console import TrainingDisplay
+from cifar.state import State
+
+STEPS = 20  # of an epoch
+TIMES = ("seconds", "epoch_seconds")
+
+
+@pytest.fixture
+def make_state(tmp_path, digits):
+    """A function that gives the state of a training of the recipe, on 200 digits, after so many steps."""
+
+    def make(recipe: str = "convnet", steps: int = 0) -> State:
+        config = data.settle(quick_config(tmp_path, recipe=recipe, epochs=4, val_size=1237, small_epochs=0), digits)
+        split = data.hold_out(digits.train, config.val_size, config.seed)[0]
+        network = train.fresh_network(config, split, len(digits.classes)).to(memory_format=torch.channels_last)
+        return advance(train.fresh_state(config, network, split), steps)
+
+    return make
+
+
+class EnoughError(Exception):
+    pass
+
+
+def advance(state: State, steps: int) -> State:
+    """The state after so many more steps, from epoch to epoch."""
+    target = state.updates.steps + steps
+
+    def stop_in_time():
+        if state.updates.steps == target:
+            raise EnoughError
+
+    while state.updates.steps < target:
+        try:
+            train.train_epoch(state, 32, 0.1, "float32", TrainingDisplay(9, STEPS, [1] * 9), stop_in_time)
+            state.end_epoch(None)
+        except EnoughError:
+            break
+    return state
+
+
+def save(state: State, path: Path) -> None:
+    description = {"model": "mlp", "classes": ("a",), "image_size": 32, "epoch": 0}
+    checkpoint.save(path, **description, weights=state.network.state_dict(), training=state.state_dict())
+
+
+def flat(content) -> list:
+    """The leaves of dicts and lists, times aside, with the bytes of tensors."""
+    if isinstance(content, dict):
+        return [(key, *flat(value)) for key, value in content.items() if key not in TIMES]
+    if isinstance(content, list):
+        return [flat(value) for value in content]
+    return [content.contiguous().numpy().tobytes() if isinstance(content, torch.Tensor) else content]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"), [("fast", 18), ("simple", 18), ("convnet", STEPS), ("mlp", STEPS + 3), ("mlp", STEPS - 1)]
+)
+def test_a_state_that_was_saved_goes_on_as_the_one_that_never_stopped(make_state, tmp_path, recipe, steps):
+    save(make_state(recipe, steps), tmp_path / "last.pt")
+    content = checkpoint.load(tmp_path / "last.pt")
+    uninterrupted = make_state(recipe, steps + 4)
+    expected = [flat(part) for part in (uninterrupted.network.state_dict(), uninterrupted.state_dict())]
+    resumed = make_state(recipe)
+    resumed.network.load_state_dict(content["weights"])
+    resumed.load_state_dict(content["training"])
+    advance(resumed, 4)
+    assert [flat(part) for part in (resumed.network.state_dict(), resumed.state_dict())] == expected
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_named(make_state):
+    state = make_state()
+    state.epoch, state.step = 7, 4
+    state.losses[:5] = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 1.0])
+    with pytest.raises(UserError, match="epoch 7, step 3"):
+        state.mean_loss()
+
+
+def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts_from_it(make_state):
+    state = make_state()
+    assert [state.end_epoch(accuracy) for accuracy in (0.5, 0.75, 0.75, 0.7)] == [True, True, False, False]
+    assert (state.best_epoch, state.best_accuracy, state.epoch) == (2, 0.75, 5)
+    assert [state.has_ended(9, patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
+    assert [state.has_ended(epochs, 0) for epochs in (4, 5)] == [True, False]
+
+
+def test_without_validation_the_last_epoch_is_the_best(make_state):
+    state = make_state()
+    assert [state.end_epoch(None), state.end_epoch(None), state.best_epoch] == [True, True, 2]
+
+
+def change(*path, to):
+    """A damage: the entry of a state at the path is replaced by `to`, or by what it makes of the entry."""
+
+    def damage(content: dict) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = to(content[path[-1]]) if callable(to) else to
+
+    return damage
+
+
+DAMAGES = {
+    "an entry is missing": lambda content: content.pop("order"),
+    "an entry is new": lambda content: content.update(colour=1),
+    "the epoch is a text": change("epoch", to="1"),
+    "the epoch is true": change("epoch", to=True),
+    "the epoch is zero": change("epoch", to=0),
+    "the epoch is another": change("epoch", to=3),
+    "the step is beyond the epoch": lambda content: content.update(step=STEPS + 1, updates=STEPS + 1),
+    "the rate is not finite": change("lr", to=float("nan")),
+    "the losses are fewer": change("losses", to=lambda losses: losses[:-1]),
+    "a loss is not finite": change("losses", 0, to=float("inf")),
+    "the losses are of another type": change("losses", to=lambda losses: losses.double()),
+    "the losses are one, repeated": change("losses", to=torch.zeros(1).expand(STEPS)),
+    "the losses are a list": change("losses", to=lambda losses: losses.tolist()),
+    "the order is no generator's": change("order", to=lambda order: order * 0 + 255),
+    "the order is shorter": change("order", to=lambda order: order[:-1]),
+    "the memory is a dict": change("memory", to={}),
+    "the memory is of two optimizers": change("memory", to=lambda memory: memory * 2),
+    "the memory has a parameter more": change("memory", 0, 99, to={}),
+    "the memory of a parameter is a list": change("memory", 0, 0, to=[]),
+    "the memory lacks a tensor": lambda content: content["memory"][0][0].pop("exp_avg"),
+    "the memory is of another shape": change("memory", 0, 0, "exp_avg", to=lambda average: average[:1]),
+    "the memory is not finite": change("memory", 0, 0, "exp_avg", to=lambda average: average / 0),
+}
+
+
+@pytest.fixture
+def saved_state(make_state) -> dict:
+    return copy.deepcopy(make_state(steps=2).state_dict())
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_state_with_anything_else_in_it_is_refused(make_state, saved_state, damage):
+    damage(saved_state)
+    with pytest.raises(ValueError, match=r"."):
+        make_state().load_state_dict(saved_state)
