@@ -22,6 +22,21 @@ def parse(arguments: list[str] | None) -> dict[str, str | None]:
 
 
 def pipeline(config: Config) -> None:
+    """One run, or with --seeds several in a directory of their own."""
+    if config.seeds == 1:
+        return one_run(config)
+
+    from cifar import seeds
+
+    group = seeds.begin(config)
+    for member in group.missing():
+        console.say(f"seed {member.seed}, {group.seeds.index(member.seed) + 1} of {config.seeds}", style="bold")
+        one_run(member)
+    group.summarize()
+    console.show_seeds(group)
+
+
+def one_run(config: Config) -> None:
     """data -> train -> evaluate -> visualize, all in one run directory."""
     from cifar import evaluate, train, visualize
 

@@ -25,6 +25,14 @@ from cifar.config import UserError, short
 
 _REFRESH_SECONDS = 0.25
 _ROWS = 100  # of a table of pictures
+_FIGURES = {  # title and format
+    "accuracy": ("accuracy", ".2%"),
+    "accuracy_tta": ("accuracy with views", ".2%"),
+    "loss": ("loss (cross-entropy)", ".4f"),
+    "expected_calibration_error": ("calibration error", ".2%"),
+    "seconds_train": ("seconds of training", ",.1f"),
+    "seconds": ("seconds together", ",.1f"),
+}
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -217,6 +225,24 @@ def _share(name: str, share: float, bar: bool) -> Table:
 
 def _is_unsure(answer: Any, predictor: Any) -> bool:
     return answer.probabilities is not None and predictor.is_probably_none(answer.probabilities)
+
+
+def show_seeds(group: Any) -> None:
+    """What the runs of a group reach on average, from its summary.json."""
+    summary, config = group.summary, group.config
+    table = Table(title=f"{config.recipe} on {config.dataset}, seeds {group.seeds[0]} to {group.seeds[-1]}")
+    for column in ("", "mean", "standard deviation", "its 95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, figure in summary["figures"].items():
+        title, form = _FIGURES[name]
+        mean, deviation, low, high = (
+            format(value, form) for value in (figure["mean"], figure["standard_deviation"], *figure["interval_95"])
+        )
+        table.add_row(title, mean, deviation, f"{low} to {high}")
+    out.print(table)
+    say(f"directory of the {config.seeds} runs: {short(group.path)}")
+    if summary["note"]:
+        banner(summary["note"])
 
 
 def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:

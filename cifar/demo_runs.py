@@ -14,7 +14,7 @@ from torch import Tensor
 from cifar import data
 from cifar.config import UserError, known_name
 from cifar.predict import Predictor, decode
-from cifar.runs import Run
+from cifar.runs import Run, directories
 from cifar.saliency import saliency
 
 THUMBNAILS = "thumbnails"
@@ -39,9 +39,9 @@ class Opinion:
 
 
 def evaluated(output_dir: str) -> dict[str, Run]:
-    """The runs of a folder that can answer, by name, newest first."""
-    places = sorted((path.parent for path in Path(output_dir).glob("*/metrics.json")), reverse=True)
-    return {place.name: Run(place.resolve()) for place in places if not place.is_symlink() and _can_answer(Run(place))}
+    """The runs of a folder, and of the groups in it, that can answer, by name, newest first."""
+    found = (Run(place.resolve()) for place in directories(Path(output_dir)))
+    return {run.path.name: run for run in found if _can_answer(run)}
 
 
 def _can_answer(run: Run) -> bool:

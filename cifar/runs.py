@@ -19,6 +19,8 @@ from cifar.config import FIELDS, PROJECT, Config, UserError
 
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
 _RECORD = "run.json"
+_MARKS = (_RECORD, "config.json", "history.jsonl", "metrics.json")  # a directory with one of them is, or was, a run's
+SUMMARY = "summary.json"  # of a group: a directory of runs that differ in the seed alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Run:
     @property
     def figures(self) -> Path:
         return self.path / "figures"
+
+    @property
+    def status(self) -> str:
+        """completed, interrupted, failed, running, or unfinished where its process is gone without a word."""
+        return status(self.record)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,19 +62,11 @@ class Run:
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run. Raises UserError if it is missing or not an object in JSON."""
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read {self.path / name}: {error.strerror}") from None
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path / name} is damaged: it does not hold a JSON object")
-        return content
+        return read_json(self.path / name)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run; a reader sees the old one or the new one, never a part."""
-        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(self.path / name, content)
 
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file of the run, likewise."""
@@ -122,7 +121,7 @@ class Run:
         self._end(status="completed")
 
     def _end(self, **changes: Any) -> None:
-        self.update(**changes, end=_now())
+        self.update(**changes, end=now())
         _point_latest(self)
 
 
@@ -144,6 +143,25 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises UserError if it is missing or not an object in JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file; a reader sees the old one or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="")
+
+
 def check_writable(output_dir: str) -> None:
     """Raise UserError, before anything costs time, if runs cannot be written there."""
     try:
@@ -159,21 +177,45 @@ def create(config: Config, **facts: Any) -> Run:
     config: with `dataset` resolved. Two runs in one second get directories of their own.
     Raises UserError if the output folder cannot be written.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{config.dataset}"
-    run = Run(_make_directory(Path(config.output_dir), name))
+    run = Run(make_directory(config))
     run.checkpoints.mkdir()
     run.figures.mkdir()
     run.write("config.json", dataclasses.asdict(config))
-    run.write(_RECORD, {"status": "running", "start": _now(), "end": None, "seconds": {}, **_provenance(), **facts})
+    run.write(_RECORD, {**begun(), "seconds": {}, **_provenance(), **facts})
     return run
 
 
+def begun() -> dict[str, Any]:
+    """The status, the times and the process of what begins now."""
+    return {"status": "running", "start": now(), "end": None, "process": {"host": platform.node(), "pid": os.getpid()}}
+
+
+def status(record: dict[str, Any]) -> str:
+    """The record's status, or unfinished where it says running and its process is gone."""
+    return "unfinished" if record["status"] == "running" and not _is_alive(record.get("process")) else record["status"]
+
+
+def _is_alive(process: dict[str, Any] | None) -> bool:
+    """Whether another process of this machine still runs; one of another machine is believed to."""
+    if process is None or process["pid"] == os.getpid():
+        return False
+    if process["host"] != platform.node() or os.name == "nt":  # where os.kill(pid, 0) is Ctrl-C
+        return True
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _point_latest(run: Run) -> None:
-    """Make `latest`, beside the run, point at it; where links cannot be made, nothing happens."""
-    link = run.path.parent / "latest"
-    fresh = run.path.parent / f".latest-{os.getpid()}"
+    """Make `latest` in the output folder point at the run; where links cannot be made, nothing happens."""
+    outputs = run.path.parent.parent if (run.path.parent / SUMMARY).exists() else run.path.parent
+    link, fresh = outputs / "latest", outputs / f".latest-{os.getpid()}"
     with contextlib.suppress(OSError, NotImplementedError):
-        fresh.symlink_to(run.path.name, target_is_directory=True)
+        fresh.symlink_to(run.path.relative_to(outputs), target_is_directory=True)
         fresh.replace(link)
     with contextlib.suppress(OSError):
         fresh.unlink()
@@ -185,26 +227,55 @@ def find(output_dir: str, name: str | None = None) -> Run:
     Raises UserError if there is none, or if the directory is not a run's.
     """
     outputs = Path(output_dir)
-    path = next((path for path in (Path(name), outputs / name) if path.exists()), Path(name)) if name else None
-    path = path or _latest(outputs)
+    path = locate(output_dir, name) if name else _latest(outputs)
     if path is None:
         raise UserError(f"there is no finished run in {outputs}: make one with `python main.py`")
-    if not path.exists():
-        raise UserError(f"there is no run at {path}: `ls {outputs}` shows those that are there")
+    if (path / SUMMARY).is_file():
+        raise UserError(f"{path} holds the runs of several seeds: name one of them, `ls {path}` shows which")
     if not (path / _RECORD).is_file() or not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run directory: it has no {_RECORD} and config.json")
     return Run(path.resolve())
+
+
+def locate(output_dir: str, name: str) -> Path:
+    """The directory at the path `name`, or called so in `output_dir` or a group there. Raises UserError if none is."""
+    outputs = Path(output_dir)
+    places = (Path(name), *(folder / name for folder in (outputs, *groups(outputs))))
+    if found := next((place for place in places if place.exists()), None):
+        return found
+    raise UserError(f"there is no run at {name}: `invoke compare --output-dir {outputs}` lists those that are there")
+
+
+def groups(outputs: Path) -> list[Path]:
+    """The directories with the runs of several seeds, newest first by name."""
+    return sorted((path.parent for path in outputs.glob(f"*/{SUMMARY}")), reverse=True)
+
+
+def directories(outputs: Path) -> list[Path]:
+    """The directories of all runs, those in groups too, newest first by name; damaged ones too, and `latest` not."""
+    folders = (place for folder in (outputs, *groups(outputs)) for place in folder.glob("*/") if not place.is_symlink())
+    runs = [place for place in folders if any((place / mark).exists() for mark in _MARKS)]
+    return sorted(runs, key=lambda place: place.name, reverse=True)
 
 
 def _latest(outputs: Path) -> Path | None:
     """The target of the link `latest`, else the newest run by name that has ended."""
     if (outputs / "latest").exists():
         return outputs / "latest"
-    records = sorted(outputs.glob(f"*/{_RECORD}"), reverse=True)
-    return next((path.parent for path in records if Run(path.parent).record.get("end")), None)
+    return next((place for place in directories(outputs) if _has_ended(place)), None)
 
 
-def _make_directory(outputs: Path, name: str) -> Path:
+def _has_ended(place: Path) -> bool:
+    try:
+        return bool(Run(place).record.get("end"))
+    except UserError:
+        return False
+
+
+def make_directory(config: Config, suffix: str = "") -> Path:
+    """A new directory in the output folder, named by time, recipe, dataset and suffix. Raises UserError on failure."""
+    outputs = Path(config.output_dir)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{config.dataset}{suffix}"
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         for copy in range(1, 1000):
@@ -238,5 +309,5 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,118 @@
+"""Several seeds of one configuration: a group of runs in a directory of its own, and what they reach on average."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar import console, data, device, runs
+from cifar.config import Config, UserError, short
+from cifar.runs import Run
+
+_PLACES = ("output_dir", "data_dir")  # may be spelled in another way when the group is gone on with
+
+
+@dataclass(frozen=True)
+class Group:
+    """A directory that holds a run for each seed, and summary.json."""
+
+    path: Path
+    config: Config  # settled on the dataset, with the first seed
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.seeds)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return runs.read_json(self.path / runs.SUMMARY)
+
+    def update(self, **changes: Any) -> None:
+        """Set keys of summary.json."""
+        runs.write_json(self.path / runs.SUMMARY, {**self.summary, **changes})
+
+    def finished(self) -> dict[int, Run]:
+        """The run of each seed that has one from beginning to end."""
+        found = [Run(place) for place in runs.directories(self.path)]
+        return {run.config.seed: run for run in found if _is_finished(run)}
+
+    def missing(self) -> Iterator[Config]:
+        """The configuration of each seed that has no finished run, one after the other."""
+        for seed in self.seeds:
+            if seed not in self.finished():
+                yield replace(self.config, seed=seed, seeds=1, output_dir=short(self.path))
+
+    def summarize(self) -> None:
+        """Complete summary.json: the headline figures of each run, and their mean over the seeds."""
+        finished = self.finished()
+        rows = [headline(finished[seed]) for seed in self.seeds]
+        members = [{"seed": seed, "run": finished[seed].path.name, **row} for seed, row in zip(self.seeds, rows)]
+        figures = {name: spread([row[name] for row in rows]) for name in rows[0]}
+        self.update(status="completed", end=runs.now(), runs=members, figures=figures)
+
+
+def begin(config: Config) -> Group:
+    """The unfinished group with these settings in the output folder, newest first; or else a new one.
+
+    Raises UserError for a setting that does not fit the machine or the dataset, before anything is made.
+    """
+    device.choose(config.device)
+    runs.check_writable(config.output_dir)
+    dataset, note = data.find(config.dataset, config.data_dir)
+    config = data.settle(config, dataset)
+    if note:
+        console.banner(note)
+    if path := _unfinished(config):
+        group = Group(path, config)
+        group.update(process=runs.begun()["process"])
+        console.say(f"going on with {short(path)}: {len(group.finished())} of {config.seeds} seeds are there")
+        return group
+    path = runs.make_directory(config, f"_{config.seeds}-seeds")
+    runs.write_json(path / runs.SUMMARY, {**runs.begun(), "note": note, "config": asdict(config)})
+    return Group(path, config)
+
+
+def _unfinished(config: Config) -> Path | None:
+    for path in runs.groups(Path(config.output_dir)):
+        try:
+            summary = runs.read_json(path / runs.SUMMARY)
+            if runs.status(summary) == "unfinished" and _settings(summary["config"]) == _settings(asdict(config)):
+                return path
+        except (UserError, KeyError, TypeError, AttributeError):  # damaged, so it is nobody's to go on with
+            continue
+    return None
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _PLACES}
+
+
+def _is_finished(run: Run) -> bool:
+    try:
+        return run.status == "completed" and bool(headline(run)) and run.config.seeds == 1
+    except (UserError, KeyError, TypeError):  # damaged, so it is made anew
+        return False
+
+
+def headline(run: Run) -> dict[str, float]:
+    """The figures by which an evaluated run is known. Raises UserError or KeyError if one is not there."""
+    metrics, seconds = run.read("metrics.json"), run.record["seconds"]
+    return {
+        "accuracy": metrics["accuracy"],
+        "accuracy_tta": metrics["accuracy_tta"],
+        "loss": metrics["loss"],
+        "expected_calibration_error": metrics["calibration"]["after"]["expected_calibration_error"],
+        "seconds_train": seconds["train"],
+        "seconds": sum(seconds.values()),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the mean's 95% interval (Student 1908) of two values or more."""
+    from scipy.stats import t
+
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
+    return {"mean": mean, "standard_deviation": deviation, "interval_95": [mean - half, mean + half]}
