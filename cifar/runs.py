@@ -237,6 +237,16 @@ def find(output_dir: str, name: str | None = None) -> Run:
     return Run(path.resolve())
 
 
+def find_all(output_dir: str, name: str) -> list[Run]:
+    """The run of that name, or the finished runs of the group of that name, oldest first. Raises UserError if none."""
+    path = locate(output_dir, name)
+    if not (path / SUMMARY).is_file():
+        return [find(output_dir, name)]
+    if found := [Run(place.resolve()) for place in reversed(directories(path)) if (place / "metrics.json").exists()]:
+        return found
+    raise UserError(f"none of the runs in {path} has been evaluated")
+
+
 def locate(output_dir: str, name: str) -> Path:
     """The directory at the path `name`, or called so in `output_dir` or a group there. Raises UserError if none is."""
     outputs = Path(output_dir)

@@ -1,13 +1,11 @@
 """Several seeds of one configuration: a group of runs in a directory of its own, and what they reach on average."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cifar import console, data, device, runs
+from cifar import console, data, device, headlines, runs, significance
 from cifar.config import Config, UserError, short
 from cifar.runs import Run
 
@@ -47,9 +45,9 @@ class Group:
     def summarize(self) -> None:
         """Complete summary.json: the headline figures of each run, and their mean over the seeds."""
         finished = self.finished()
-        rows = [headline(finished[seed]) for seed in self.seeds]
+        rows = [headlines.headline(finished[seed]) for seed in self.seeds]
         members = [{"seed": seed, "run": finished[seed].path.name, **row} for seed, row in zip(self.seeds, rows)]
-        figures = {name: spread([row[name] for row in rows]) for name in rows[0]}
+        figures = {name: significance.spread([row[name] for row in rows]) for name in rows[0]}
         self.update(status="completed", end=runs.now(), runs=members, figures=figures)
 
 
@@ -91,28 +89,6 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_finished(run: Run) -> bool:
     try:
-        return run.status == "completed" and bool(headline(run)) and run.config.seeds == 1
+        return run.status == "completed" and None not in headlines.headline(run).values() and run.config.seeds == 1
     except (UserError, KeyError, TypeError):  # damaged, so it is made anew
         return False
-
-
-def headline(run: Run) -> dict[str, float]:
-    """The figures by which an evaluated run is known. Raises UserError or KeyError if one is not there."""
-    metrics, seconds = run.read("metrics.json"), run.record["seconds"]
-    return {
-        "accuracy": metrics["accuracy"],
-        "accuracy_tta": metrics["accuracy_tta"],
-        "loss": metrics["loss"],
-        "expected_calibration_error": metrics["calibration"]["after"]["expected_calibration_error"],
-        "seconds_train": seconds["train"],
-        "seconds": sum(seconds.values()),
-    }
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the mean's 95% interval (Student 1908) of two values or more."""
-    from scipy.stats import t
-
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return {"mean": mean, "standard_deviation": deviation, "interval_95": [mean - half, mean + half]}
