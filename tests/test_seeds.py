@@ -128,15 +128,6 @@ def test_only_a_whole_run_counts_as_finished(evaluated_run, tmp_path):
         (whole / name).write_text(kept, encoding="utf-8")
 
 
-def test_the_spread_is_that_of_students_distribution():
-    # Student's t of 2 degrees of freedom at 97.5% is 4.302653 in any table.
-    figure = seeds.spread([0.93, 0.94, 0.95])
-    assert figure["mean"] == pytest.approx(0.94)
-    assert figure["standard_deviation"] == pytest.approx(0.01)
-    assert figure["interval_95"] == pytest.approx([0.94 - 4.302653 * 0.01 / 3**0.5, 0.94 + 4.302653 * 0.01 / 3**0.5])
-    assert seeds.spread([1.0, 1.0])["interval_95"] == [1.0, 1.0]
-
-
 @pytest.mark.parametrize("given", [{"seeds": "0"}, {"seeds": "2", "seed": str(2**32 - 1)}])
 def test_seeds_that_do_not_exist_are_refused(given):
     with pytest.raises(UserError, match="--seeds"):
