@@ -78,8 +78,8 @@ def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
     name = run.path.name
     if not (run.path / "metrics.json").exists():
         raise UserError(f"{name} has not been evaluated: `invoke evaluate --run {short(run.path)}` does it")
-    config, metrics = run.config, run.read("metrics.json")
     try:
+        config, metrics = run.config, run.read("metrics.json")
         described = {
             "letter": letter,
             "run": name,
@@ -93,6 +93,8 @@ def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
             "settings": _made_by(run),
             "classes": {label: float(scores["recall"]) for label, scores in metrics["per_class"].items()},
         }
+    except UserError as error:
+        raise UserError(f"{name} cannot be compared: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{name} cannot be compared: its metrics.json or run.json is damaged") from None
     try:

@@ -55,10 +55,13 @@ def columns(sort: str | None) -> list[str]:
 def table(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
     """A row for each run of a folder and of the groups in it: COLUMNS, and `damaged`, the files that cannot be read.
 
-    Newest first, or by a column: the best first, or by the alphabet. Raises UserError if there is no such column.
+    Newest first, or by a column: the best first, or by the alphabet. Raises UserError if there is no such column, or
+    no run.
     """
     column = known_name("column", sort, COLUMNS) if sort else "start"
     rows = [_row(Run(place)) for place in runs.directories(Path(output_dir))]
+    if not rows:
+        raise UserError(f"there is no run in {output_dir}: make one with `python main.py`")
     known = [row for row in rows if row[column] is not None]
     known.sort(key=lambda row: row[column], reverse=column in _LARGEST_FIRST)
     return known + [row for row in rows if row[column] is None]

@@ -16,6 +16,7 @@ from cifar import compare, compare_figure, runs
 from cifar.config import Config, UserError
 from cifar.runs import Run
 
+RUBBISH = ("", "{", "[1]", "null", '{"seconds": [1], "accuracy": "high", "recipe": 3}', "\0\xff")
 CLASSES = ("cat", "dog", "<ship>")
 
 
@@ -196,9 +197,13 @@ def test_a_mistake_is_one_sentence(tmp_path):
         compare.compare([first, second, first])
     with pytest.raises(UserError, match="takes two runs or more"):
         compare.compare([first])
-    second.write("metrics.json", {"accuracy": 1})
-    with pytest.raises(UserError, match="b cannot be compared: its metrics"):
-        compare.compare([first, second])
+    for file, kept in [(file, second.read(file)) for file in ("config.json", "run.json", "metrics.json")]:
+        for content in RUBBISH:
+            (second.path / file).write_text(content, encoding="latin-1")
+            with pytest.raises(UserError, match=r"^b cannot be compared: [^\n]*$"):
+                compare.compare([first, second])
+        second.write(file, kept)
+    assert compare.compare([first, second])["pairs"]
     (second.path / "metrics.json").unlink()
     with pytest.raises(UserError, match="b has not been evaluated"):
         compare.compare([first, second])

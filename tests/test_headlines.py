@@ -35,7 +35,8 @@ def test_the_list_has_every_run_once_newest_first_with_what_it_saved(outputs, ev
         )
         assert row["calibration"] == metrics["calibration"]["after"]["expected_calibration_error"]
         assert (row["epochs"], row["seconds"], row["damaged"]) == (2, sum(seconds.values()), [])
-    assert headlines.table(str(outputs / "nowhere")) == []
+    with pytest.raises(UserError, match=r"there is no run in .*nowhere: make one"):
+        headlines.table(str(outputs / "nowhere"))
 
 
 def test_it_is_sorted_by_any_column_the_best_first_and_the_unknown_last(outputs):
