@@ -315,8 +315,7 @@ def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], 
             for title, key in (("accuracy", "accuracy"), ("with views", "accuracy_tta"))
         }
         names = {"group": [row["group"] for row in groups], "status": [_state(row["status"]) for row in groups]}
-        seeds = {"seeds": [str(row["seeds"] or "") for row in groups]}
-        out.print(_fitting("several seeds, ± standard deviation", names | accuracies | seeds))
+        out.print(_fitting("several seeds, ± standard deviation", names | accuracies))
 
 
 def _cell(row: dict[str, Any], column: str) -> str | Text:

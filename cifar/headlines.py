@@ -10,6 +10,7 @@ from cifar.config import UserError, known_name
 from cifar.runs import Run
 
 COLUMNS = "run", "status", "accuracy", "views", "seconds", "seed", "epochs", "loss", "calibration", "recipe", "dataset"
+SHARES = "accuracy", "accuracy_tta", "expected_calibration_error"
 _STATUSES = ("completed", "interrupted", "failed", "running", "unfinished")
 _LARGEST_FIRST = ("accuracy", "views", "epochs", "start")
 _IN_METRICS = {
@@ -110,7 +111,7 @@ _READERS = {
 
 
 def groups(output_dir: str) -> list[dict[str, Any]]:
-    """A row for each group of seeds, newest first: name, status, seeds, and mean and deviation of both accuracies."""
+    """A row for each group of seeds, newest first: name, status, mean and deviation of both accuracies."""
     return [{"group": path.name, **_of_summary(path / runs.SUMMARY)} for path in runs.groups(Path(output_dir))]
 
 
@@ -122,6 +123,6 @@ def _of_summary(file: Path) -> dict[str, Any]:
             name: [float(figures[name][key]) for key in ("mean", "standard_deviation")] if figures else None
             for name in ("accuracy", "accuracy_tta")
         }
-        return {"status": runs.status(summary), "seeds": int(summary["config"]["seeds"]), **spreads}
+        return {"status": known_name("status", runs.status(summary), _STATUSES), **spreads}
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return {"status": f"damaged: {file.name}", "seeds": None, "accuracy": None, "accuracy_tta": None}
+        return {"status": f"damaged: {file.name}", "accuracy": None, "accuracy_tta": None}

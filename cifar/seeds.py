@@ -1,5 +1,6 @@
 """Several seeds of one configuration: a group of runs in a directory of its own, and what they reach on average."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Group:
         finished = self.finished()
         rows = [headlines.headline(finished[seed]) for seed in self.seeds]
         members = [{"seed": seed, "run": finished[seed].path.name, **row} for seed, row in zip(self.seeds, rows)]
-        figures = {name: significance.spread([row[name] for row in rows]) for name in rows[0]}
+        figures = {name: significance.spread([row[name] for row in rows], 0, _most(name)) for name in rows[0]}
         self.update(status="completed", end=runs.now(), runs=members, figures=figures)
 
 
@@ -70,6 +71,10 @@ def begin(config: Config) -> Group:
     path = runs.make_directory(config, f"_{config.seeds}-seeds")
     runs.write_json(path / runs.SUMMARY, {**runs.begun(), "note": note, "config": asdict(config)})
     return Group(path, config)
+
+
+def _most(figure: str) -> float:
+    return 1 if figure in headlines.SHARES else math.inf
 
 
 def _unfinished(config: Config) -> Path | None:

@@ -1,5 +1,6 @@
 """How sure a figure is: the spread of repetitions, and tests of differences. SciPy does the sums."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,20 @@ import numpy as np
 LEVEL = 0.05  # below which a p value is called significant
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the mean's 95% interval (Student 1908) of two values or more."""
+def spread(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> dict[str, Any]:
+    """Mean, sample standard deviation and the mean's 95% interval (Student 1908) of two values or more.
+
+    least, most: what the mean can be at all, where the interval ends in any case.
+    """
     from scipy.stats import t
 
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return {"mean": mean, "standard_deviation": deviation, "interval_95": [mean - half, mean + half]}
+    return {
+        "mean": mean,
+        "standard_deviation": deviation,
+        "interval_95": [max(mean - half, least), min(mean + half, most)],
+    }
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -151,7 +151,7 @@ def test_the_list_of_runs_fits_and_names_what_it_leaves_out(capsys, monkeypatch,
 
 
 def test_groups_of_seeds_are_listed_with_mean_and_deviation(capsys):
-    group = {"group": "5-seeds", "status": "unfinished", "seeds": 5, "accuracy": None, "accuracy_tta": None}
+    group = {"group": "5-seeds", "status": "unfinished", "accuracy": None, "accuracy_tta": None}
     done = {**group, "status": "completed", "accuracy": [0.9341, 0.0019], "accuracy_tta": [0.9415, 0.0011]}
     console.show_runs([ROW], [group, done], headlines.COLUMNS)
     printed = capsys.readouterr().out

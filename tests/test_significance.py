@@ -33,5 +33,7 @@ def test_the_spread_is_that_of_students_distribution():
     assert figure["standard_deviation"] == pytest.approx(0.01)
     assert figure["interval_95"] == pytest.approx([0.94 - 4.302653 * 0.01 / 3**0.5, 0.94 + 4.302653 * 0.01 / 3**0.5])
     assert significance.spread([1.0, 1.0])["interval_95"] == [1.0, 1.0]
+    # Student's t of 1 degree of freedom is 12.7062: 0.95 +- 0.64 goes beyond 1.
+    assert significance.spread([0.9, 1.0], 0, 1)["interval_95"] == pytest.approx([0.95 - 12.7062 * 0.05, 1])
     values = [0.1, 0.7, 0.2, 0.4]
     assert significance.spread(values)["interval_95"] == pytest.approx([*ttest_1samp(values, 0).confidence_interval()])
