@@ -27,10 +27,30 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
 
 
 def pipeline(given: dict[str, Any], resume: str | None) -> None:
-    """data -> train -> evaluate -> visualize, all in one run directory: a new one, or that of the run to resume."""
+    """One run, or with --seeds several in a directory of their own, or the rest of the run to resume."""
+    from cifar import train
+
+    if resume is not None:
+        return go_through(*train.take_up(resume, given))
+    config = Config.create(given)
+    if config.seeds == 1:
+        return go_through(*train.begin(config))
+
+    from cifar import seeds
+
+    group = seeds.begin(config)
+    with group.claim():
+        for member in group.missing():
+            console.say(f"seed {member.seed}, {group.seeds.index(member.seed) + 1} of {config.seeds}", style="bold")
+            go_through(*group.start(member))
+        group.summarize()
+    console.show_seeds(group)
+
+
+def go_through(run, dataset) -> None:
+    """data -> train -> evaluate -> visualize, all in the run's directory."""
     from cifar import evaluate, train, visualize
 
-    run, dataset = train.begin(Config.create(given)) if resume is None else train.take_up(resume, given)
     if run.record["status"] == "completed" and run.has_metrics:
         console.say(f"{run.path.name} is complete: there is nothing to resume")
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from invoke import Argument, Exit, Task, task
 
 from cifar import console, settings
-from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, UsageError, UserError, help_text
+from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, UsageError, UserError, help_text, short
 
 
 class _Words(Argument):
@@ -21,10 +21,12 @@ class _Words(Argument):
     task must take values.
     """
 
-    def __init__(self, words: list[str], **options):
+    def __init__(self, words: list[str], least: int, **options):
         super().__init__(kind=list, positional=True, **options)
         after_flag = [False, *("=" not in word and word.startswith("--") for word in words)]
-        self.missing = max(1, sum(not word.startswith("--") and not value for word, value in zip(words, after_flag)))
+        self.missing = max(
+            least, sum(not word.startswith("--") and not value for word, value in zip(words, after_flag))
+        )
 
     @property
     def value(self) -> list[str] | None:
@@ -42,7 +44,9 @@ class _WordsTask(Task):
     def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
         words = sys.argv[sys.argv.index(self.name) + 1 :] if self.name in sys.argv else []
         return [
-            _Words(words, names=argument.names, help=argument.help) if argument.positional else argument
+            _Words(words, least=0 if argument.default == () else 1, names=argument.names, help=argument.help)
+            if argument.positional
+            else argument
             for argument in super().get_arguments(ignore_unknown_help)
         ]
 
@@ -81,7 +85,7 @@ def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
 
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         door.__signature__ = inspect.Signature([context, *own, *flags])
-        positional = [parameter.name for parameter in own if parameter.default is parameter.empty]
+        positional = [parameter.name for parameter in own if parameter.default in (parameter.empty, ())]
         help = {name: help_text(name) for name in names} | own_help | places
         repeated = [name for name in places if name == "set"]
         return task(door, help=help, auto_shortflags=False, positional=positional, iterable=repeated, klass=_WordsTask)
@@ -100,7 +104,10 @@ def data(config):
     console.show_dataset(dataset)
 
 
-@stage(*FIELDS, from_file=True, resume=RESUME_HELP)
+_OF_A_RUN = [name for name in FIELDS if name != "seeds"]  # whose figures need the stages after training
+
+
+@stage(*_OF_A_RUN, from_file=True, resume=RESUME_HELP)
 def train(given, resume=None):
     """Train a network into a new run directory, or go on with a training."""
     from cifar import train
@@ -203,6 +210,30 @@ def predict(config, paths, run=None, fit="crop", output=None):
         predict.write(Path(output), answers, predictor)
     if refused := sum(answer.refusal is not None for answer in answers):
         raise UserError(f"{refused} of {len(answers)} pictures were refused")
+
+
+@stage(
+    "output_dir",
+    names="runs, or directories of several seeds; none lists all runs",
+    sort="column by which the list of all runs is sorted; default the newest first",
+    output="folder that receives the page, the figure and the numbers; default compare/ in --output-dir",
+)
+def compare(config, names=(), sort=None, output=None):
+    """Say which of several runs is better and how sure that is, or list all runs."""
+    from cifar import headlines
+
+    if not names:
+        rows, groups = headlines.table(config.output_dir, sort), headlines.groups(config.output_dir)
+        return console.show_runs(rows, groups, headlines.columns(sort))
+    if sort:
+        raise UsageError("--sort is for the list of all runs, which `invoke compare` gives without names")
+
+    from cifar import compare, compare_page, runs
+
+    comparison = compare.compare([run for name in names for run in runs.find_all(config.output_dir, name)])
+    page = compare_page.write(comparison, Path(output) if output else compare.folder(config.output_dir, comparison))
+    console.show_comparison(comparison)
+    console.say(f"page, figure and numbers: {short(page.parent)}")
 
 
 @stage(

@@ -35,6 +35,7 @@ DATASETS = ("auto", "cifar10", "cifar100", "digits")
 A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
+_LAST_SEED = 2**32 - 1
 _ONE_SIZE_MODELS = ("simple", "mlp")
 
 
@@ -67,7 +68,12 @@ class Config:
         "number format of the network; auto is bfloat16 where the hardware has it",
         known=("auto", "bfloat16", "float32"),
     )
-    seed: int = _option(0, "seed of the split, the weights, the order and the augmentation", least=0, most=2**32 - 1)
+    seed: int = _option(0, "seed of the split, the weights, the order and the augmentation", least=0, most=_LAST_SEED)
+    seeds: int = _option(
+        1,
+        "runs, with seed, seed + 1 and so on, in one directory; once interrupted, the same command goes on with it",
+        least=1,
+    )
     val_size: int | None = _option(
         None, "images held out for validation (a tenth of the training split: 5000 of CIFAR-10)", least=0
     )
@@ -109,6 +115,8 @@ class Config:
         known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name))
+        if self.seed + self.seeds - 1 > _LAST_SEED:
+            raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
         if self.small_epochs and self.model in _ONE_SIZE_MODELS:
             raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
         if self.optimizer == "muon" and self.model != "whitened":

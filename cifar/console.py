@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +31,20 @@ _REFRESH_SECONDS = 0.25
 _ROWS = 100  # of a table of pictures
 _SHOWN_SHARE = 0.005  # of a step, from which an operator is shown
 _NAMED = 20  # classes that are listed, or that have a row
+_CELLS = {  # formats of the columns that are no text
+    **dict.fromkeys(("accuracy", "views", "calibration"), ".2%"),
+    **{"loss": ".4f", "seconds": ",.0f"},
+}
+_NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
+_COLOURS = {"completed": "green", "running": "cyan", "interrupted": "yellow", "killed": "yellow"}
+_FIGURES = {  # title and format
+    "accuracy": ("accuracy", ".2%"),
+    "accuracy_tta": ("accuracy with views", ".2%"),
+    "loss": ("loss (cross-entropy)", ".4f"),
+    "expected_calibration_error": ("calibration error", ".2%"),
+    "seconds_train": ("seconds of training", ",.1f"),
+    "seconds": ("seconds together", ",.1f"),
+}
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -236,6 +252,116 @@ def _share(name: str, share: float, bar: bool) -> Table:
 
 def _is_unsure(answer: Any, predictor: Any) -> bool:
     return answer.probabilities is not None and predictor.is_probably_none(answer.probabilities)
+
+
+def show_seeds(group: Any) -> None:
+    """What the runs of a group reach on average, from its summary.json."""
+    summary, config = group.summary, group.config
+    table = Table(title=f"{config.recipe} on {config.dataset}, seeds {group.seeds[0]} to {group.seeds[-1]}")
+    for column in ("", "mean", "standard deviation", "its 95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, figure in summary["figures"].items():
+        title, form = _FIGURES[name]
+        mean, deviation, low, high = (
+            format(value, form) for value in (figure["mean"], figure["standard_deviation"], *figure["interval_95"])
+        )
+        table.add_row(title, mean, deviation, f"{low} to {high}")
+    out.print(table)
+    say(f"directory of the {config.seeds} runs: {short(group.path)}")
+    if summary["note"]:
+        banner(summary["note"])
+
+
+def show_comparison(comparison: dict[str, Any]) -> None:
+    """The tables of `compare.compare`, and last what they come to."""
+    runs, pairs, settings = comparison["runs"], comparison["pairs"], comparison["settings"]
+    letters = [run["letter"] for run in runs]
+    for run in runs:
+        say(f"{run['letter']}  {run['path']}: {run['subject']}")
+    cells = {"accuracy": [_interval(run, "accuracy", "interval_95") for run in runs]}
+    cells["with views"] = [_interval(run, "accuracy_tta", "interval_95_tta") for run in runs]
+    for title, key in (("seconds", "seconds"), ("loss", "loss"), ("calibration", "expected_calibration_error")):
+        cells[title] = ["" if run[key] is None else format(run[key], _CELLS[title]) for run in runs]
+    out.print(_fitting("on the test split, with 95% intervals", {"": letters} | cells))
+    _show_classes(comparison["classes_shown"], letters, of=len(comparison["classes"]))
+    if settings:
+        columns = {run["letter"]: [str(setting["values"][n]) for setting in settings] for n, run in enumerate(runs)}
+        names = {"setting": [setting["name"] for setting in settings]}
+        out.print(_fitting("settings that differ", names | columns))
+    if pairs:
+        columns = {"": [f"{pair['first']} and {pair['second']}" for pair in pairs]}
+        columns["the first"] = [f"{pair['only_first']:,}" for pair in pairs]
+        columns["the second"] = [f"{pair['only_second']:,}" for pair in pairs]
+        columns["of"] = [f"{pair['n']:,}" for pair in pairs]
+        out.print(_fitting("images that one alone has right", columns))
+    for note in comparison["notes"]:
+        say(note, style="yellow")
+    for pair in pairs:
+        say(pair["verdict"], style="bold" if pair["better"] else None)
+    if pairs:
+        say(comparison["method"])
+
+
+def _interval(run: dict[str, Any], key: str, interval: str) -> str:
+    low, high = run[interval]
+    return f"{run[key]:.2%} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def _show_classes(classes: Sequence[dict[str, Any]], letters: Sequence[str], of: int) -> None:
+    """The recall of each class, and how far the others are from the first."""
+    first, *others = letters
+    columns = {"class": [row["class"] for row in classes]}
+    columns |= {letter: [f"{row['recall'][n]:.1%}" for row in classes] for n, letter in enumerate(letters)}
+    columns |= {
+        f"{letter} - {first}": [f"{100 * row['difference'][n]:+.1f}" for row in classes]
+        for n, letter in enumerate(others)
+    }
+    which = f", the {len(classes)} of {of} that differ most" if len(classes) < of else ""
+    if classes:
+        out.print(_fitting(f"recall by class, and points apart{which}", columns))
+
+
+def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """All runs of a folder, from `headlines.table`, and its groups of seeds, from `headlines.groups`.
+
+    columns: in the order of their weight, where not all of them fit.
+    """
+    cells = {column: [_cell(row, column) for row in rows] for column in columns}
+    out.print(_fitting(f"{len(rows)} runs", cells))
+    if groups:
+        accuracies = {
+            title: ["" if row[key] is None else "{:.2%} ± {:.2%}".format(*row[key]) for row in groups]
+            for title, key in (("accuracy", "accuracy"), ("with views", "accuracy_tta"))
+        }
+        names = {"group": [row["group"] for row in groups], "status": [_state(row["status"]) for row in groups]}
+        out.print(_fitting("several seeds, ± standard deviation", names | accuracies))
+
+
+def _cell(row: dict[str, Any], column: str) -> str | Text:
+    value = row[column]
+    if column == "status":
+        return _state("damaged:\n" + "\n".join(row["damaged"]) if row["damaged"] else value)
+    return "" if value is None else format(value, _CELLS.get(column, ""))
+
+
+def _state(status: str) -> Text:
+    return Text(status, style=_COLOURS.get(status, "red"))
+
+
+def _fitting(title: str, columns: dict[str, Sequence[str | Text]]) -> Table:
+    """A table of the first columns that fit into the width, and which do not; numbers stand on the right."""
+    lines = {name: "\n".join([name, *map(str, cells)]).split("\n") for name, cells in columns.items()}
+    widths = accumulate(max(map(len, texts)) + 3 for texts in lines.values())  # with what is between columns
+    count = max(2, sum(width - 3 <= out.width for width in widths))
+    left_out = list(columns)[count:]
+    table = Table(title=title, show_edge=False, pad_edge=False)
+    table.caption = f"too narrow for: {', '.join(left_out)}" if left_out else None
+    for name in list(columns)[:count]:
+        is_number = all(_NUMBER.match(text) for text in lines[name][1:])
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in zip(*list(columns.values())[:count]):
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    return table
 
 
 def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:

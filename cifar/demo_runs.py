@@ -15,7 +15,7 @@ from cifar import data, datasets
 from cifar.config import UserError, known_name
 from cifar.picture import decode
 from cifar.predict import Predictor
-from cifar.runs import Run
+from cifar.runs import Run, directories
 from cifar.saliency import saliency
 
 THUMBNAILS = "thumbnails"
@@ -40,9 +40,9 @@ class Opinion:
 
 
 def evaluated(output_dir: str) -> dict[str, Run]:
-    """The runs of a folder that can answer, by name, newest first."""
-    places = sorted((path.parent for path in Path(output_dir).glob("*/metrics.json")), reverse=True)
-    return {place.name: Run(place.resolve()) for place in places if not place.is_symlink() and _can_answer(Run(place))}
+    """The runs of a folder, and of the groups in it, that can answer, by name, newest first."""
+    found = (Run(place.resolve()) for place in directories(Path(output_dir)))
+    return {run.path.name: run for run in found if _can_answer(run)}
 
 
 def _can_answer(run: Run) -> bool:

@@ -22,7 +22,11 @@ from cifar.files import append, lock, replacing, writing
 
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
 _RECORD, _CONFIG, _HISTORY = "run.json", "config.json", "history.jsonl"
-_RESUMABLE = ("interrupted", "failed", "killed")
+RESUMABLE = ("interrupted", "failed", "killed")
+# A directory with one of them is, or was, a run's.
+_MARKS = (_RECORD, _CONFIG, _HISTORY, "metrics.json")
+SUMMARY = "summary.json"  # of a group: a directory of runs that differ in the seed alone
+_GROUP_LOCK = ".lock"
 _PATIENCE = 1.0  # seconds that a process waits for another's lock, which may be held for a glance
 
 
@@ -66,19 +70,11 @@ class Run:
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run. Raises UserError if it is missing or not an object in JSON."""
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read {self.path / name}: {error.strerror}") from None
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path / name} is damaged: it does not hold a JSON object")
-        return content
+        return read_json(self.path / name)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run; a reader sees the old one or the new one, never a part."""
-        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(self.path / name, content)
 
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file of the run, likewise."""
@@ -132,7 +128,7 @@ class Run:
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
         """Record that the training goes on, now, after that step of the epoch, and how long it has taken so far."""
-        resumed = [*self.record.get("resumed", []), {"time": _now(), "epoch": epoch, "step": step}]
+        resumed = [*self.record.get("resumed", []), {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
     @property
@@ -211,7 +207,7 @@ class Run:
                 partial.unlink()
 
     def _end(self, **changes: Any) -> None:
-        self.update(**changes, end=_now())
+        self.update(**changes, end=now())
         _point_latest(self)
 
 
@@ -219,6 +215,25 @@ def _epoch_of(line: bytes) -> int | None:
     """The epoch of a line of history.jsonl; None if it cannot be read."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return json.loads(line)["epoch"] if line.endswith(b"\n") else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises UserError if it is missing or not an object in JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file; a reader sees the old one or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="")
 
 
 def check_writable(output_dir: str) -> None:
@@ -236,21 +251,20 @@ def create(config: Config, **facts: Any) -> Run:
     config: with `dataset` resolved. Two runs in one second get directories of their own.
     Raises UserError if the output folder cannot be written.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{Path(config.dataset).name}"
-    run = Run(_make_directory(Path(config.output_dir), name))
+    run = Run(make_directory(config))
     run.checkpoints.mkdir()
     run.figures.mkdir()
     run.write(_CONFIG, dataclasses.asdict(config))
-    run.write(_RECORD, {"status": "running", "start": _now(), "end": None, "seconds": {}, **_provenance(), **facts})
+    run.write(_RECORD, {"status": "running", "start": now(), "end": None, "seconds": {}, **_provenance(), **facts})
     return run
 
 
 def _point_latest(run: Run) -> None:
-    """Make `latest`, beside the run, point at it; where links cannot be made, nothing happens."""
-    link = run.path.parent / "latest"
-    fresh = run.path.parent / f".latest-{os.getpid()}"
+    """Make `latest` in the output folder point at the run; where links cannot be made, nothing happens."""
+    outputs = run.path.parent.parent if (run.path.parent / SUMMARY).exists() else run.path.parent
+    link, fresh = outputs / "latest", outputs / f".latest-{os.getpid()}"
     with contextlib.suppress(OSError, NotImplementedError):
-        fresh.symlink_to(run.path.name, target_is_directory=True)
+        fresh.symlink_to(run.path.relative_to(outputs), target_is_directory=True)
         fresh.replace(link)
     with contextlib.suppress(OSError):
         fresh.unlink()
@@ -262,12 +276,11 @@ def find(output_dir: str, name: str | None = None) -> Run:
     Raises UserError if there is none, or if the directory is not a run's.
     """
     outputs = Path(output_dir)
-    path = next((path for path in (Path(name), outputs / name) if path.exists()), Path(name)) if name else None
-    path = path or _latest(outputs)
+    path = locate(output_dir, name) if name else _latest(outputs)
     if path is None:
         raise UserError(f"there is no finished run in {outputs}: make one with `python main.py`")
-    if not path.exists():
-        raise UserError(f"there is no run at {path}: `ls {outputs}` shows those that are there")
+    if (path / SUMMARY).is_file():
+        raise UserError(f"{path} holds the runs of several seeds: name one of them, `ls {path}` shows which")
     if not (path / _RECORD).is_file() or not (path / _CONFIG).is_file():
         raise UserError(f"{path} is not a run directory: it has no {_RECORD} and {_CONFIG}")
     run = Run(path.resolve())
@@ -279,31 +292,80 @@ def find_resumable(output_dir: str, name: str | None = None) -> Run:
     """The run that is named, as `find` finds it; without a name, the newest that did not come to its end."""
     if name:
         return find(output_dir, name)
-    for run in _newest_first(Path(output_dir)):
+    for run in map(Run, directories(Path(output_dir))):
         with contextlib.suppress(UserError):
-            if run.status() in _RESUMABLE:
+            if run.status() in RESUMABLE:
                 return run
     raise UserError(f"there is no run in {output_dir} that could be resumed")
+
+
+def find_all(output_dir: str, name: str) -> list[Run]:
+    """The run of that name, or the finished runs of the group of that name, oldest first. Raises UserError if none."""
+    path = locate(output_dir, name)
+    if not (path / SUMMARY).is_file():
+        return [find(output_dir, name)]
+    if found := [Run(place.resolve()) for place in reversed(directories(path)) if (place / "metrics.json").exists()]:
+        return found
+    raise UserError(f"none of the runs in {path} has been evaluated")
+
+
+def locate(output_dir: str, name: str) -> Path:
+    """The directory at the path `name`, or called so in `output_dir` or a group there. Raises UserError if none is."""
+    outputs = Path(output_dir)
+    places = (Path(name), *(folder / name for folder in (outputs, *groups(outputs))))
+    if found := next((place for place in places if place.exists()), None):
+        return found
+    raise UserError(f"there is no run at {name}: `invoke compare --output-dir {outputs}` lists those that are there")
+
+
+def groups(outputs: Path) -> list[Path]:
+    """The directories with the runs of several seeds, newest first by name."""
+    return sorted((path.parent for path in outputs.glob(f"*/{SUMMARY}")), reverse=True)
+
+
+@contextlib.contextmanager
+def claim_group(group: Path) -> Iterator[None]:
+    """Keep other processes from working on a group. Raises UserError if one does."""
+    with writing(group), (group / _GROUP_LOCK).open("ab") as file:
+        if not lock(file):
+            raise UserError(f"{group.name} is in use: another process works on it")
+        yield
+
+
+def group_status(group: Path) -> str:
+    """completed, running, or killed where it says running and no process works on it."""
+    status = read_json(group / SUMMARY)["status"]
+    if status != "running":
+        return status
+    try:
+        with (group / _GROUP_LOCK).open("rb") as file:
+            return "killed" if lock(file) else "running"
+    except FileNotFoundError:
+        return "killed"
+
+
+def directories(outputs: Path) -> list[Path]:
+    """The directories of all runs, those in groups too, newest first by name; damaged ones too, and `latest` not."""
+    folders = (place for folder in (outputs, *groups(outputs)) for place in folder.glob("*/") if not place.is_symlink())
+    runs = [place.resolve() for place in folders if any((place / mark).exists() for mark in _MARKS)]
+    return sorted(runs, key=lambda place: place.name, reverse=True)
 
 
 def _latest(outputs: Path) -> Path | None:
     """The target of the link `latest`, else the newest run by name that has ended."""
     if (outputs / "latest").exists():
         return outputs / "latest"
-    for run in _newest_first(outputs):
+    for run in map(Run, directories(outputs)):
         with contextlib.suppress(UserError):
             if run.status() != "running":
                 return run.path
     return None
 
 
-def _newest_first(outputs: Path) -> list[Run]:
-    """The runs of the folder, by name."""
-    records = sorted(outputs.glob(f"*/{_RECORD}"), reverse=True)
-    return [Run(record.parent.resolve()) for record in records if not record.parent.is_symlink()]
-
-
-def _make_directory(outputs: Path, name: str) -> Path:
+def make_directory(config: Config, suffix: str = "") -> Path:
+    """A new directory in the output folder, named by time, recipe, dataset and suffix. Raises UserError on failure."""
+    outputs = Path(config.output_dir)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{Path(config.dataset).name}{suffix}"
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         for copy in range(1, 1000):
@@ -337,7 +399,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _now() -> str:
+def now() -> str:
     return _time(time.time())
 
 

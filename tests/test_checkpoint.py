@@ -165,6 +165,6 @@ def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, dama
         try:
             weights = use(path).state_dict()
         except UserError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error)  # noqa: PT017
         else:  # it hit the padding between the parts
             assert all(torch.equal(tensor, weights[name]) for name, tensor in network().state_dict().items())

@@ -2,9 +2,11 @@ import io
 import re
 
 import pytest
+import test_compare
 from rich.console import Console
+from scipy.stats import binomtest
 
-from cifar import console
+from cifar import compare, console, headlines
 from cifar.config import UsageError, UserError
 from cifar.doctor import Finding
 
@@ -178,3 +180,50 @@ def test_a_terminal_shows_findings_in_columns(terminal):
         "               cure: make room",
         "",
     ]
+
+
+ROW = {
+    **{"run": "2026-01-01_00-00-00_fast_cifar10", "status": "completed", "accuracy": 0.9352, "views": 0.9415},
+    **{"seconds": 1234.5, "seed": 3, "epochs": 12, "loss": 0.5, "calibration": 0.008},
+    **{"recipe": "fast", "dataset": "cifar10", "damaged": []},
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_list_of_runs_fits_and_names_what_it_leaves_out(capsys, monkeypatch, width):
+    monkeypatch.setattr(console, "out", Console(width=width))
+    broken = {**ROW, "run": "broken", "accuracy": None, "damaged": ["run.json", "metrics.json"]}
+    console.show_runs([ROW, broken], [], headlines.COLUMNS)
+    printed = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+    head, _, left_out = printed.partition("too narrow for:")
+    named = {column for column in headlines.COLUMNS if re.search(rf"\b{column}\b", head.split("━")[0])}
+    assert named | set(re.findall(r"\w+", left_out)) == set(headlines.COLUMNS)
+    for part in (ROW["run"], "damaged:", "run.json", "metrics.json", *(["93.52%", "1,234"] if width >= 80 else [])):
+        assert part in printed
+
+
+def test_groups_of_seeds_are_listed_with_mean_and_deviation(capsys):
+    group = {"group": "5-seeds", "status": "killed", "accuracy": None, "accuracy_tta": None}
+    done = {**group, "status": "completed", "accuracy": [0.9341, 0.0019], "accuracy_tta": [0.9415, 0.0011]}
+    console.show_runs([ROW], [group, done], headlines.COLUMNS)
+    printed = capsys.readouterr().out
+    for part in ("killed", "93.41% ± 0.19%", "94.15% ± 0.11%"):
+        assert part in printed
+
+
+def test_a_comparison_ends_with_what_it_comes_to(capsys, tmp_path):
+    found = [test_compare.make_run(tmp_path / "a", range(20)), test_compare.make_run(tmp_path / "b", [1], seed=7)]
+    comparison = compare.compare(found)
+    console.show_comparison({**comparison, "notes": ["a [note]"]})
+    printed = capsys.readouterr().out
+    low, high = binomtest(280, 300).proportion_ci(method="wilson")
+    for part in (
+        f"93.33% ({100 * low:.2f} to {100 * high:.2f})",
+        "seed    │ 0 │ 7",
+        "+6.0",
+        "A and B │         0 │         19 │ 300",
+    ):
+        assert part in printed
+    *_, note, verdict, method = printed.splitlines()
+    assert (note, verdict, method) == ("a [note]", comparison["pairs"][0]["verdict"], comparison["method"])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,35 @@ def test_a_run_that_is_none_is_one_sentence(task, tmp_path):
         assert err.count("\n") == 1
 
 
+def test_compare_lists_all_runs_and_says_which_is_better(evaluated_run, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(evaluated_run.path, tmp_path / name)
+    code, out, err = invoke("compare", "--sort", "accuracy", "--output-dir", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert out.index("2 runs") < out.index("second ") < out.index("first ")
+    code, out, err = invoke("compare", "first", "second", "--output-dir", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert "no significant difference between A and B: B - A is +0.00 points" in out
+    folder = tmp_path / "compare" / "first_vs_second"
+    assert out.endswith(f"page, figure and numbers: {os.path.relpath(folder, PROJECT)}\n")
+    assert (folder / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("one", "two"), 1, "there is no run at one"),
+        (("--sort", "speed"), 1, "unknown column 'speed': did you mean seed"),
+        (("one", "two", "--sort", "accuracy"), 2, "--sort is for the list of all runs"),
+    ],
+)
+def test_compare_tells_a_mistake_in_one_sentence(arguments, code, sentence, tmp_path):
+    returned, out, err = invoke("compare", *arguments, "--output-dir", str(tmp_path))
+    assert (returned, out) == (code, "")
+    assert err.startswith(f"error: {sentence}")
+    assert err.count("\n") == 1
+
+
 def test_an_unknown_flag_is_a_usage_error():
     code, _, err = main("--epoch", "3")
     assert code == 2
@@ -151,12 +181,12 @@ def test_help_and_list_load_no_torch(command):
     assert (code, out.strip()) == (0, "False False")
 
 
-def test_every_setting_is_a_flag_with_its_help_behind_both_doors():
+def test_every_setting_but_seeds_is_a_flag_with_its_help_behind_both_doors():
     _, help_of_main, _ = main("--help")
     _, help_of_train, _ = invoke("--help", "train")
     for name in FIELDS:
         assert flag(name) in help_of_main
-        assert flag(name) in help_of_train
+        assert (flag(name) in help_of_train) == (name != "seeds")
     assert "default 25" not in help_of_main
     assert "simple 25" in " ".join(help_of_main.split())
 

@@ -1,12 +1,9 @@
 """Trainings in processes of their own that are killed, interrupted and hindered, and go on."""
 
 import functools
-import json
 import multiprocessing
 import os
 import random
-import resource
-import shutil
 import signal
 import sys
 import time
@@ -17,13 +14,14 @@ import torch
 from conftest import quick_config
 from test_state import flat
 
-from cifar import checkpoint, console, data, evaluate, resume, runs, train
-from cifar.config import UserError
+from cifar import console, evaluate, runs, train
 
 TIMES = ("seconds", "images_per_second")
 # A process of it starts in a few hundredths of a second, as it has everything imported that a training needs.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch._dynamo", "sklearn.metrics", "sklearn.model_selection", "sklearn.datasets", __name__])
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "sklearn.metrics", "sklearn.model_selection", "sklearn.datasets", __name__]
+)
 
 
 def work(outputs: Path, name: str | None, hinder, log: Path) -> None:

@@ -124,3 +124,14 @@ def test_a_file_is_replaced_whole_and_never_with_what_is_not_json(config):
     run.update(note="é")
     assert json.loads((run.path / "run.json").read_text(encoding="utf-8"))["note"] == "é"
     assert not list(run.path.glob("*.partial"))
+
+
+def test_runs_are_listed_newest_first_with_those_of_groups_and_the_damaged_and_without_the_link(tmp_path):
+    for place in ("2026-01-01_a", "2026-01-03_group/2026-01-02_b", "2026-01-04_c", "notes", "compare/a_vs_b"):
+        (tmp_path / place).mkdir(parents=True)
+    for file in ("2026-01-01_a/run.json", "2026-01-03_group/2026-01-02_b/config.json", "2026-01-04_c/history.jsonl"):
+        (tmp_path / file).write_text("")
+    (tmp_path / "2026-01-03_group" / "summary.json").write_text("{}")
+    (tmp_path / "latest").symlink_to("2026-01-04_c")
+    assert [place.name for place in runs.directories(tmp_path)] == ["2026-01-04_c", "2026-01-02_b", "2026-01-01_a"]
+    assert runs.directories(tmp_path / "nowhere") == []

@@ -1,0 +1,128 @@
+"""The figures by which runs are known: of one run, and of all runs of a folder, whatever state they are in."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cifar import runs
+from cifar.config import UserError, known_name
+from cifar.runs import Run
+
+COLUMNS = "run", "status", "accuracy", "views", "seconds", "seed", "epochs", "loss", "calibration", "recipe", "dataset"
+SHARES = "accuracy", "accuracy_tta", "expected_calibration_error"
+_STATUSES = ("completed", "interrupted", "failed", "running", "killed")
+_LARGEST_FIRST = ("accuracy", "views", "epochs", "start")
+_IN_METRICS = {
+    "accuracy": ("accuracy",),
+    "accuracy_tta": ("accuracy_tta",),
+    "loss": ("loss",),
+    "expected_calibration_error": ("calibration", "after", "expected_calibration_error"),
+}
+
+
+def headline(run: Run) -> dict[str, float | None]:
+    """The figures of a run, None those that it does not have. Raises UserError if a file of it is damaged."""
+    return {**_measured(run), **_timed(run)}
+
+
+def _measured(run: Run) -> dict[str, float | None]:
+    metrics = run.read("metrics.json") if (run.path / "metrics.json").exists() else {}
+    return {name: _number(run.path / "metrics.json", metrics, path) for name, path in _IN_METRICS.items()}
+
+
+def _timed(run: Run) -> dict[str, float | None]:
+    record = run.record
+    stages = [_number(run.path / "run.json", record, ("seconds", name)) for name in record.get("seconds", ())]
+    return {"seconds_train": _number(run.path / "run.json", record, ("seconds", "train")), "seconds": sum(stages)}
+
+
+def _number(file: Path, content: Any, path: Sequence[str]) -> float | None:
+    """The number at a path of keys, None if there is none."""
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else "damaged"
+        if content is None:
+            return None
+    if isinstance(content, bool) or not isinstance(content, int | float):
+        raise UserError(f"{file} is damaged: its {' '.join(path)} is no number")
+    return content
+
+
+def columns(sort: str | None) -> list[str]:
+    """The columns in the order of their weight; the one that is sorted by is third at least."""
+    return sorted(COLUMNS, key=lambda column: 1.5 if column == sort else COLUMNS.index(column))
+
+
+def table(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
+    """A row for each run of a folder and of the groups in it: COLUMNS, and `damaged`, the files that cannot be read.
+
+    Newest first, or by a column: the best first, or by the alphabet. Raises UserError if there is no such column, or
+    no run.
+    """
+    column = known_name("column", sort, COLUMNS) if sort else "start"
+    rows = [_row(Run(place)) for place in runs.directories(Path(output_dir))]
+    if not rows:
+        raise UserError(f"there is no run in {output_dir}: make one with `python main.py`")
+    known = [row for row in rows if row[column] is not None]
+    known.sort(key=lambda row: row[column], reverse=column in _LARGEST_FIRST)
+    return known + [row for row in rows if row[column] is None]
+
+
+def _row(run: Run) -> dict[str, Any]:
+    row = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
+    for file, read in _READERS.items():
+        try:
+            row |= read(run)
+        except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError):  # any rubbish may be in it
+            row["damaged"].append(file)
+    return row
+
+
+def _of_record(run: Run) -> dict[str, Any]:
+    status = known_name("status", run.status(), _STATUSES)
+    return {
+        "start": datetime.fromisoformat(run.record["start"]).astimezone(),
+        "status": status,
+        "seconds": _timed(run)["seconds"],
+    }
+
+
+def _of_config(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {"recipe": config.recipe, "dataset": config.dataset, "seed": config.seed}
+
+
+def _of_history(run: Run) -> dict[str, Any]:
+    history = run.history()
+    return {"epochs": int(history[-1]["epoch"]) if history else 0}
+
+
+def _of_metrics(run: Run) -> dict[str, Any]:
+    accuracy, views, loss, calibration = _measured(run).values()
+    return {"accuracy": accuracy, "views": views, "loss": loss, "calibration": calibration}
+
+
+_READERS = {
+    "run.json": _of_record,
+    "config.json": _of_config,
+    "history.jsonl": _of_history,
+    "metrics.json": _of_metrics,
+}
+
+
+def groups(output_dir: str) -> list[dict[str, Any]]:
+    """A row for each group of seeds, newest first: name, status, mean and deviation of both accuracies."""
+    return [{"group": path.name, **_of_summary(path / runs.SUMMARY)} for path in runs.groups(Path(output_dir))]
+
+
+def _of_summary(file: Path) -> dict[str, Any]:
+    try:
+        summary = runs.read_json(file)
+        figures = summary.get("figures", {})
+        spreads = {
+            name: [float(figures[name][key]) for key in ("mean", "standard_deviation")] if figures else None
+            for name in ("accuracy", "accuracy_tta")
+        }
+        return {"status": known_name("status", runs.group_status(file.parent), _STATUSES), **spreads}
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return {"status": f"damaged: {file.name}", "accuracy": None, "accuracy_tta": None}

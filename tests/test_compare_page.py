@@ -1,0 +1,120 @@
+"""The page of a comparison, as a file and in a real browser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_compare import make_run
+
+from cifar import compare, compare_page
+from cifar.config import UserError
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The page of two runs of which one is better, and one of another test set."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = [
+        make_run(folder / "a", range(30)),
+        make_run(folder / "b", range(3), seed=1),
+        make_run(folder / "<b>c", range(7), test_sha256="other"),
+    ]
+    return compare_page.write(compare.compare(found), folder / "compare" / "a page")
+
+
+def test_numbers_figure_and_page_are_written(page):
+    assert {path.name for path in page.parent.iterdir()} == {"comparison.html", "comparison.json", "comparison.png"}
+    with Image.open(page.with_suffix(".png")) as picture:
+        assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+    assert page.stat().st_size < 1_000_000
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(page, tmp_path):
+    (tmp_path / "file").write_text("")
+    comparison = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    with pytest.raises(UserError, match="cannot write"):
+        compare_page.write(comparison, tmp_path / "file" / "folder")
+
+
+@pytest.fixture(scope="module")
+def browser(page, tmp_path_factory):
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("there is no chromium with its driver here")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
+        *("disable-background-networking", "disable-component-update", "window-size=1280,1000"),
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    chrome.get(page.as_uri())
+    yield chrome
+    chrome.quit()
+
+
+def cells(browser, heading: str) -> list[list[str]]:
+    """The rows of the table below a heading, as they are shown."""
+    script = """
+        const heading = [...document.querySelectorAll("h2")].find(one => one.innerText === arguments[0]);
+        let table = heading; while (!table.querySelector("table")) table = table.nextElementSibling;
+        return [...table.querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.innerText));
+    """
+    return browser.execute_script(script, heading)
+
+
+def test_every_number_on_the_page_is_the_saved_one(browser, page):
+    saved = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [item.text for item in browser.find_elements("css selector", ".verdicts li")] == [
+        text[0].upper() + text[1:] for text in (saved["pairs"][0]["verdict"], *saved["notes"])
+    ]
+    for row, run in zip(cells(browser, "Runs"), saved["runs"], strict=True):
+        assert row[1] == f"{run['subject']}\n{run['run']}"
+        low, high = run["interval_95"]
+        assert (row[0], row[2], row[3]) == (
+            run["letter"],
+            f"{run['accuracy']:.2%}",
+            f"{100 * low:.2f} to {100 * high:.2f}",
+        )
+        assert row[6:] == ["0.5000", "2.00%", "9.5", "9.5"]
+    (pair,) = cells(browser, "Pairs")
+    assert pair[:5] == ["A and B", "300", "0", "27", "+9.00"]
+    assert float(pair[6]) == pytest.approx(2 / 2**27, rel=0.01)
+    assert pair[-1] == "B"
+    for row, one in zip(cells(browser, "Recall by class"), saved["classes"], strict=True):
+        assert row[:4] == [one["class"], *(f"{share:.2%}" for share in one["recall"])]
+        assert row[4] == f"{100 * one['difference'][0]:+.2f}"
+        assert (row[5] == "", row[7]) == (False, "")
+    assert cells(browser, "Settings that differ") == [["seed", "0", "1", "0"]]
+
+
+def test_a_click_on_a_head_sorts_by_numbers_and_another_turns_it_round(browser):
+    head = browser.find_elements("css selector", "thead th button")[2]
+    assert head.text == "accuracy"
+    for expected in (["A", "C", "B"], ["B", "C", "A"]):
+        head.click()
+        assert [row[0] for row in cells(browser, "Runs")] == expected
+
+
+def test_it_asks_no_network_and_makes_no_error_and_fits_a_phone_in_light_and_dark(browser, page):
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        backgrounds.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(backgrounds) == 2
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith(("data:", "chrome:"))} == {page.as_uri()}  # chrome: an empty tab
