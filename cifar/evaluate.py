@@ -3,8 +3,6 @@
 scikit-learn and SciPy's statistics are imported where they are used, as data.py says.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, device, model
+from cifar import checkpoint, data, device, model, predictions
 from cifar.config import UserError
 from cifar.runs import Run
 
@@ -63,7 +61,8 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any
         zero_division=0,
     )
     run.write_text("classification_report.txt", report)
-    _write_predictions(run, logits, test.labels, dataset.classes, metrics["calibration"]["temperature"])
+    probabilities = softmax(logits.double().numpy() / metrics["calibration"]["temperature"], axis=1)
+    predictions.write(run, probabilities, dataset)
     run.write("metrics.json", metrics)
     return metrics
 
@@ -226,16 +225,3 @@ def _scores(row: dict[str, float]) -> dict[str, Any]:
         "f1": row["f1-score"],
         "support": int(row["support"]),
     }
-
-
-def _write_predictions(run: Run, logits: Tensor, labels: Tensor, classes: Sequence[str], temperature: float) -> None:
-    """predictions.csv: a row per test image, with its calibrated probabilities."""
-    probabilities = softmax(logits.double().numpy() / temperature, axis=1)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["index", "true", "predicted", "confidence", *classes])
-    for index, (row, label) in enumerate(zip(probabilities, labels.tolist())):
-        winner = int(row.argmax())
-        shares = [f"{share:.6f}" for share in (row[winner], *row)]
-        writer.writerow([index, classes[label], classes[winner], *shares])
-    run.write_text("predictions.csv", text.getvalue())
