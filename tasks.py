@@ -100,16 +100,25 @@ def train(config):
     console.show_run(run)
 
 
-@stage("device", "output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
-def evaluate(config, run=None, data_dir=None):
+@stage(
+    "device",
+    "output_dir",
+    data_dir=help_text("data_dir"),
+    corruptions="measure it too on pictures that are noisy, blurred, dark, turned and worse",
+    **_RUN_HELP,
+)
+def evaluate(config, run=None, data_dir=None, corruptions=False):
     """Measure a run's best checkpoint on the test split."""
     found = _find_run(config, run)
 
     from cifar import evaluate
 
+    dataset = _dataset_of(found, data_dir)
     with found.stage("evaluate"):
-        metrics = evaluate.evaluate(found, _dataset_of(found, data_dir), config.device)
+        metrics = evaluate.evaluate(found, dataset, config.device)
     console.show_metrics(metrics)
+    if corruptions:
+        _measure_corruptions(found, dataset, config.device)
 
 
 @stage("output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
@@ -122,6 +131,14 @@ def visualize(config, run=None, data_dir=None):
     with found.stage("visualize"):
         visualize.visualize(found, _dataset_of(found, data_dir))
     console.show_run(found)
+
+
+def _measure_corruptions(run, dataset, device: str) -> None:
+    from cifar import corruptions
+
+    with run.stage("corruptions"), console.counting_bar("corruptions", corruptions.CELLS) as advance:
+        table = corruptions.measure(run, dataset, device, advance)
+    console.show_corruptions(table)
 
 
 def _find_run(config: Config, name: str | None):

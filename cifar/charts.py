@@ -26,6 +26,8 @@ STYLE = [
 PLAIN = "test split, without test-time augmentation"
 _DPI = 150
 _BIN = {"color": "#b8d6ea", "edgecolor": "white"}
+_CALIBRATION = "expected_calibration_error", "negative_log_likelihood"
+_NAMED = 3  # curves that stand out
 _ANNOTATED = 20  # classes; the counts of more do not fit their cells
 
 
@@ -136,7 +138,8 @@ def calibration(calibration: dict[str, Any], subject: str) -> Figure:
     for key, head, upper, lower in zip(("before", "after"), heads, reliability, counts):
         _draw_reliability(upper, calibration[key]["bins"])
         _draw_counts(lower, calibration[key]["bins"])
-        upper.set_title(f"{head}\nexpected calibration error {calibration[key]['expected_calibration_error']:.2%}")
+        error, likelihood = (calibration[key][name] for name in _CALIBRATION)
+        upper.set_title(f"{head}\nexpected calibration error {error:.2%}, negative log-likelihood {likelihood:.4f}")
     reliability[0].set_ylabel("accuracy")
     reliability[0].legend(loc="upper left")
     counts[0].set_ylabel("images")
@@ -163,3 +166,80 @@ def _draw_counts(axes: Axes, bins: list[dict[str, Any]]) -> None:
     axes.margins(y=0.2)
     axes.set(xlabel="confidence")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+def precision_recall(curves: dict[str, dict[str, list[float]]], metrics: dict[str, Any], subject: str) -> Figure:
+    """A curve for each class; those of the lowest average precision stand out, as all would need as many colours."""
+    figure = canvas(f"Precision against recall by class: {subject},\n{PLAIN}", 8.5, 5.5)
+    axes, scores = figure.add_subplot(), metrics["average_precision"]
+    *others, third, second, lowest = [None] * _NAMED + sorted(curves, key=lambda name: -scores[name])
+    for name in filter(None, others):
+        axes.plot(curves[name]["recall"], curves[name]["precision"], color="#bbbbbb", linewidth=1, zorder=1)
+    stand_out = [name for name in (lowest, second, third) if name]
+    for name, color, style in zip(stand_out, (ORANGE, BLUE, GREEN), ("-", "--", ":")):
+        label = f"{name}, average precision {scores[name]:.1%}"
+        axes.plot(curves[name]["recall"], curves[name]["precision"], style, color=color, linewidth=2, label=label)
+    if any(others):
+        count = len(list(filter(None, others)))
+        axes.plot([], [], color="#bbbbbb", label=f"the other {count}" if count > 1 else "the other class")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.005), ylim=(0, 1.02))
+    axes.legend(loc="lower left")
+    _percent(axes)
+    return figure
+
+
+def risk_coverage(curve: dict[str, list[float]], metrics: dict[str, Any], subject: str) -> Figure:
+    """The error rate among the surest images, against their share of all."""
+    selective = metrics["selective"]
+    share = selective["coverage_at_99_accuracy"]
+    figure = canvas(f"Error rate if only the surest are answered: {subject},\n{PLAIN}", 8.5, 5)
+    axes = figure.add_subplot()
+    area = f"mean {selective['area_under_risk_coverage']:.2%} (area under the curve)"
+    axes.plot(curve["coverage"], curve["risk"], color=BLUE, linewidth=2, label=area)
+    axes.fill_between(curve["coverage"], curve["risk"], color=BLUE, alpha=0.12, linewidth=0)
+    axes.axhline(0.01, color=GREY, linestyle=":", linewidth=1)
+    if share:
+        axes.axvline(share, color=ORANGE, linestyle="--", label=f"of the surest {share:.1%}, 99% are right")
+    axes.set(xlabel="share of the images that is answered, by confidence", ylabel="error rate among them", xlim=(0, 1))
+    axes.set_ylim(0, 1.1 * max(curve["risk"]) or 0.01)
+    axes.legend(loc="upper left")
+    _percent(axes)
+    return figure
+
+
+def corruptions(content: dict[str, Any], subject: str) -> Figure:
+    """Accuracy and calibration error by kind of corruption, the mildest on top, and severity."""
+    table = content["corruptions"]
+    kinds = sorted(table, key=lambda kind: -np.mean([row["accuracy"] for row in table[kind]]))
+    title = f"Under corruption: {subject}, {content['n']:,} images of the test split, without test-time augmentation"
+    figure = canvas(title, 12, 1.8 + 0.36 * len(kinds))
+    heads = {"accuracy": ("accuracy", "viridis"), "expected_calibration_error": ("calibration error", "magma_r")}
+    for axes, (key, (head, colors)) in zip(figure.subplots(1, 2, sharey=True), heads.items()):
+        values = 100 * np.array([[row[key] for row in table[kind]] for kind in kinds])
+        seaborn.heatmap(
+            values,
+            ax=axes,
+            vmin=0,
+            vmax=100 if key == "accuracy" else max(10, values.max()),
+            cmap=colors,
+            linewidths=0.5,
+            annot=True,
+            fmt=".1f",
+            annot_kws={"size": 9},
+            xticklabels=range(1, values.shape[1] + 1),
+            yticklabels=kinds,
+            cbar=False,
+        )
+        axes.set_title(
+            f"{head} in percent; {content['clean'][key]:.1%} unharmed, {content['mean'][key]:.1%} in the mean"
+        )
+        axes.set(xlabel="severity")
+        axes.tick_params(length=0)
+        axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def _percent(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, device, model, predictions
+from cifar import analysis, checkpoint, data, device, model, predictions, saliency
 from cifar.config import UserError
 from cifar.runs import Run
 
@@ -25,7 +25,8 @@ _UNSURE_SHARE = 0.05  # of the validation images, on which the network is called
 def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any]:
     """Measure the run's best.pt on the test split; write and return metrics.json.
 
-    Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
+    Also writes predictions.csv, classification_report.txt, analysis.json, and saliency.npz for the pictures that it
+    names. The temperature is fitted on validation.
     Raises UserError if the run has no checkpoint, or the dataset is not the run's.
     """
     from sklearn.metrics import classification_report
@@ -43,17 +44,21 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any
     val_logits = infer(network, val.images, precision=precision)
     test = dataset.test
     logits, logits_tta = infer_augmented(network, test.images, mirrors=config.flip != "none", precision=precision)
+    labels = test.labels.numpy()
+    calibration = calibrate(logits.numpy(), labels, val_logits.numpy(), val.labels.numpy())
+    probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
     metrics = {
         "dataset": dataset.name,
         "recipe": config.recipe,
         "split": "test",
         "epoch": content["epoch"],
         "test_sha256": test.sha256(),
-        **measure(logits.numpy(), logits_tta.numpy(), test.labels.numpy(), dataset.classes),
-        "calibration": calibrate(logits.numpy(), test.labels.numpy(), val_logits.numpy(), val.labels.numpy()),
+        **measure(logits.numpy(), logits_tta.numpy(), labels, dataset.classes),
+        **analysis.scores(probabilities, labels, dataset.classes),
+        "calibration": calibration,
     }
     report = classification_report(
-        test.labels.numpy(),
+        labels,
         logits.argmax(1).numpy(),
         labels=range(len(dataset.classes)),
         target_names=dataset.classes,
@@ -61,8 +66,13 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> dict[str, Any
         zero_division=0,
     )
     run.write_text("classification_report.txt", report)
-    probabilities = softmax(logits.double().numpy() / metrics["calibration"]["temperature"], axis=1)
     predictions.write(run, probabilities, dataset)
+    details = analysis.analyse(probabilities, labels, dataset.classes, metrics["most_confused"])
+    run.write("analysis.json", details)
+    winners = {
+        picture["index"]: int(probabilities[picture["index"]].argmax()) for picture in analysis.pictures(details)
+    }
+    saliency.write(run, network, test.images, winners, precision=precision)
     run.write("metrics.json", metrics)
     return metrics
 
@@ -181,8 +191,8 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, va
         "threshold": float(np.quantile(confidence, _UNSURE_SHARE)) if len(val_labels) else None,
         "threshold_share": _UNSURE_SHARE,
         "fitted_on": len(val_labels),
-        "before": _calibration(logits, labels),
-        "after": _calibration(logits / temperature, labels),
+        "before": reliability(logits, labels),
+        "after": reliability(logits / temperature, labels),
     }
 
 
@@ -197,7 +207,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
-def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
     from sklearn.metrics import log_loss
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other so that one is in memory at a time. All files are read before the first."""
     history, network, subject = run.history(), run.record.get("model"), f"{run.config.recipe} on {dataset.name}"
-    metrics = run.read("metrics.json") if (run.path / "metrics.json").exists() else None
+    metrics, details, harmed = (_read(run, f"{name}.json") for name in ("metrics", "analysis", "corruptions"))
     predicted = predictions.read(run, dataset)
     if not (history or metrics or predicted):
         raise UserError(f"{run.path.name} has nothing to draw: it has neither a finished epoch nor an evaluation")
@@ -35,6 +36,8 @@ def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     if metrics:
         yield "confusion_matrix", charts.confusion_matrix(metrics, subject)
         yield "per_class_metrics", charts.per_class_metrics(metrics, subject)
+    if metrics and details:
+        yield "precision_recall", charts.precision_recall(details["precision_recall"], metrics, subject)
     if predicted:
         yield "misclassified", mosaics.misclassified(predicted, dataset, subject)
     yield "dataset_samples", mosaics.dataset_samples(dataset, subject)
@@ -44,6 +47,14 @@ def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
         yield "architecture", diagram.architecture(network, subject)
     if metrics:
         yield "calibration", charts.calibration(metrics["calibration"], subject)
+    if metrics and details:
+        yield "risk_coverage", charts.risk_coverage(details["risk_coverage"], metrics, subject)
+    if harmed:
+        yield "corruptions", charts.corruptions(harmed, subject)
+
+
+def _read(run: Run, name: str) -> dict[str, Any] | None:
+    return run.read(name) if (run.path / name).exists() else None
 
 
 def _save(figure: Figure, path: Path) -> Path:
