@@ -22,8 +22,8 @@ def parse(arguments: list[str] | None) -> dict[str, str | None]:
 
 
 def pipeline(config: Config) -> None:
-    """data -> train -> evaluate -> visualize, all in one run directory."""
-    from cifar import evaluate, train, visualize
+    """data -> train -> evaluate -> visualize -> report, all in one run directory."""
+    from cifar import evaluate, report, train, visualize
 
     run, dataset = train.begin(config)
     with run.lifetime():
@@ -35,6 +35,8 @@ def pipeline(config: Config) -> None:
         console.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)
+        with run.stage("report"):
+            report.write(run, dataset)
     console.show_run(run)
 
 

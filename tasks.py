@@ -123,13 +123,16 @@ def evaluate(config, run=None, data_dir=None, corruptions=False):
 
 @stage("output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
 def visualize(config, run=None, data_dir=None):
-    """Draw a run's figures from what it has saved."""
+    """Draw a run's figures from what it has saved, and its page, report.html."""
     found = _find_run(config, run)
 
-    from cifar import visualize
+    from cifar import report, visualize
 
+    dataset = _dataset_of(found, data_dir)
     with found.stage("visualize"):
-        visualize.visualize(found, _dataset_of(found, data_dir))
+        visualize.visualize(found, dataset)
+    with found.stage("report"):
+        report.write(found, dataset)
     console.show_run(found)
 
 

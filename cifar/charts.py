@@ -213,7 +213,7 @@ def corruptions(content: dict[str, Any], subject: str) -> Figure:
     kinds = sorted(table, key=lambda kind: -np.mean([row["accuracy"] for row in table[kind]]))
     title = f"Under corruption: {subject}, {content['n']:,} images of the test split, without test-time augmentation"
     figure = canvas(title, 12, 1.8 + 0.36 * len(kinds))
-    heads = {"accuracy": ("accuracy", "viridis"), "expected_calibration_error": ("calibration error", "magma_r")}
+    heads = {"accuracy": ("accuracy", "Blues"), "expected_calibration_error": ("calibration error", "Oranges")}
     for axes, (key, (head, colors)) in zip(figure.subplots(1, 2, sharey=True), heads.items()):
         values = 100 * np.array([[row[key] for row in table[kind]] for kind in kinds])
         seaborn.heatmap(

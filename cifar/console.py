@@ -275,5 +275,7 @@ def show_run(run: Any) -> None:
         + f"  stages together {sum(seconds.values()):.1f} s"
     )
     say(f"run directory: {short(run.path)}")
+    if (run.path / "report.html").exists():
+        say(f"all of it on one page: {short(run.path / 'report.html')}")
     if note:
         banner(note)

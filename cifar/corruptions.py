@@ -3,10 +3,13 @@
 torchvision is imported where it is used, as data.py says.
 """
 
+import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cifar import data, device, evaluate
@@ -111,7 +114,7 @@ def _transform(kind: str, amount: float, side: int) -> Callable[[Tensor], Tensor
         case "contrast":
             return v2.ColorJitter(contrast=(amount, amount))
         case "jpeg":
-            return v2.JPEG((amount, amount))
+            return v2.Lambda(lambda images: torch.stack([_compressed(image, amount) for image in images]))
         case "pixelation":
             shrunken = v2.Resize(int(amount * side), antialias=True)
             return v2.Compose([shrunken, v2.Resize(side, InterpolationMode.NEAREST_EXACT)])
@@ -122,3 +125,11 @@ def _transform(kind: str, amount: float, side: int) -> Callable[[Tensor], Tensor
             return either(lambda sign: v2.RandomRotation((sign * amount,) * 2, InterpolationMode.BILINEAR))
         case "occlusion":
             return v2.RandomErasing(p=1, scale=(amount, amount), ratio=(1, 1))
+
+
+def _compressed(image: Tensor, quality: int) -> Tensor:
+    """The picture (3, S, S) through JPEG; by Pillow, as torchvision 0.29 announces the end of its own."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -109,7 +109,7 @@ def _data(image: Image.Image, form: str, **options: Any) -> str:
 
 
 def _percent(share: float | None, decimals: int = 2) -> str:
-    return "–" if share is None else f"{share:.{decimals}%}"
+    return "\u2013" if share is None else f"{share:.{decimals}%}"
 
 
 def _mean(rows: list[dict[str, float]], key: str) -> float:

@@ -61,7 +61,7 @@ def read(run: Run) -> dict[int, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with np.load(path) as content:
+        with path.open("rb") as file, np.load(file) as content:
             return {int(index): heat / 255 for index, heat in zip(content["index"], content["heat"])}
     except Exception:  # a damaged archive makes its readers stumble in any way there is
         raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`") from None
