@@ -25,6 +25,7 @@ STYLE = [
 ]
 PLAIN = "test split, without test-time augmentation"
 _DPI = 150
+_PALE = "#bbbbbb"
 _BIN = {"color": "#b8d6ea", "edgecolor": "white"}
 _CALIBRATION = "expected_calibration_error", "negative_log_likelihood"
 _NAMED = 3  # curves that stand out
@@ -130,7 +131,7 @@ def per_class_metrics(metrics: dict[str, Any], subject: str) -> Figure:
 
 def calibration(calibration: dict[str, Any], subject: str) -> Figure:
     """Accuracy against confidence, before and after the temperature, over the number of images in each bin."""
-    figure = canvas(f"Calibration: {subject}, {PLAIN}", 12, 6.5)
+    figure = canvas(f"Calibration: {subject}, {PLAIN}", 12, 6.8)
     reliability, counts = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     fitted_on = calibration["fitted_on"]
     fit = f"fitted on {fitted_on:,} validation images" if fitted_on else "as no image was held out to fit it"
@@ -141,7 +142,7 @@ def calibration(calibration: dict[str, Any], subject: str) -> Figure:
         error, likelihood = (calibration[key][name] for name in _CALIBRATION)
         upper.set_title(f"{head}\nexpected calibration error {error:.2%}, negative log-likelihood {likelihood:.4f}")
     reliability[0].set_ylabel("accuracy")
-    reliability[0].legend(loc="upper left")
+    figure.legend(*reliability[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     counts[0].set_ylabel("images")
     return figure
 
@@ -170,20 +171,18 @@ def _draw_counts(axes: Axes, bins: list[dict[str, Any]]) -> None:
 
 def precision_recall(curves: dict[str, dict[str, list[float]]], metrics: dict[str, Any], subject: str) -> Figure:
     """A curve for each class; those of the lowest average precision stand out, as all would need as many colours."""
-    figure = canvas(f"Precision against recall by class: {subject},\n{PLAIN}", 8.5, 5.5)
+    figure = canvas(f"Precision against recall by class: {subject},\n{PLAIN}", 8.5, 6)
     axes, scores = figure.add_subplot(), metrics["average_precision"]
-    *others, third, second, lowest = [None] * _NAMED + sorted(curves, key=lambda name: -scores[name])
-    for name in filter(None, others):
-        axes.plot(curves[name]["recall"], curves[name]["precision"], color="#bbbbbb", linewidth=1, zorder=1)
-    stand_out = [name for name in (lowest, second, third) if name]
-    for name, color, style in zip(stand_out, (ORANGE, BLUE, GREEN), ("-", "--", ":")):
+    ranked = sorted(curves, key=lambda name: scores[name])
+    lowest, others = ranked[:_NAMED], ranked[_NAMED:]
+    for name, color, style in zip(lowest, (ORANGE, BLUE, GREEN), ("-", "--", ":")):
         label = f"{name}, average precision {scores[name]:.1%}"
         axes.plot(curves[name]["recall"], curves[name]["precision"], style, color=color, linewidth=2, label=label)
-    if any(others):
-        count = len(list(filter(None, others)))
-        axes.plot([], [], color="#bbbbbb", label=f"the other {count}" if count > 1 else "the other class")
+    for name in others:
+        label = f"the other {len(others)}" if name == others[0] else None
+        axes.plot(curves[name]["recall"], curves[name]["precision"], color=_PALE, linewidth=1, zorder=1, label=label)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.005), ylim=(0, 1.02))
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=2)
     _percent(axes)
     return figure
 
@@ -192,7 +191,7 @@ def risk_coverage(curve: dict[str, list[float]], metrics: dict[str, Any], subjec
     """The error rate among the surest images, against their share of all."""
     selective = metrics["selective"]
     share = selective["coverage_at_99_accuracy"]
-    figure = canvas(f"Error rate if only the surest are answered: {subject},\n{PLAIN}", 8.5, 5)
+    figure = canvas(f"Error rate if only the surest are answered: {subject},\n{PLAIN}", 8.5, 5.2)
     axes = figure.add_subplot()
     area = f"mean {selective['area_under_risk_coverage']:.2%} (area under the curve)"
     axes.plot(curve["coverage"], curve["risk"], color=BLUE, linewidth=2, label=area)
@@ -202,7 +201,7 @@ def risk_coverage(curve: dict[str, list[float]], metrics: dict[str, Any], subjec
         axes.axvline(share, color=ORANGE, linestyle="--", label=f"of the surest {share:.1%}, 99% are right")
     axes.set(xlabel="share of the images that is answered, by confidence", ylabel="error rate among them", xlim=(0, 1))
     axes.set_ylim(0, 1.1 * max(curve["risk"]) or 0.01)
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=2)
     _percent(axes)
     return figure
 

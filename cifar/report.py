@@ -50,6 +50,7 @@ def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
     """What the template shows: the run's files as they are, and its pictures as data."""
     record, config = run.record, run.config
     metrics, details, harmed = (_read(run, f"{name}.json") for name in ("metrics", "analysis", "corruptions"))
+    heats = saliency.read(run)
     return {
         "name": run.path.name,
         "subject": f"{config.recipe} on {dataset.name}",
@@ -61,7 +62,8 @@ def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
         "details": details,
         "harmed": harmed,
         "figures": _figures(run),
-        "pictures": _pictures(details, saliency.read(run), dataset.test) if details else {},
+        "explained": bool(heats),
+        "pictures": _pictures(details, heats, dataset.test) if details else {},
     }
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_visualize import CLASSES, MATRIX, boxes, make_line, make_metrics, texts
+from test_visualize import CLASSES, HARMED, MATRIX, boxes, make_line, make_metrics, texts
 
 from cifar import charts
 
@@ -109,10 +109,51 @@ def test_calibration_bars_are_the_saved_bins():
     assert (bar.get_x(), bar.get_width(), bar.get_height()) == (0.5, 0.5, 0.75)
     assert before.lines[0].get_xydata().tolist() == [[0.8, 0.75]]
     assert [text.get_text() for text in counts.texts] == ["0", "12"]
-    assert before.get_title() == "before\nexpected calibration error 5.00%"
+    assert before.get_title() == "before\nexpected calibration error 5.00%, negative log-likelihood 0.7000"
     assert "temperature 1.250, fitted on 10 validation images" in after.get_title()
 
 
 def test_a_temperature_that_was_not_fitted_says_so():
     after = charts.calibration(make_metrics(fitted_on=0)["calibration"], "fast on digits").axes[1]
     assert "as no image was held out to fit it" in after.get_title()
+
+
+def test_the_three_curves_of_the_lowest_average_precision_stand_out():
+    curves = {name: {"recall": [0.5, 1.0], "precision": [1.0, share]} for name, share in zip("abcde", (5, 1, 4, 2, 3))}
+    scores = {"average_precision": dict(zip("abcde", (0.9, 0.5, 0.8, 0.6, 0.7)))}
+    axes = charts.precision_recall(curves, scores, "fast on digits").axes[0]
+    assert [line.get_label() for line in axes.lines[:3]] == [
+        "b, average precision 50.0%",
+        "d, average precision 60.0%",
+        "e, average precision 70.0%",
+    ]
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 1.0], [1.0, 1]]
+    assert axes.lines[3].get_label() == "the other 2"
+    assert len({line.get_color() for line in axes.lines}) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_with_up_to_three_classes_there_are_no_others(count):
+    curves = {name: {"recall": [1.0], "precision": [1.0]} for name in "abc"[:count]}
+    axes = charts.precision_recall(curves, {"average_precision": dict.fromkeys("abc", 1.0)}, "fast on digits").axes[0]
+    assert len(axes.lines) == count
+
+
+def test_the_risk_is_drawn_as_saved_and_the_share_of_which_99_percent_are_right_is_marked():
+    curve = {"coverage": [0.5, 1.0], "risk": [0.0, 0.2]}
+    selective = {"area_under_risk_coverage": 0.05, "coverage_at_99_accuracy": 0.5}
+    axes = charts.risk_coverage(curve, {"selective": selective}, "fast on digits").axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 0.0], [1.0, 0.2]]
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["mean 5.00% (area under the curve)", "of the surest 50.0%, 99% are right"]
+    selective["coverage_at_99_accuracy"] = 0.0
+    axes = charts.risk_coverage(curve, {"selective": selective}, "fast on digits").axes[0]
+    assert len(axes.get_legend_handles_labels()[1]) == 1
+
+
+def test_corruptions_are_percent_by_kind_the_mildest_on_top():
+    accuracy, error = charts.corruptions(HARMED, "fast on digits").axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["shift", "noise"]
+    assert [text.get_text() for text in accuracy.texts] == ["70.0", "30.0", "50.0", "10.0"]
+    assert [text.get_text() for text in error.texts] == ["10.0", "30.0", "10.0", "30.0"]
+    assert accuracy.get_title() == "accuracy in percent; 75.0% unharmed, 40.0% in the mean"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from cifar import visualize
+from cifar import analysis, visualize
 from cifar.config import Config, UserError
 from cifar.data import Dataset, Split
 from cifar.runs import Run
@@ -24,17 +24,33 @@ NAMES = [
     "training_history.png",
     "confusion_matrix.png",
     "per_class_metrics.png",
+    "precision_recall.png",
     "misclassified.png",
     "dataset_samples.png",
     "sample_predictions.png",
     "architecture.png",
     "calibration.png",
+    "risk_coverage.png",
+    "corruptions.png",
 ]
 LAYERS = [
     {"name": "stem.0", "kind": "Conv2d", "output_shape": [4, 8, 8], "parameters": 108, "multiply_adds": 6912},
     {"name": "stem.1", "kind": "ReLU", "output_shape": [4, 8, 8], "parameters": 0, "multiply_adds": 0},
     {"name": "head", "kind": "Linear", "output_shape": [3], "parameters": 771, "multiply_adds": 768},
 ]
+
+HARMED = {
+    "n": 12,
+    "clean": {"accuracy": 0.75, "expected_calibration_error": 0.05},
+    "mean": {"accuracy": 0.4, "expected_calibration_error": 0.2},
+    "corruptions": {
+        kind: [
+            {"severity": severity, "accuracy": accuracy, "expected_calibration_error": 0.2 * severity - 0.1}
+            for severity, accuracy in enumerate(accuracies, start=1)
+        ]
+        for kind, accuracies in {"noise": (0.5, 0.1), "shift": (0.7, 0.3)}.items()
+    },
+}
 
 
 def make_dataset(classes=CLASSES, true=TRUE):
@@ -87,7 +103,12 @@ def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED,
     if evaluated:
         matrix = np.zeros((len(classes), len(classes)), int)
         np.add.at(matrix, (list(true), list(predicted)), 1)
-        run.write("metrics.json", make_metrics(classes, matrix))
+        labels, shares = np.array(true), np.array(confidence)[:, None]
+        is_winner = np.arange(len(classes)) == np.array(predicted)[:, None]
+        probabilities = np.where(is_winner, shares, (1 - shares) / (len(classes) - 1))
+        run.write("metrics.json", make_metrics(classes, matrix) | analysis.scores(probabilities, labels, classes))
+        run.write("analysis.json", analysis.analyse(probabilities, labels, classes, []))
+        run.write("corruptions.json", HARMED)
         with (path / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["index", "true", "predicted", "confidence", *classes])
@@ -135,7 +156,7 @@ def test_every_title_names_recipe_and_dataset_and_what_was_not_augmented(tmp_pat
     assert [f"{name}.png" for name in titles] == NAMES
     assert all("fast on digits" in title for title in titles.values())
     plain = {name for name, title in titles.items() if "test split, without test-time augmentation" in title}
-    assert plain == {"confusion_matrix", "per_class_metrics", "misclassified", "sample_predictions", "calibration"}
+    assert plain == set(titles) - {"training_history", "dataset_samples", "architecture"}
 
 
 @pytest.mark.parametrize("count", [2, 3, 100])
