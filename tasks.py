@@ -104,7 +104,7 @@ def train(config):
     "device",
     "output_dir",
     data_dir=help_text("data_dir"),
-    corruptions="measure it too on pictures that are noisy, blurred, dark, turned and worse",
+    corruptions="measure also on pictures that are noisy, blurred, dark, turned and so on",
     **_RUN_HELP,
 )
 def evaluate(config, run=None, data_dir=None, corruptions=False):
