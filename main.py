@@ -48,8 +48,8 @@ def pipeline(given: dict[str, Any], resume: str | None) -> None:
 
 
 def go_through(run, dataset) -> None:
-    """data -> train -> evaluate -> visualize, all in the run's directory."""
-    from cifar import evaluate, train, visualize
+    """data -> train -> evaluate -> visualize -> report, all in the run's directory."""
+    from cifar import evaluate, report, train, visualize
 
     if run.record["status"] == "completed" and run.has_metrics:
         console.say(f"{run.path.name} is complete: there is nothing to resume")
@@ -63,6 +63,8 @@ def go_through(run, dataset) -> None:
         console.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)
+        with run.stage("report"):
+            report.write(run, dataset)
     console.show_run(run)
 
 

@@ -122,28 +122,49 @@ def train(given, resume=None):
     console.show_run(run)
 
 
-@stage("device", "output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
-def evaluate(config, run=None, data_dir=None):
+@stage(
+    "device",
+    "output_dir",
+    data_dir=help_text("data_dir"),
+    corruptions="measure also on pictures that are noisy, blurred, dark, turned and so on",
+    **_RUN_HELP,
+)
+def evaluate(config, run=None, data_dir=None, corruptions=False):
     """Measure a run's best checkpoint on the test split."""
     found = _find_run(config, run)
 
     from cifar import datasets, evaluate
 
+    dataset = datasets.of_run(found, data_dir)
     with found.claim(), found.stage("evaluate"):
-        metrics = evaluate.evaluate(found, datasets.of_run(found, data_dir), config.device)
+        metrics = evaluate.evaluate(found, dataset, config.device)
     console.show_metrics(metrics)
+    if corruptions:
+        _measure_corruptions(found, dataset, config.device)
 
 
 @stage("output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
 def visualize(config, run=None, data_dir=None):
-    """Draw a run's figures from what it has saved."""
+    """Draw a run's figures from what it has saved, and its page, report.html."""
     found = _find_run(config, run)
 
-    from cifar import datasets, visualize
+    from cifar import datasets, report, visualize
 
-    with found.claim(), found.stage("visualize"):
-        visualize.visualize(found, datasets.of_run(found, data_dir))
+    dataset = datasets.of_run(found, data_dir)
+    with found.claim():
+        with found.stage("visualize"):
+            visualize.visualize(found, dataset)
+        with found.stage("report"):
+            report.write(found, dataset)
     console.show_run(found)
+
+
+def _measure_corruptions(run, dataset, device: str) -> None:
+    from cifar import corruptions
+
+    with run.claim(), run.stage("corruptions"), console.counting_bar("corruptions", corruptions.CELLS) as advance:
+        table = corruptions.measure(run, dataset, device, advance)
+    console.show_corruptions(table)
 
 
 def _number_of(port: str) -> int:

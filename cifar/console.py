@@ -218,6 +218,27 @@ def show_metrics(metrics: dict[str, Any]) -> None:
         say(f"most confused: {pair['true']} taken for {pair['predicted']}, {pair['count']} times")
 
 
+def show_corruptions(content: dict[str, Any]) -> None:
+    """Accuracy by corruption and severity, from corruptions.json's content; the worst kind last."""
+    title = f"accuracy by corruption and severity: {content['dataset']}, {content['n']:,} images of the test split"
+    table = Table(title=title)
+    table.add_column("corruption")
+    for severity in range(1, 1 + max(map(len, content["corruptions"].values()))):
+        table.add_column(str(severity), justify="right")
+    table.add_column("mean", justify="right")
+    table.add_column("calibration error", justify="right")
+    means = {
+        kind: [sum(row[key] for row in rows) / len(rows) for key in ("accuracy", "expected_calibration_error")]
+        for kind, rows in content["corruptions"].items()
+    }
+    for kind in sorted(means, key=lambda kind: -means[kind][0]):
+        cells = (f"{row['accuracy']:.1%}" for row in content["corruptions"][kind])
+        table.add_row(kind, *cells, *(f"{mean:.1%}" for mean in means[kind]))
+    out.print(table)
+    mean, clean = content["mean"]["accuracy"], content["clean"]["accuracy"]
+    say(f"mean over all {mean:.1%}, of the same images unharmed {clean:.1%}")
+
+
 def show_answers(answers: Sequence[Any], predictor: Any) -> None:
     """The three most probable classes of each picture, from `predict.Answer`s, or why it was refused."""
     folder = os.path.commonpath([os.path.dirname(answer.source) or "." for answer in answers])
@@ -459,5 +480,7 @@ def show_run(run: Any) -> None:
         + f"  stages together {sum(seconds.values()):.1f} s"
     )
     say(f"run directory: {short(run.path)}")
+    if (run.path / "report.html").exists():
+        say(f"all of it on one page: {short(run.path / 'report.html')}")
     if note:
         banner(note)

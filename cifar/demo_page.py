@@ -10,16 +10,14 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from cifar.config import UserError
 from cifar.demo_runs import THUMBNAILS, DemoRuns, Opinion
 from cifar.runs import Run
+from cifar.saliency import overlay
 
 _TOP = 3  # classes shown
 _NAMED = 20  # classes that the heading lists
-_ORANGE = np.array([0xD5, 0x5E, 0x00])  # as in the figures
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _FIGURES = {  # in the order of the page, with what a screen reader says
     "training_history": "Loss and accuracy by epoch",
     "confusion_matrix": "Confusion matrix",
@@ -216,15 +214,8 @@ def _views(opinion: Opinion) -> str:
     size = opinion.image.shape[-1]
     image = opinion.image.permute(1, 2, 0).numpy()
     seen = _view(image, f"What the network sees: {size} by {size} pixels")
-    decided = _view(_over(image, opinion.heat), f"The pixels that decided for {opinion.label}")
+    decided = _view(overlay(image, opinion.heat.numpy()), f"The pixels that decided for {opinion.label}")
     return f'<div class="views">{seen}{decided}</div>'
-
-
-def _over(image: np.ndarray, heat: Tensor) -> np.ndarray:
-    """The picture (S, S, 3) in greys, with the heat (S, S) over it in orange; squared, so that the peaks stand out."""
-    grey = (image @ _GREY)[..., None]
-    share = heat.numpy()[..., None] ** 2 * 0.9
-    return (grey * (1 - share) + _ORANGE * share).astype(np.uint8)
 
 
 def _view(image: np.ndarray, caption: str) -> str:

@@ -3,8 +3,6 @@
 scikit-learn and SciPy's statistics are imported where they are used, as datasets.py says.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, datasets, device, model
+from cifar import analysis, checkpoint, data, datasets, device, model, predictions, saliency
 from cifar.config import UserError, some
 from cifar.runs import Run
 
@@ -27,7 +25,8 @@ _UNSURE_SHARE = 0.05  # of the validation images, on which the network is called
 def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str, Any]:
     """Measure the run's best.pt on the test split; write and return metrics.json.
 
-    Also writes predictions.csv and classification_report.txt. The temperature is fitted on validation.
+    Also writes predictions.csv, classification_report.txt, analysis.json, and saliency.npz for the pictures that it
+    names. The temperature is fitted on validation.
     Raises UserError if the run has no checkpoint, or the dataset is not the run's.
     """
     from sklearn.metrics import classification_report
@@ -45,17 +44,21 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     val_logits = infer(network, val.images, precision=precision)
     test = dataset.test
     logits, logits_tta = infer_augmented(network, test.images, mirrors=config.flip != "none", precision=precision)
+    labels = test.labels.numpy()
+    calibration = calibrate(logits.numpy(), labels, val_logits.numpy(), val.labels.numpy())
+    probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
     metrics = {
         "dataset": dataset.name,
         "recipe": config.recipe,
         "split": "test",
         "epoch": content["epoch"],
         "test_sha256": test.sha256(),
-        **measure(logits.numpy(), logits_tta.numpy(), test.labels.numpy(), dataset.classes),
-        "calibration": calibrate(logits.numpy(), test.labels.numpy(), val_logits.numpy(), val.labels.numpy()),
+        **measure(logits.numpy(), logits_tta.numpy(), labels, dataset.classes),
+        **analysis.scores(probabilities, labels, dataset.classes),
+        "calibration": calibration,
     }
     report = classification_report(
-        test.labels.numpy(),
+        labels,
         logits.argmax(1).numpy(),
         labels=range(len(dataset.classes)),
         target_names=dataset.classes,
@@ -63,7 +66,13 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
         zero_division=0,
     )
     run.write_text("classification_report.txt", report)
-    _write_predictions(run, logits, test.labels, dataset.classes, metrics["calibration"]["temperature"])
+    predictions.write(run, probabilities, dataset)
+    details = analysis.analyse(probabilities, labels, dataset.classes, metrics["most_confused"])
+    run.write("analysis.json", details)
+    winners = {
+        picture["index"]: int(probabilities[picture["index"]].argmax()) for picture in analysis.pictures(details)
+    }
+    saliency.write(run, network, test.images, winners, precision=precision)
     run.write("metrics.json", metrics)
     return metrics
 
@@ -179,8 +188,8 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, va
         "threshold": float(np.quantile(confidence, _UNSURE_SHARE)) if len(val_labels) else None,
         "threshold_share": _UNSURE_SHARE,
         "fitted_on": len(val_labels),
-        "before": _calibration(logits, labels),
-        "after": _calibration(logits / temperature, labels),
+        "before": reliability(logits, labels),
+        "after": reliability(logits / temperature, labels),
     }
 
 
@@ -195,7 +204,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
-def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
     from sklearn.metrics import log_loss
 
@@ -223,16 +232,3 @@ def _scores(row: dict[str, float]) -> dict[str, Any]:
         "f1": row["f1-score"],
         "support": int(row["support"]),
     }
-
-
-def _write_predictions(run: Run, logits: Tensor, labels: Tensor, classes: Sequence[str], temperature: float) -> None:
-    """predictions.csv: a row per test image, with its calibrated probabilities."""
-    probabilities = softmax(logits.double().numpy() / temperature, axis=1)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["index", "true", "predicted", "confidence", *classes])
-    for index, (row, label) in enumerate(zip(probabilities, labels.tolist())):
-        winner = int(row.argmax())
-        shares = [f"{share:.6f}" for share in (row[winner], *row)]
-        writer.writerow([index, classes[label], classes[winner], *shares])
-    run.write_text("predictions.csv", text.getvalue())

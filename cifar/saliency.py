@@ -1,14 +1,22 @@
 """Which pixels decided: the gradient of a class's logit with respect to the picture."""
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar import data, device
+from cifar.config import UserError
+from cifar.runs import Run, replacing
 
 _COPIES = 8
 _NOISE = 0.1  # standard deviation, of images in 0..1
 _BLUR = 3  # pixels
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_ORANGE = np.array([0xD5, 0x5E, 0x00])  # as in the figures
+_FILE = "saliency.npz"
 
 
 def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -> Tensor:
@@ -27,3 +35,33 @@ def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -
     strength = gradient.abs().amax(1).mean(0)
     smooth = F.avg_pool2d(strength[None], _BLUR, stride=1, padding=_BLUR // 2, count_include_pad=False)[0]
     return (smooth / smooth.max().clamp_min(1e-30)).cpu()
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """The picture (S, S, 3) in greys, with the heat (S, S) over it in orange; squared, so that the peaks stand out."""
+    grey = (image @ _GREY)[..., None]
+    share = heat[..., None] ** 2 * 0.9
+    return (grey * (1 - share) + _ORANGE * share).astype(np.uint8)
+
+
+def write(run: Run, network: nn.Module, images: Tensor, labels: Mapping[int, int], *, precision: str) -> None:
+    """saliency.npz: of some of the images (N, 3, S, S), for each the class given with its index."""
+    heats = [saliency(network, images[index], label, precision=precision) for index, label in labels.items()]
+    levels = torch.stack(heats).mul(255).round().byte() if heats else torch.zeros(0, *images.shape[2:])
+    with replacing(run.path / _FILE) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, index=np.array(list(labels), int), heat=levels.numpy())
+
+
+def read(run: Run) -> dict[int, np.ndarray]:
+    """Index in the split -> heat (S, S) in 0..1, of the run's saliency.npz; empty if there is none.
+
+    Raises UserError if it is damaged.
+    """
+    path = run.path / _FILE
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as file, np.load(file) as content:
+            return {int(index): heat / 255 for index, heat in zip(content["index"], content["heat"])}
+    except Exception:  # a damaged archive makes its readers stumble in any way there is
+        raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`") from None

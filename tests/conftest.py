@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from cifar import datasets, evaluate, train
+from cifar import corruptions, datasets, evaluate, report, train, visualize
 from cifar.archive import ARCHIVES
 from cifar.config import Config
+from cifar.runs import Run
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
@@ -101,3 +103,40 @@ def evaluated_run(tmp_path_factory, digits):
         with run.stage("evaluate"):
             evaluate.evaluate(run, digits, "cpu")
     return run
+
+
+@pytest.fixture(scope="session")
+def corrupted_run(evaluated_run, digits, tmp_path_factory):
+    """A copy of it, measured under three of the corruptions, with its figures and its page; do not change it."""
+    path = tmp_path_factory.mktemp("corrupted") / "run"
+    shutil.copytree(evaluated_run.path, path)
+    run = Run(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corruptions, "AMOUNTS", {kind: corruptions.AMOUNTS[kind] for kind in ("noise", "jpeg", "shift")})
+        corruptions.measure(run, digits, "cpu", lambda _: None)
+    visualize.visualize(run, digits)
+    report.write(run, digits)
+    return run
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, with its console and its requests recorded."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("there is no chromium with its driver here")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
+        *("disable-background-networking", "disable-component-update", "window-size=1280,1000"),
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    chrome.implicitly_wait(10)
+    yield chrome
+    chrome.quit()

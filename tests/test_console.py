@@ -227,3 +227,23 @@ def test_a_comparison_ends_with_what_it_comes_to(capsys, tmp_path):
         assert part in printed
     *_, note, verdict, method = printed.splitlines()
     assert (note, verdict, method) == ("a [note]", comparison["pairs"][0]["verdict"], comparison["method"])
+
+
+def test_corruptions_are_shown_the_mildest_first_with_their_means(capsys):
+    def rows(*accuracies):
+        return [{"accuracy": accuracy, "expected_calibration_error": 0.1 * accuracy} for accuracy in accuracies]
+
+    console.show_corruptions(
+        {
+            "dataset": "digits",
+            "n": 360,
+            "clean": {"accuracy": 0.9},
+            "mean": {"accuracy": 0.45},
+            "corruptions": {"noise": rows(0.4, 0.2), "shift": rows(0.8, 0.4)},
+        }
+    )
+    printed = capsys.readouterr().out
+    assert re.search(r"shift .*80.0% .*40.0% .*60.0% .*6.0%", printed)
+    assert printed.index("shift") < printed.index("noise")
+    assert "mean over all 45.0%, of the same images unharmed 90.0%" in printed
+    assert max(map(len, printed.splitlines())) <= 80

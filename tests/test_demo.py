@@ -367,29 +367,6 @@ def test_a_mistake_is_one_sentence(given, sentence, outputs):
     assert sentence in refusal(**{"output_dir": str(outputs), "port": free_port(), **given})
 
 
-@pytest.fixture(scope="module")
-def browser(page, tmp_path_factory):
-    """Chromium on the demo's page, with its console and its requests recorded."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("there is no chromium with its driver here")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-        *("disable-background-networking", "disable-component-update", "window-size=1280,1000"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    chrome.implicitly_wait(10)
-    yield chrome
-    chrome.quit()
-
-
 def find(browser, selector: str):
     return browser.find_element("css selector", selector)
 

@@ -24,11 +24,13 @@ FIGURES = {
     "training_history",
     "confusion_matrix",
     "per_class_metrics",
+    "precision_recall",
     "misclassified",
     "dataset_samples",
     "sample_predictions",
     "architecture",
     "calibration",
+    "risk_coverage",
 }
 
 
@@ -58,22 +60,25 @@ def test_one_command_fills_the_run_directory(tmp_path):
     assert (tmp_path / "latest").resolve() == made
     assert {path.name for path in made.iterdir()} == {
         *("config.json", "run.json", "history.jsonl", "metrics.json", "classification_report.txt", "predictions.csv"),
-        *("checkpoints", "figures"),
+        *("analysis.json", "saliency.npz", "report.html", "checkpoints", "figures"),
     }
     assert {path.stem for path in (made / "figures").iterdir()} == FIGURES
     assert {path.name for path in (made / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
     assert out.count("epoch 1/1") == 1
     assert "accuracy with test-time augmentation" in out
+    assert str(Path(made.name, "report.html")) in out
     assert "\x1b" not in out
 
 
 def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_path):
     train = ("train", *QUICK, "--output-dir", str(tmp_path))
-    code, out, err = invoke(*train, "evaluate", "visualize", cwd=PROJECT / "cifar")
+    code, out, err = invoke(*train, "evaluate", "--corruptions", "visualize", cwd=PROJECT / "cifar")
     assert (code, err) == (0, "")
     made = next(tmp_path.glob("*_convnet_digits"))
     assert (made / "metrics.json").exists()
-    assert {path.stem for path in (made / "figures").iterdir()} == FIGURES
+    assert {path.stem for path in (made / "figures").iterdir()} == FIGURES | {"corruptions"}
+    assert "accuracy by corruption and severity" in out
+    assert 'id="corruptions"' in (made / "report.html").read_text(encoding="utf-8")
     assert str(made.name) in out
 
 
