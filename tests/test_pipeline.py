@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -196,8 +197,8 @@ def test_every_setting_but_seeds_is_a_flag_with_its_help_behind_both_doors():
     assert "simple 25" in " ".join(help_of_main.split())
 
 
-def test_ctrl_c_marks_the_run_interrupted(tmp_path):
-    flags = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "5000", "--patience", "0")
+def test_ctrl_c_tells_the_command_that_goes_on_and_it_does(tmp_path):
+    flags = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "25", "--patience", "0", "--val-size", "0")
     process = start(str(PROJECT / "main.py"), *flags, "--output-dir", str(tmp_path))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/history.jsonl")) and time.monotonic() < deadline:
@@ -205,9 +206,43 @@ def test_ctrl_c_marks_the_run_interrupted(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    made = next(tmp_path.glob("*_convnet_digits"))
+    command = f"python main.py --resume {os.path.relpath(made, PROJECT)}"
+    assert err == f"error: interrupted: `{command}` goes on with it\n"
+    assert json.loads((made / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    code, out, err = main(*shlex.split(command)[2:])
+    assert (code, err) == (0, "")
+    assert "epoch  1/25" not in out
+    assert out.count("epoch 25/25") == 1
+    assert json.loads((made / "run.json").read_text(encoding="utf-8"))["status"] == "completed"
+    assert {path.stem for path in (made / "figures").iterdir()} == FIGURES
+    code, out, err = main("--resume", str(made))
+    assert (code, out, err) == (0, f"{made.name} is complete: there is nothing to resume\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--resume",), 1, "there is no run in {folder} that could be resumed"),
+        (("--resume", "nowhere"), 1, "there is no run at nowhere"),
+        (("--resume", "cifar"), 1, "cifar is not a run directory"),
+        (("--resume", "x", "--epochs", "3", "--lr", "1"), 2, "leave out --epochs, --lr"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_in_one_sentence(tmp_path, arguments, code, sentence):
+    returned, out, err = main(*arguments, "--output-dir", str(tmp_path))
+    assert (returned, out) == (code, "")
+    assert sentence.format(folder=tmp_path) in err
     assert err.count("\n") == 1
-    record = next(tmp_path.glob("*_convnet_digits/run.json")).read_text(encoding="utf-8")
-    assert '"status": "interrupted"' in record
+
+
+def test_invoke_train_goes_on_with_a_run_and_takes_no_setting_beside_it(evaluated_run, tmp_path):
+    shutil.copytree(evaluated_run.path, tmp_path / "run")
+    code, out, err = invoke("train", "--resume", "run", "--output-dir", str(tmp_path))
+    assert (code, out, err) == (0, "run is complete: there is nothing to resume\n", "")
+    code, out, err = invoke("train", "--resume", "run", "--output-dir", str(tmp_path), "--recipe", "fast")
+    assert (code, out) == (2, "")
+    assert "leave out --recipe" in err
 
 
 @pytest.fixture(scope="module")

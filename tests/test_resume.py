@@ -19,9 +19,13 @@ from cifar import console, evaluate, runs, train
 TIMES = ("seconds", "images_per_second")
 # A process of it starts in a few hundredths of a second, as it has everything imported that a training needs.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch._dynamo", "sklearn.metrics", "sklearn.model_selection", "sklearn.datasets", __name__]
-)
+IMPORTED = ("torch._dynamo", "sklearn.metrics", "sklearn.model_selection", "sklearn.datasets", __name__)
+SERVER.set_forkserver_preload(list(IMPORTED))
+
+
+def slowly(values) -> list:
+    """Parameters of a test that only `invoke test --slow` tries."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
@@ -30,7 +34,7 @@ def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
     torch.set_num_threads(1)
 
     def train_and_evaluate():
-        settings = quick_config(outputs, recipe="mlp", epochs=3, val_size=137)
+        settings = quick_config(outputs, recipe="mlp", epochs=2, val_size=137)
         run, dataset = train.begin(settings) if name is None else train.take_up(name, {"output_dir": str(outputs)})
         with run.lifetime():
             train.fit(run, dataset)
@@ -52,6 +56,13 @@ class Outputs:
     def run(self) -> runs.Run:
         return runs.Run(next(path.parent for path in self.folder.glob("[!l]*/run.json")))
 
+    def said(self) -> str:
+        """What the processes have printed."""
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def has_an_epoch(self) -> bool:
+        return any(self.folder.glob("*/history.jsonl")) and len(self.run.history()) > 0
+
     def start(self, hinder=None, name: str | None = None):
         process = SERVER.Process(target=work, args=(self.folder, name, hinder, self.log))
         process.start()
@@ -68,7 +79,7 @@ class Outputs:
             return results(self.run)
         process = self.begin_or_go_on()
         process.join(60)
-        assert process.exitcode == 0, self.log.read_text()
+        assert process.exitcode == 0, self.said()
         return results(self.run)
 
 
@@ -103,7 +114,7 @@ def outputs(tmp_path) -> Outputs:
     return Outputs(tmp_path)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 28))])
+@pytest.mark.parametrize("seed", [0, 1, *slowly(range(2, 27))])
 def test_a_run_that_is_killed_at_any_instants_ends_as_if_it_had_not_been(outputs, uninterrupted, duration, seed):
     chance = random.Random(seed)
     for _ in range(chance.choice((1, 2, 3))):  # the second kill is one during the resume
@@ -145,7 +156,7 @@ def kill_at(count: int, marker: Path) -> None:
 POINTS = 60  # more than there are
 
 
-@pytest.mark.parametrize("point", [15, 24, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, POINTS))])
+@pytest.mark.parametrize("point", [24, *slowly(range(1, POINTS))])
 def test_a_run_that_is_killed_at_a_write_sync_or_rename_ends_as_if_it_had_not_been(
     outputs, uninterrupted, tmp_path, point
 ):
@@ -155,3 +166,283 @@ def test_a_run_that_is_killed_at_a_write_sync_or_rename_ends_as_if_it_had_not_be
         pytest.skip(f"there is no write number {point}")
     assert process.exitcode == -signal.SIGKILL
     assert outputs.finish() == uninterrupted
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come so far in a minute"
+        time.sleep(0.01)
+
+
+def slow_steps(seconds: float) -> None:
+    """Have this process say each step and wait after it."""
+    pause = resume.Keeper.pause
+
+    def wait(*arguments):
+        print("a step")
+        time.sleep(seconds)
+        pause(*arguments)
+
+    resume.Keeper.pause = wait
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_under_way_and_tells_the_command_that_goes_on(outputs, uninterrupted, number, code):
+    process = outputs.start(functools.partial(slow_steps, 0.02))
+    wait_until(lambda: outputs.said().count("a step") >= 25)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    command = f"python main.py --resume {os.path.relpath(outputs.run.path)}"
+    assert outputs.said().splitlines()[-1] == f"error: interrupted: `{command}` goes on with it"
+    record = outputs.run.record
+    assert (record["status"], "error" in record) == ("interrupted", False)
+    assert record["end"] >= record["start"]
+    saved = checkpoint.load(outputs.run.checkpoints / "last.pt")["training"]["state"]
+    assert saved["updates"] > 20
+    assert outputs.finish() == uninterrupted
+    resumed = outputs.run.record["resumed"]
+    assert [(again["epoch"], again["step"]) for again in resumed] == [(saved["epoch"], saved["step"])]
+
+
+def test_a_second_ctrl_c_leaves_at_once(outputs, uninterrupted):
+    process = outputs.start(functools.partial(slow_steps, 50))
+    wait_until(lambda: "a step" in outputs.said())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(0.3)
+    assert process.exitcode is None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == 130
+    assert outputs.run.record["status"] == "interrupted"
+    assert outputs.finish() == uninterrupted
+
+
+def save_every_step() -> None:
+    resume._SAVE_SECONDS = 0.0
+
+
+def test_saving_within_an_epoch_changes_nothing_and_is_what_a_killed_run_goes_on_from(outputs, uninterrupted):
+    process = outputs.start(save_every_step)
+    wait_until(outputs.has_an_epoch)
+    process.kill()
+    process.join()
+    saved = checkpoint.load(outputs.run.checkpoints / "last.pt")["training"]["state"]
+    before = checkpoint.load(outputs.run.checkpoints / "previous.pt")["training"]["state"]
+    assert saved["updates"] - before["updates"] in (0, 1)
+    process = outputs.start(save_every_step, "")
+    process.join(60)
+    assert results(outputs.run) == uninterrupted
+
+
+def small_files(bytes: int, from_save: int = 1) -> None:
+    """Have this process write no larger files, as on a disk that is full, from so many checkpoints on."""
+    save, saves = checkpoint.save, 0
+
+    def save_on_a_full_disk(*arguments, **options):
+        nonlocal saves
+        saves += 1
+        if saves == from_save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
+        save(*arguments, **options)
+
+    checkpoint.save = save_on_a_full_disk
+
+
+@pytest.mark.parametrize("from_save", [3, *slowly([1, 2])])
+def test_on_a_full_disk_the_run_fails_with_a_sentence_and_what_was_saved_goes_on(outputs, uninterrupted, from_save):
+    process = outputs.start(functools.partial(small_files, 10**6, from_save))
+    process.join(60)
+    name = "best.pt" if from_save == 1 else "last.pt"
+    sentence = f"cannot write {outputs.run.checkpoints / name}: File too large"
+    assert (process.exitcode, outputs.said().splitlines()[-1]) == (1, f"error: {sentence}")
+    assert (outputs.run.record["status"], outputs.run.record["error"]) == ("failed", sentence)
+    assert not list(outputs.run.path.rglob("*.partial"))
+    assert outputs.finish() == uninterrupted
+
+
+def test_a_folder_that_is_removed_during_the_training_ends_it_with_a_sentence(outputs):
+    process = outputs.start(functools.partial(slow_steps, 0.02))
+    wait_until(outputs.has_an_epoch)
+    shutil.rmtree(outputs.folder)
+    process.join(60)
+    assert process.exitcode == 1
+    *_, last = outputs.said().splitlines()
+    assert last.startswith("error: cannot ")
+    assert last.endswith(": No such file or directory")
+    assert "Traceback" not in outputs.said()
+
+
+def lose_rights(folder: Path, updates: int) -> None:
+    """Have this process be without the right to write into the folder after so many steps."""
+    pause = resume.Keeper.pause
+
+    def pause_without_rights(keeper, signal_number):
+        if keeper.state.updates.steps == updates and os.geteuid():
+            for path in folder.rglob("*"):
+                path.chmod(0o555)
+        elif keeper.state.updates.steps == updates:
+            os.seteuid(65534)  # root may write everywhere
+        pause(keeper, signal_number)
+
+    resume.Keeper.pause = pause_without_rights
+
+
+def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outputs, uninterrupted):
+    process = outputs.start(functools.partial(lose_rights, outputs.folder, 30))
+    process.join(60)
+    assert process.exitcode == 1
+    sentence = f"error: cannot write {outputs.run.path / 'history.jsonl'}: Permission denied"
+    assert outputs.said().splitlines()[-1] == sentence
+    for path in outputs.folder.rglob("*"):
+        path.chmod(0o755)
+    assert outputs.run.status() == "killed"  # as how it failed could not be written
+    assert outputs.finish() == uninterrupted
+
+
+def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(outputs, uninterrupted):
+    first = outputs.start()
+    wait_until(lambda: any(outputs.folder.glob("*/run.json")) and outputs.run.is_claimed())
+    os.kill(first.pid, signal.SIGSTOP)
+    second = outputs.start(name=outputs.run.path.name)
+    second.join(60)
+    assert second.exitcode == 1
+    sentence = f"{outputs.run.path.name} is in use: another process writes into it"
+    assert outputs.said().splitlines()[-1] == f"error: {sentence}"
+    assert outputs.run.status() == "running"
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == 0
+    assert results(outputs.run) == uninterrupted
+
+
+def test_two_trainers_in_one_outputs_folder_both_finish(outputs, uninterrupted):
+    both = [outputs.start(), outputs.start()]
+    for process in both:
+        process.join(60)
+    made = [runs.Run(path) for path in outputs.folder.iterdir() if not path.is_symlink()]
+    assert len(made) == 2
+    assert [results(run) == uninterrupted for run in made] == [True, True]
+    assert runs.find(str(outputs.folder)).path in [run.path for run in made]
+
+
+def stop_after(updates: int) -> None:
+    """Have this process leave after so many steps, as if it had been interrupted then."""
+    pause = resume.Keeper.pause
+    resume.Keeper.pause = lambda keeper, _: pause(
+        keeper, lambda: signal.SIGINT if keeper.state.updates.steps == updates else None
+    )
+
+
+@pytest.fixture(scope="module")
+def once_interrupted(tmp_path_factory) -> Outputs:
+    """A run whose last.pt is from the middle of its second epoch; copy it before you change it."""
+    outputs = Outputs(tmp_path_factory.mktemp("interrupted"))
+    process = outputs.start(functools.partial(stop_after, 30))
+    process.join(60)
+    return outputs
+
+
+@pytest.fixture
+def interrupted(outputs, once_interrupted) -> Outputs:
+    shutil.copytree(once_interrupted.folder, outputs.folder, symlinks=True)
+    return outputs
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(interrupted, uninterrupted):
+    damage(interrupted.run.checkpoints / "last.pt")
+    assert interrupted.finish() == uninterrupted
+    said = " ".join(interrupted.said().replace("│", " ").split())
+    assert "last.pt is damaged or not one of this program's: going on from previous.pt." in said
+    assert interrupted.run.record["resumed"][0]["step"] == 0
+
+
+@pytest.mark.slow
+def test_a_missing_last_checkpoint_falls_back_too(interrupted, uninterrupted):
+    (interrupted.run.checkpoints / "last.pt").unlink()
+    assert interrupted.finish() == uninterrupted
+
+
+@pytest.mark.slow
+def test_without_any_checkpoint_a_run_begins_anew(interrupted, uninterrupted):
+    for path in interrupted.run.checkpoints.iterdir():
+        path.unlink()
+    assert interrupted.finish() == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("damaged", "sentence"),
+    [
+        (("last.pt", "previous.pt"), "last.pt is damaged"),
+        (("best.pt",), "best.pt is damaged"),
+        (("history.jsonl",), "history.jsonl is damaged"),
+    ],
+)
+def test_a_run_whose_files_are_damaged_is_refused_with_a_sentence(interrupted, digits, damaged, sentence):
+    for name in damaged:
+        path = interrupted.run.path / name
+        damage(path if path.exists() else interrupted.run.checkpoints / name)
+    with pytest.raises(UserError, match=sentence):
+        go_on(interrupted, digits)
+
+
+def go_on(outputs: Outputs, dataset: data.Dataset) -> None:
+    """Resume in this process."""
+    threads = torch.get_num_threads()
+    try:
+        run, _ = train.take_up(outputs.run.path.name, {"output_dir": str(outputs.folder)})
+        with run.lifetime():
+            train.fit(run, dataset)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def with_epochs(run: runs.Run, monkeypatch) -> None:
+    run.write("config.json", {**run.read("config.json"), "epochs": 9})
+
+
+def with_images(run: runs.Run, monkeypatch) -> None:
+    monkeypatch.setattr(data.Split, "sha256", lambda split: "0" * 64)
+
+
+def with_pytorch(run: runs.Run, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "9.0")
+
+
+def with_code(run: runs.Run, monkeypatch) -> None:
+    monkeypatch.setattr(resume, "_sha256", lambda path: str(path.name == "optim.py"))
+
+
+def without_premises(run: runs.Run, monkeypatch) -> None:
+    run.update(premises=None)
+
+
+def with_another_checkpoint(run: runs.Run, monkeypatch) -> None:
+    for path in run.checkpoints.glob("[lp]*.pt"):
+        content = torch.load(path, weights_only=True)
+        content["training"]["premises"]["seed"] = 5
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (with_epochs, r"was made with something else, so that it cannot go on: epochs was 2 and is 9$"),
+        (with_images, r"training images was [0-9a-f]{64} and is 0{64}$"),
+        (with_pytorch, r"PyTorch was \d.* and is 9.0$"),
+        (with_code, r"cifar/optim.py has changed"),
+        (without_premises, r"does not say what it was made with"),
+        (with_another_checkpoint, r"last.pt was made with something else, .*: seed was 5 and is 0$"),
+    ],
+)
+def test_a_run_that_was_begun_with_something_else_is_refused_with_the_difference(
+    interrupted, digits, monkeypatch, change, sentence
+):
+    change(interrupted.run, monkeypatch)
+    with pytest.raises(UserError, match=sentence):
+        go_on(interrupted, digits)

@@ -1,10 +1,12 @@
 import contextlib
+import fcntl
 import json
 import os
+import threading
 
 import pytest
 
-from cifar import runs
+from cifar import files, runs
 from cifar.config import Config, UserError
 
 
@@ -64,6 +66,78 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
     assert runs.find(config.output_dir).path == run.path
     monkeypatch.chdir(tmp_path)
     assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+
+
+def test_a_run_that_says_it_runs_while_no_process_does_is_recorded_as_killed(config):
+    run = runs.create(config)
+    with run.lifetime():
+        assert run.status() == "running"
+        assert run.record["end"] is None
+    assert run.status() == "completed"
+    killed = runs.create(config)
+    assert runs.find(config.output_dir, killed.path.name).record["status"] == "killed"
+    assert killed.record["end"] >= killed.record["start"]
+
+
+def test_a_run_that_is_claimed_cannot_be_claimed_again_until_it_is_let_go(config, monkeypatch):
+    monkeypatch.setattr(runs, "_PATIENCE", 0.0)
+    run = runs.create(config)
+    with run.claim(), pytest.raises(UserError, match="is in use: another process writes into it"), run.lifetime():
+        raise AssertionError("it was claimed twice")
+    with run.claim():
+        assert run.is_claimed()
+    assert not run.is_claimed()
+
+
+def test_a_claim_waits_for_one_that_is_held_for_a_glance(config):
+    run = runs.create(config)
+    with run._open_lock() as file:
+        assert files.lock(file)
+        threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with run.claim():
+            pass
+
+
+def test_the_newest_run_that_did_not_come_to_its_end_is_the_one_to_resume(config):
+    with pytest.raises(UserError, match=r"there is no run in .* that could be resumed"):
+        runs.find_resumable(config.output_dir)
+    failed, killed, interrupted, completed, damaged = (runs.create(config) for _ in range(5))
+    end(failed, OSError("disk full"))
+    end(completed, None)
+    (damaged.path / "run.json").write_text("{")
+    assert runs.find_resumable(config.output_dir).path == interrupted.path
+    for run in (interrupted, killed):
+        end(run, None)
+    assert runs.find_resumable(config.output_dir).path == failed.path
+    assert runs.find_resumable(config.output_dir, completed.path.name).path == completed.path
+
+
+def test_a_run_that_goes_on_loses_the_marks_of_its_end(config):
+    run = runs.create(config)
+    end(run, OSError("disk full"))
+    (run.checkpoints / "last.partial").write_text("half")
+    with run.lifetime():
+        assert (run.record["status"], run.record["end"], "error" in run.record) == ("running", None, False)
+        assert not list(run.checkpoints.iterdir())
+
+
+def test_the_seconds_of_a_stage_that_was_resumed_are_those_of_all_its_parts(config):
+    run = runs.create(config)
+    run.mark_resumed(3, 7, 100.0)
+    end(run, None)
+    assert 100 <= run.record["seconds"]["train"] < 101
+    assert [(again["epoch"], again["step"]) for again in run.record["resumed"]] == [(3, 7)]
+
+
+@pytest.mark.parametrize("rest", ["", '{"epoch": 3}\n', '{"epo', "\n\n"])
+def test_the_history_is_cut_back_to_the_epochs_that_are_known(config, rest):
+    run = runs.create(config)
+    lines = '{"epoch": 1}\n{"epoch": 2}\n'
+    (run.path / "history.jsonl").write_text(lines + rest)
+    run.cut_history(2)
+    assert (run.path / "history.jsonl").read_text() == lines
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
+        run.cut_history(3)
 
 
 def test_what_is_no_run_is_told_in_one_sentence(config, tmp_path):
