@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +16,8 @@ import torch
 from conftest import quick_config
 from test_state import flat
 
-from cifar import console, evaluate, runs, train
+from cifar import checkpoint, console, data, datasets, evaluate, resume, runs, train
+from cifar.config import UserError
 
 TIMES = ("seconds", "images_per_second")
 # A process of it starts in a few hundredths of a second, as it has everything imported that a training needs.
@@ -391,7 +394,7 @@ def test_a_run_whose_files_are_damaged_is_refused_with_a_sentence(interrupted, d
         go_on(interrupted, digits)
 
 
-def go_on(outputs: Outputs, dataset: data.Dataset) -> None:
+def go_on(outputs: Outputs, dataset: datasets.Dataset) -> None:
     """Resume in this process."""
     threads = torch.get_num_threads()
     try:
