@@ -193,8 +193,8 @@ def test_every_setting_but_seeds_is_a_flag_with_its_help_behind_both_doors():
     for name in FIELDS:
         assert flag(name) in help_of_main
         assert (flag(name) in help_of_train) == (name != "seeds")
-    assert "default 25" not in help_of_main
-    assert "simple 25" in " ".join(help_of_main.split())
+    assert "default 40" not in help_of_main
+    assert "simple 40" in " ".join(help_of_main.split())
 
 
 def test_ctrl_c_tells_the_command_that_goes_on_and_it_does(tmp_path):
