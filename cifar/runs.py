@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -160,7 +161,8 @@ def create(config: Config, **facts: Any) -> Run:
     config: with `dataset` resolved. Two runs in one second get directories of their own.
     Raises UserError if the output folder cannot be written.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{Path(config.dataset).name}"
+    title = re.sub(r"[^\w.-]+", "-", config.title)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}"
     run = Run(_make_directory(Path(config.output_dir), name))
     run.checkpoints.mkdir()
     run.figures.mkdir()

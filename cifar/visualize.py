@@ -44,6 +44,7 @@ _PLAIN = "test split, without test-time augmentation"
 _SHOWN, _COLUMNS = 32, 8  # images of the test split
 _SAMPLES, _SAMPLE_ROWS = 12, 20  # training images of a class, and classes
 _LINE = 23  # characters that fit below an image
+_STEPS = 95  # characters that fit into a block of the network
 _ANNOTATED = 20  # classes; the counts of more do not fit their cells
 
 
@@ -60,7 +61,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 
 def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other so that one is in memory at a time. All files are read before the first."""
-    history, network, subject = run.history(), run.record.get("model"), f"{run.config.recipe} on {dataset.name}"
+    history, network, subject = run.history(), run.record.get("model"), f"{run.config.title} on {dataset.name}"
     metrics = run.read("metrics.json") if (run.path / "metrics.json").exists() else None
     predictions = _read_predictions(run, dataset)
     if not (history or metrics or predictions):
@@ -321,10 +322,13 @@ def _blocks(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         members = list(members)
         beside = [layer for layer in members if ".shortcut" in layer["name"]]
         paths = [[layer["kind"] for layer in members if layer not in beside], [layer["kind"] for layer in beside]]
+        steps = "  +  shortcut ".join(" → ".join(path) for path in paths if path)
+        if len(steps) > _STEPS:
+            steps = f"{steps[:_STEPS].rpartition(' → ')[0]} → …, {len(members)} layers"
         blocks.append(
             {
                 "name": name,
-                "steps": "  +  shortcut ".join(" → ".join(path) for path in paths if path),
+                "steps": steps,
                 "shape": "x".join(map(str, members[-1]["output_shape"])),
                 "parameters": sum(layer["parameters"] for layer in members),
                 "multiply_adds": sum(layer["multiply_adds"] for layer in members),
