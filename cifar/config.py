@@ -209,6 +209,11 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def told(error: Exception) -> str:
+    """The error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def flag(name: str) -> str:
     """The command line's spelling of a field: `val_size` -> `--val-size`."""
     return "--" + name.replace("_", "-")

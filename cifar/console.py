@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -248,6 +249,15 @@ def show_dataset(dataset: Any) -> None:
         table.add_row(name, f"{len(split):,}", f"{width}x{height}", str(len(dataset.classes)), split.sha256()[:16])
     out.print(table)
     say(f"from {dataset.place}; classes: {some(dataset.classes, _NAMED)}")
+
+
+def show_export(files: Sequence[Path]) -> None:
+    """The files that `export` has written, and how they are used."""
+    for file in files:
+        say(f"{short(file)}, {file.stat().st_size / 1e6:.1f} MB")
+    say(f"torch.export.load('{short(files[0])}').module() takes uint8 RGB pictures and gives calibrated probabilities")
+    if len(files) == 1:
+        say("there is no .onnx file, as that takes two packages more: `pip install onnx onnxscript`")
 
 
 def show_run(run: Any) -> None:

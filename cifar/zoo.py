@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.config import MODELS, OTHER_MODELS, UserError, known_name
+from cifar.config import MODELS, OTHER_MODELS, UserError, known_name, told
 
 _SMALL = 64  # pixels, to which the stems are adapted
 _PATCHES = 8  # of a vision transformer, along each side
@@ -159,7 +159,7 @@ def _own(name: str, classes: int, image_size: int) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{call} fails: {_told(error)}") from None
+        raise UserError(f"{call} fails: {told(error)}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"{call} returns {type(network).__name__}, and not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -167,7 +167,7 @@ def _own(name: str, classes: int, image_size: int) -> nn.Module:
     try:
         logits = _try(network, image_size)
     except Exception as error:
-        raise UserError(f"{call} fails on images (2, 3, {image_size}, {image_size}): {_told(error)}") from None
+        raise UserError(f"{call} fails on images (2, 3, {image_size}, {image_size}): {told(error)}") from None
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (2, classes):
         raise UserError(f"{call} makes {shape} of images (2, 3, {image_size}, {image_size}), and not (2, {classes})")
@@ -183,7 +183,7 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         with _importing_from_here():
             module = importlib.import_module(module_name)
     except Exception as error:
-        raise UserError(f"cannot import {module_name} from {os.getcwd()}: {_told(error)}") from None
+        raise UserError(f"cannot import {module_name} from {os.getcwd()}: {told(error)}") from None
     makers = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     return getattr(module, known_name(f"factory of {module_name}", attribute, makers))
 
@@ -195,8 +195,3 @@ def _importing_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(os.getcwd())
-
-
-def _told(error: Exception) -> str:
-    """The error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
