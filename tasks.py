@@ -233,6 +233,18 @@ def predict(config, paths, run=None, fit="crop", output=None):
         raise UserError(f"{refused} of {len(answers)} pictures were refused")
 
 
+@stage("output_dir", output="file that ends in .pt2; default model.pt2 in the run's directory", **_RUN_HELP)
+def export(config, run=None, output=None):
+    """Write a run's network as a file that answers without this program: .pt2, and .onnx if onnx is installed."""
+    if output and not output.endswith(".pt2"):
+        raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
+    found = _find_run(config, run)
+
+    from cifar import export
+
+    console.show_export(export.export(found, Path(output) if output else found.path / "model.pt2"))
+
+
 @stage(
     "output_dir",
     names="runs, or directories of several seeds; none lists all runs",

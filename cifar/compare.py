@@ -84,7 +84,7 @@ def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
             "letter": letter,
             "run": name,
             "path": short(run.path),
-            "subject": f"{config.recipe} on {config.dataset}, seed {config.seed}",
+            "subject": f"{config.title} on {Path(config.dataset).name}, seed {config.seed}",
             **headlines.headline(run),
             "n": int(metrics["n"]),
             "interval_95": [float(end) for end in metrics["interval_95"]],

@@ -36,7 +36,8 @@ A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
 _LAST_SEED = 2**32 - 1
-_ONE_SIZE_MODELS = ("simple", "mlp")
+OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
+_ANY_SIZE_MODELS = ("whitened", "convnet", "resnet18")  # the others are built for images of one size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Config:
     Raises UserError for a value that is unknown or out of range.
     """
 
-    recipe: str = _option("fast", "named settings to start from")
+    recipe: str = _option("fast", "named settings to start from; plain is for any network that --model names")
     dataset: str = _option(
         "auto", "images; auto is cifar10, or digits where that cannot be had", known=DATASETS, others=A_FOLDER
     )
@@ -78,7 +79,7 @@ class Config:
         None, "images held out for validation (a tenth of the training split: 5000 of CIFAR-10)", least=0
     )
 
-    model: str = _option("whitened", "network", known=MODELS)
+    model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
     epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
     batch_size: int = _option(
         2000,
@@ -117,20 +118,29 @@ class Config:
             check(field.name, getattr(self, field.name))
         if self.seed + self.seeds - 1 > _LAST_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
-        if self.small_epochs and self.model in _ONE_SIZE_MODELS:
-            raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
         if self.optimizer == "muon" and self.model != "whitened":
             raise UserError(f"muon's rates are those of the model whitened: {self.model} takes adam or sgd")
+        if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
+            raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
+
+    @property
+    def title(self) -> str:
+        """The recipe, and the network where it is another than the recipe's."""
+        own = RECIPES[self.recipe].get("model", Config.model)
+        return self.recipe if self.model == own else f"{self.recipe} {self.model}"
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
         """The recipe's settings with the `given` ones laid over them.
 
-        given: field name -> value, where a string is read as the field's type and None is not given.
+        given: field name -> value, where a string is read as the field's type and None is not given. A model without
+        a recipe brings its own, which for the networks from elsewhere is `plain`.
         Raises UsageError for text that cannot be read, UserError for a value out of range.
         """
         settings = {name: read(name, value) for name, value in given.items() if value is not None}
-        recipe = known_name("recipe", settings.get("recipe", cls.recipe), RECIPES)
+        own = {values.get("model", cls.model): name for name, values in reversed(RECIPES.items()) if name != "plain"}
+        default = own.get(settings["model"], "plain") if "model" in settings else cls.recipe
+        recipe = known_name("recipe", settings.get("recipe", default), RECIPES)
         settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or short(PROJECT / cls.data_dir))
         settings.setdefault("output_dir", short(PROJECT / cls.output_dir))
         return cls(**{"recipe": recipe, **RECIPES[recipe], **settings})
@@ -182,6 +192,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "weight_decay": 5e-4,
             "patience": 0,
         },
+        # For the networks from elsewhere, of which nothing is known.
+        "plain": {**_CONVNET, "epochs": 30, "batch_size": 128, "lr": 1e-3, "patience": 10},
     }
 )
 
@@ -208,6 +220,11 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def told(error: Exception) -> str:
+    """The error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def flag(name: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -278,7 +279,7 @@ def _is_unsure(answer: Any, predictor: Any) -> bool:
 def show_seeds(group: Any) -> None:
     """What the runs of a group reach on average, from its summary.json."""
     summary, config = group.summary, group.config
-    table = Table(title=f"{config.recipe} on {config.dataset}, seeds {group.seeds[0]} to {group.seeds[-1]}")
+    table = Table(title=f"{config.title} on {Path(config.dataset).name}, seeds {group.seeds[0]} to {group.seeds[-1]}")
     for column in ("", "mean", "standard deviation", "its 95% interval"):
         table.add_column(column, justify="right" if column else "left")
     for name, figure in summary["figures"].items():
@@ -470,6 +471,15 @@ def show_dataset(dataset: Any) -> None:
         table.add_row(name, f"{len(split):,}", f"{width}x{height}", str(len(dataset.classes)), split.sha256()[:16])
     out.print(table)
     say(f"from {dataset.place}; classes: {some(dataset.classes, _NAMED)}")
+
+
+def show_export(files: Sequence[Path]) -> None:
+    """The files that `export` has written, and how they are used."""
+    for file in files:
+        say(f"{short(file)}, {file.stat().st_size / 1e6:.1f} MB")
+    say(f"torch.export.load('{short(files[0])}').module() takes uint8 RGB pictures and gives calibrated probabilities")
+    if len(files) == 1:
+        say("there is no .onnx file, as that takes two packages more: `pip install onnx onnxscript`")
 
 
 def show_run(run: Any) -> None:

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from cifar.charts import BLUE, GREY, canvas
 
+_STEPS = 95  # characters that fit into a block
+
 
 def _blocks(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers joined into blocks by their dotted names: what runs, the shape that leaves it, what it costs.
@@ -24,10 +26,13 @@ def _blocks(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         members = list(members)
         beside = [layer for layer in members if ".shortcut" in layer["name"]]
         paths = [[layer["kind"] for layer in members if layer not in beside], [layer["kind"] for layer in beside]]
+        steps = "  +  shortcut ".join(" → ".join(path) for path in paths if path)
+        if len(steps) > _STEPS:
+            steps = f"{steps[:_STEPS].rpartition(' → ')[0]} → …, {len(members)} layers"
         blocks.append(
             {
                 "name": name,
-                "steps": "  +  shortcut ".join(" → ".join(path) for path in paths if path),
+                "steps": steps,
                 "shape": "x".join(map(str, members[-1]["output_shape"])),
                 "parameters": sum(layer["parameters"] for layer in members),
                 "multiply_adds": sum(layer["multiply_adds"] for layer in members),

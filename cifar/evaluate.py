@@ -96,10 +96,11 @@ def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
     """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode."""
     network.eval()
     hardware = next(network.parameters()).device
+    shown = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
     with device.autocast(hardware, precision):
-        parts = images.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
+        parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
         batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts]
-    return torch.cat(batches).cpu() if batches else torch.zeros(0, network.head.out_features)
+    return torch.cat(batches).cpu()[: len(images)]
 
 
 def infer_augmented(network: nn.Module, images: Tensor, *, mirrors: bool, precision: str) -> tuple[Tensor, Tensor]:

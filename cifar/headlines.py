@@ -89,7 +89,7 @@ def _of_record(run: Run) -> dict[str, Any]:
 
 def _of_config(run: Run) -> dict[str, Any]:
     config = run.config
-    return {"recipe": config.recipe, "dataset": config.dataset, "seed": config.seed}
+    return {"recipe": config.title, "dataset": Path(config.dataset).name, "seed": config.seed}
 
 
 def _of_history(run: Run) -> dict[str, Any]:

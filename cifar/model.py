@@ -1,22 +1,34 @@
 """The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out."""
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar.config import known_name
+from cifar import zoo
+from cifar.config import MODELS
+
+
+def require(name: str) -> None:
+    """Raise UserError, with the nearest names, unless `build` knows the network."""
+    if name not in MODELS:
+        zoo.require(name)
 
 
 def build(name: str, classes: int, image_size: int) -> nn.Sequential:
-    """The network `name` with fresh weights, drawn from torch's global generator; its last linear layer is `head`.
+    """The network `name` with fresh weights, drawn from torch's global generator; the first module is `normalize`.
 
-    Raises UserError for an unknown name.
+    The last linear layer of our own is `head`; those from elsewhere are `network`. Raises UserError for an unknown
+    name, and for a network of the user's that cannot serve.
     """
     builders = {"whitened": _whitened, "simple": _simple, "convnet": _convnet, "mlp": _mlp, "resnet18": _resnet18}
-    return builders[known_name("model", name, tuple(builders))](classes, image_size)
+    if name in builders:
+        return builders[name](classes, image_size)
+    return _chain(normalize=Normalize(), **zoo.modules(name, classes, image_size))
 
 
 @torch.no_grad()
@@ -239,34 +251,47 @@ class Layer:
 def layers(network: nn.Module, image_size: int) -> list[Layer]:
     """The network's layers in the order in which they run, measured by running it on one image.
 
-    multiply_adds counts convolutions and matrix products with weights, as torch's FlopCounterMode does.
+    A layer is a module in which no other runs: attention, which computes with its parts' weights, is one.
+    multiply_adds counts convolutions and matrix products of layers with weights, as torch's FlopCounterMode does.
     """
-    leaves = {name: module for name, module in network.named_modules() if not list(module.children())}
-    names = {module: name for name, module in leaves.items()}
+    names = {module: name for name, module in network.named_modules()}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note_shape(module: nn.Module, _, output: Tensor) -> None:
-        shapes[names[module]] = tuple(output.shape[1:])
+    def note_shape(module: nn.Module, _, output: Tensor | tuple[Tensor, ...]) -> None:
+        shapes[names[module]] = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
 
     hooks = [module.register_forward_hook(note_shape) for module in names]
     was_training = network.training
     counter = FlopCounterMode(display=False)
     device = next(network.parameters()).device
-    with torch.no_grad(), counter:
+    with torch.no_grad(), counter, _countable_attention():
         network.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     network.train(was_training)
     for hook in hooks:
         hook.remove()
     root = type(network).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    sizes = {name: sum(parameter.numel() for parameter in leaves[name].parameters()) for name in shapes}
+    outer = {name.rpartition(".")[0] for name in shapes}  # in which others ran
+    outer |= {name[:place] for name in outer for place, letter in enumerate(name) if letter == "."} | {""}
     return [
         Layer(
-            name=name,
-            kind=type(leaves[name]).__name__,
-            output_shape=shape,
-            parameters=sizes[name],
-            multiply_adds=flops.get(f"{root}.{name}", 0) // 2 if sizes[name] else 0,  # a global average has no weights
+            name=name.removeprefix("network."),
+            kind=type(module).__name__,
+            output_shape=shapes[name],
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            # A global average has no weights.
+            multiply_adds=flops.get(f"{root}.{name}", 0) // 2 if list(module.parameters()) else 0,
         )
-        for name, shape in shapes.items()
+        for name, module in ((name, network.get_submodule(name)) for name in shapes if name not in outer)
     ]
+
+
+@contextlib.contextmanager
+def _countable_attention() -> Iterator[None]:
+    """Without torch's shortcut for attention, whose products FlopCounterMode does not see."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -54,7 +54,7 @@ def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
     heats = saliency.read(run)
     return {
         "name": run.path.name,
-        "subject": f"{config.recipe} on {dataset.name}",
+        "subject": f"{config.title} on {dataset.name}",
         "record": record,
         "command": shlex.join(record.get("command", [])),
         "settings": [(field, getattr(config, field), help_text(field)) for field in FIELDS],

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -370,7 +371,8 @@ def _latest(outputs: Path) -> Path | None:
 def make_directory(config: Config, suffix: str = "") -> Path:
     """A new directory in the output folder, named by time, recipe, dataset and suffix. Raises UserError on failure."""
     outputs = Path(config.output_dir)
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}_{Path(config.dataset).name}{suffix}"
+    title = re.sub(r"[^\w.-]+", "-", config.title)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         for copy in range(1, 1000):

@@ -24,11 +24,12 @@ _INPUT_IMAGES = 5000  # that the whitening layer is fitted on
 def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     """Find the dataset, settle the configuration on it and make the run's directory, ready for `fit`.
 
-    Raises UserError for a setting that does not fit the machine or the dataset, if the dataset cannot be had, or if
-    the directory cannot be made.
+    Raises UserError for a setting that does not fit the machine or the dataset, if the dataset or the network cannot
+    be had, or if the directory cannot be made.
     """
     started = time.perf_counter()
     device.choose(config.device)
+    model.require(config.model)
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     if note:

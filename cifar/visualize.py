@@ -26,7 +26,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 
 def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other so that one is in memory at a time. All files are read before the first."""
-    history, network, subject = run.history(), run.record.get("model"), f"{run.config.recipe} on {dataset.name}"
+    history, network, subject = run.history(), run.record.get("model"), f"{run.config.title} on {dataset.name}"
     metrics, details, harmed = (_read(run, f"{name}.json") for name in ("metrics", "analysis", "corruptions"))
     predicted = predictions.read(run, dataset)
     if not (history or metrics or predicted):

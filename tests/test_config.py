@@ -52,6 +52,32 @@ def test_small_images_need_a_network_that_takes_any_size():
         Config.create({"recipe": "mlp", "small_epochs": "1"})
 
 
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("whitened", "fast"),
+        ("convnet", "convnet"),
+        ("resnet18", "resnet18"),
+        ("vit_b_16", "plain"),
+        ("my:net", "plain"),
+    ],
+)
+def test_a_model_without_a_recipe_brings_its_own(model, recipe):
+    made = Config.create({"model": model})
+    assert (made.model, made.recipe) == (model, recipe)
+    assert Config.create({"model": model, "recipe": "simple"}).recipe == "simple"
+
+
+def test_a_training_is_called_by_its_recipe_and_by_a_network_that_is_not_the_recipes():
+    titles = [Config.create(given).title for given in ({}, {"recipe": "mlp"}, {"model": "resnet50"})]
+    assert titles == ["fast", "mlp", "plain resnet50"]
+
+
+def test_a_network_from_elsewhere_is_built_for_one_size():
+    with pytest.raises(UserError, match="resnet50 takes images of one size"):
+        Config.create({"model": "resnet50", "small_epochs": 1})
+
+
 def test_muon_is_for_the_network_whose_rates_it_has():
     with pytest.raises(UserError, match="simple takes adam or sgd"):
         Config.create({"recipe": "simple", "optimizer": "muon"})

@@ -42,3 +42,10 @@ def test_the_architecture_has_each_blocks_costs(tmp_path):
     _, parameters, work = figures(make_run(tmp_path), make_dataset())["architecture"].axes
     assert [bar.get_width() for bar in parameters.patches] == [108, 771]
     assert [text.get_text() for text in work.texts] == ["6,912", "768"]
+
+
+def test_a_block_of_very_many_layers_names_the_first_and_counts_all():
+    layer = {"kind": "BatchNorm2d", "output_shape": (8, 4, 4), "parameters": 1, "multiply_adds": 2}
+    (block,) = diagram._blocks([{**layer, "name": f"features.dense{n}.norm"} for n in range(400)])
+    assert block["steps"] == " → ".join(["BatchNorm2d"] * 6) + " → …, 400 layers"
+    assert (block["parameters"], block["multiply_adds"]) == (400, 800)

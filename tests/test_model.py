@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from cifar import model
 from cifar.config import MODELS, UserError
@@ -19,8 +21,9 @@ def test_networks_that_pool_globally_take_smaller_images(name):
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(UserError, match="unknown model 'resnet81': did you mean resnet18"):
-        model.build("resnet81", 10, 32)
+    for refuse in (model.require, lambda name: model.build(name, 10, 32)):
+        with pytest.raises(UserError, match="unknown model 'resnet81': did you mean resnet18"):
+            refuse("resnet81")
 
 
 # Worked out by hand: a 3x3 convolution has 9 * in * out weights, BatchNorm 2 * channels.
@@ -55,6 +58,24 @@ def test_parameters_are_counted_layer_by_layer(name):
 def test_multiply_adds_are_counted_for_one_image(name):
     layers = model.layers(model.build(name, 10, 32), 32)
     assert sum(layer.multiply_adds for layer in layers) == MULTIPLY_ADDS[name]
+
+
+# At 224 pixels torchvision's networks are as it defines them, and it says what they cost.
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_x_400mf"])
+def test_torchvisions_networks_cost_what_torchvision_says(name):
+    meta = torchvision.models.get_model_weights(name).IMAGENET1K_V1.meta
+    layers = model.layers(model.build(name, 1000, 224), 224)
+    assert sum(layer.parameters for layer in layers) == meta["num_params"]
+    assert round(sum(layer.multiply_adds for layer in layers) / 1e9, 3) == meta["_ops"]
+
+
+def test_attention_is_one_layer_whose_products_are_counted():
+    attention = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(16, 8), attention)
+    assert [layer.kind for layer in model.layers(network, 4)][:3] == ["Flatten", "Linear", "MultiheadAttention"]
+    # Three tokens of 8: queries, keys, values and output are 4 products of 8 x 8, and each token attends to three.
+    assert model.layers(network, 4)[2].multiply_adds == 3 * 4 * 8 * 8 + 2 * 3 * 3 * 8
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_layers_are_listed_as_they_run_with_the_shapes_that_leave_them():

@@ -284,6 +284,16 @@ def test_predict_tries_every_picture_and_then_exits_with_1(evaluated_run, pictur
     assert "2.png" in out
 
 
+def test_export_writes_a_file_and_says_how_to_use_it(evaluated_run, tmp_path):
+    code, out, err = invoke("export", "--run", str(evaluated_run.path), "--output", str(tmp_path / "net.pt2"))
+    assert (code, err) == (0, "")
+    assert (tmp_path / "net.pt2").exists()
+    assert "uint8 RGB pictures" in out
+    assert ("pip install onnx onnxscript" in out) != (tmp_path / "net.onnx").exists()
+    code, out, err = invoke("export", "--run", str(evaluated_run.path), "--output", "net.txt")
+    assert (code, err) == (1, "error: --output takes a file that ends in .pt2, not 'net.txt'\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
