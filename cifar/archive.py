@@ -1,7 +1,6 @@
 """The datasets' archives, fetched where they are missing and unpacked, by one process at a time."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cifar import console
+from cifar import console, files
 from cifar.config import UserError
 from cifar.download import Archive, addresses, fetch, partial_of
 
@@ -126,17 +125,14 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def _lock(file: BinaryIO) -> bool:
     """Try to lock the open file; closing it unlocks it."""
+    if os.name != "nt":
+        return files.lock(file)
+    import msvcrt
+
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.ENOLCK, errno.ENOTSUP)  # a file system without locks: hashes are checked anyway
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
     return True
 
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from cifar import console
 from cifar.config import UsageError, UserError
-from cifar.runs import writing
+from cifar.files import writing
 
 MIRROR_VARIABLE = "CIFAR_MIRROR"
 _CHUNK = 2**18  # bytes

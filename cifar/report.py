@@ -16,7 +16,7 @@ from cifar.data import Split
 from cifar.datasets import Dataset
 from cifar.runs import Run
 
-_TEMPLATE = Path(__file__).with_name("report.html")
+_TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _FIGURES = {  # with what a screen reader says
     "training_history": "Loss, accuracy and learning rate by epoch",
     "confusion_matrix": "Confusion matrix: how often each true class was taken for each other",

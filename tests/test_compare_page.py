@@ -1,7 +1,6 @@
 """The page of a comparison, as a file and in a real browser."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -39,43 +38,30 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(page, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser(page, tmp_path_factory):
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("there is no chromium with its driver here")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-        *("disable-background-networking", "disable-component-update", "window-size=1280,1000"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    chrome.get(page.as_uri())
-    yield chrome
-    chrome.quit()
+def opened(page, browser):
+    """The browser, where the page has just been opened."""
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # what other pages left
+    browser.get(page.as_uri())
+    return browser
 
 
-def cells(browser, heading: str) -> list[list[str]]:
+def cells(opened, heading: str) -> list[list[str]]:
     """The rows of the table below a heading, as they are shown."""
     script = """
         const heading = [...document.querySelectorAll("h2")].find(one => one.innerText === arguments[0]);
         let table = heading; while (!table.querySelector("table")) table = table.nextElementSibling;
         return [...table.querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.innerText));
     """
-    return browser.execute_script(script, heading)
+    return opened.execute_script(script, heading)
 
 
-def test_every_number_on_the_page_is_the_saved_one(browser, page):
+def test_every_number_on_the_page_is_the_saved_one(opened, page):
     saved = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert [item.text for item in browser.find_elements("css selector", ".verdicts li")] == [
+    assert [item.text for item in opened.find_elements("css selector", ".verdicts li")] == [
         text[0].upper() + text[1:] for text in (saved["pairs"][0]["verdict"], *saved["notes"])
     ]
-    for row, run in zip(cells(browser, "Runs"), saved["runs"], strict=True):
+    for row, run in zip(cells(opened, "Runs"), saved["runs"], strict=True):
         assert row[1] == f"{run['subject']}\n{run['run']}"
         low, high = run["interval_95"]
         assert (row[0], row[2], row[3]) == (
@@ -84,37 +70,37 @@ def test_every_number_on_the_page_is_the_saved_one(browser, page):
             f"{100 * low:.2f} to {100 * high:.2f}",
         )
         assert row[6:] == ["0.5000", "2.00%", "9.5", "9.5"]
-    (pair,) = cells(browser, "Pairs")
+    (pair,) = cells(opened, "Pairs")
     assert pair[:5] == ["A and B", "300", "0", "27", "+9.00"]
     assert float(pair[6]) == pytest.approx(2 / 2**27, rel=0.01)
     assert pair[-1] == "B"
-    for row, one in zip(cells(browser, "Recall by class"), saved["classes"], strict=True):
+    for row, one in zip(cells(opened, "Recall by class"), saved["classes"], strict=True):
         assert row[:4] == [one["class"], *(f"{share:.2%}" for share in one["recall"])]
         assert row[4] == f"{100 * one['difference'][0]:+.2f}"
         assert (row[5] == "", row[7]) == (False, "")
-    assert cells(browser, "Settings that differ") == [["seed", "0", "1", "0"]]
+    assert cells(opened, "Settings that differ") == [["seed", "0", "1", "0"]]
 
 
-def test_a_click_on_a_head_sorts_by_numbers_and_another_turns_it_round(browser):
-    head = browser.find_elements("css selector", "thead th button")[2]
+def test_a_click_on_a_head_sorts_by_numbers_and_another_turns_it_round(opened):
+    head = opened.find_elements("css selector", "thead th button")[2]
     assert head.text == "accuracy"
     for expected in (["A", "C", "B"], ["B", "C", "A"]):
         head.click()
-        assert [row[0] for row in cells(browser, "Runs")] == expected
+        assert [row[0] for row in cells(opened, "Runs")] == expected
 
 
-def test_it_asks_no_network_and_makes_no_error_and_fits_a_phone_in_light_and_dark(browser, page):
+def test_it_asks_no_network_and_makes_no_error_and_fits_a_phone_in_light_and_dark(opened, page):
     backgrounds = set()
     for scheme in ("light", "dark"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-        browser.get(page.as_uri())
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        backgrounds.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        opened.get(page.as_uri())
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+        backgrounds.add(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert len(backgrounds) == 2
-    assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    assert opened.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
     assert {url for url in asked if not url.startswith(("data:", "chrome:"))} == {page.as_uri()}  # chrome: an empty tab
