@@ -43,7 +43,9 @@ def opened(page, browser):
     for log in ("browser", "performance"):
         browser.get_log(log)  # what other pages left
     browser.get(page.as_uri())
-    return browser
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def cells(opened, heading: str) -> list[list[str]]:
