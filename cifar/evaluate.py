@@ -86,7 +86,9 @@ def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     content = checkpoint.load(path)
     if content["classes"] != list(classes):
         raise UserError(f"the checkpoint {path} is for other classes: {some(content['classes'])}")
-    network = model.build(content["model"], len(classes), content["image_size"])
+    if content["model"] != run.config.model:  # and nothing is imported that the user has not named
+        raise UserError(f"the checkpoint {path} is of a network {content['model']}, not {run.config.model}")
+    network = model.build(run.config.model, len(classes), content["image_size"])
     checkpoint.put_weights(path, content, network)
     return network, content
 

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from cifar import data, evaluate
 from cifar.config import UserError
+from cifar.runs import Run
 
 
 class Brightness(nn.Module):
@@ -182,3 +184,14 @@ def test_weights_of_another_network_are_refused(make_run):
     torch.save({**content, "model": "mlp"}, run.checkpoints / "best.pt")
     with pytest.raises(UserError, match="do not fit the network mlp"):
         evaluate.load(run, "0123456789")
+
+
+def test_a_checkpoint_that_names_another_network_imports_nothing(evaluated_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostile.py").write_text("from pathlib import Path\nPath('imported').touch()\nbuild = dict\n")
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
+    path = run.checkpoints / "best.pt"
+    torch.save({**torch.load(path, weights_only=True), "model": "hostile:build"}, path)
+    with pytest.raises(UserError, match="is of a network hostile:build, not convnet"):
+        evaluate.load(run, "0123456789")
+    assert not (tmp_path / "imported").exists()
