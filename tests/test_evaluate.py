@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 from torch import nn
 
-from cifar import data, evaluate
+from cifar import data, evaluate, model
 from cifar.config import UserError
 from cifar.runs import Run
 
@@ -181,8 +181,9 @@ def test_a_run_without_a_checkpoint_says_so(make_run, digits):
 def test_weights_of_another_network_are_refused(make_run):
     run = make_run(epochs=1)
     content = torch.load(run.checkpoints / "best.pt", weights_only=True)
-    torch.save({**content, "model": "mlp"}, run.checkpoints / "best.pt")
-    with pytest.raises(UserError, match="do not fit the network mlp"):
+    weights = model.build("mlp", 10, 32).state_dict()
+    torch.save({**content, "weights": weights}, run.checkpoints / "best.pt")
+    with pytest.raises(UserError, match="do not fit the network convnet"):
         evaluate.load(run, "0123456789")
 
 
