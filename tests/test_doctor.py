@@ -39,7 +39,7 @@ def line_of(subject: str, out: str) -> str:
 
 
 def test_a_machine_that_is_fit_is_told_so_with_exit_code_0(real_cifar10, tmp_path):
-    code, out, err = run_doctor("--data-dir", str(real_cifar10.folder), "--output-dir", str(tmp_path / "new"))
+    code, out, err = run_doctor("--data-dir", real_cifar10.place, "--output-dir", str(tmp_path / "new"))
     assert (code, err) == (0, "")
     assert "each file with its published MD5" in line_of("dataset", out)
     assert f"torch {torch.__version__.split('+')[0]}" in line_of("packages", out)
