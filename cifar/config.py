@@ -113,9 +113,9 @@ class Config:
     )
 
     def __post_init__(self):
-        known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name))
+        known_name("recipe", self.recipe, RECIPES)
         if self.seed + self.seeds - 1 > _LAST_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
         if self.optimizer == "muon" and self.model != "whitened":
@@ -277,11 +277,21 @@ def check(name: str, value: Any) -> None:
     if known and not field.metadata["others"]:  # what is open is looked up where it is used
         known_name(name, value, known)
     if kind is str:
-        return
+        return _check_text(name, value)
     in_range = (least is None or value >= least) and (most is None or value <= most)
-    if not (in_range and math.isfinite(value)):
+    if not (in_range and -math.inf < value < math.inf):
         bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
         raise UserError(f"{flag(name)} must be {bounds}, not {value}")
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise UserError for what no file can be called, as a file of settings may hold it."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise UserError(f"{flag(name)} takes no {text!a}")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
