@@ -1,0 +1,295 @@
+"""What nobody should type or find on a disk, over all commands: an answer or one sentence, and never a traceback."""
+
+import json
+import random
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from invoke import Collection, Program
+from PIL import Image
+
+import main
+import tasks
+from cifar import (
+    bench,
+    corruptions,
+    demo_page,
+    export,
+    profiling,
+    train,
+)
+from cifar import evaluate as evaluation
+from cifar import visualize as visualization
+from cifar.config import FIELDS, UserError, flag
+from cifar.runs import Run
+
+DOORS = ("data", "doctor", "train", "evaluate", "visualize", "predict", "export", "compare", "demo", "bench")
+
+
+def reached(*arguments, **options):
+    """In place of what takes long or waits for visitors."""
+    raise UserError("reached")
+
+
+def shown(answering, uploads):
+    """In place of the demo's page: what it would show at first."""
+    demo_page._menu(answering)
+    demo_page._heading(answering, answering.default)
+    demo_page._report(answering.run(answering.default))
+    reached()
+
+
+@pytest.fixture
+def hasty(tmp_path, monkeypatch):
+    """What takes long, or waits for visitors, only says that it was reached. The working directory is an empty one."""
+    for module, name in ((bench, "compare"), (profiling, "profile"), (export, "_program")):
+        monkeypatch.setattr(module, name, reached)
+    monkeypatch.setattr(demo_page, "build", shown)
+    monkeypatch.setattr(visualization, "_save", lambda figure, path: path)
+    monkeypatch.setattr(corruptions, "AMOUNTS", {"noise": (0.1,)})
+    monkeypatch.chdir(tmp_path)
+
+
+def call(capfd, monkeypatch, name: str, *words: str) -> tuple[int, str, str]:
+    """Exit code and output of a command, run in this process: an error that it does not tell is one of the test."""
+    monkeypatch.setattr(sys, "argv", ["invoke", name, *words])
+    monkeypatch.setattr(tasks, "_chain", {})
+    try:
+        if name == "main":
+            code = main.main([*words])
+        else:
+            code = Program(namespace=Collection.from_module(tasks)).run(["invoke", name, *words], exit=True)
+    except SystemExit as end:
+        code = end.code
+    return code or 0, *capfd.readouterr()
+
+
+# Typed.
+
+VALUES = [
+    *(
+        "",
+        " ",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "-0",
+        "1.5",
+        "1e999",
+        "1e-400",
+        "nan",
+        "-inf",
+        "9" * 400,
+        "9" * 5000,
+        "0x10",
+        "1_000",
+    ),
+    *(
+        "١٢",
+        "½",
+        "None",
+        "true",
+        "[1]",
+        "{}",
+        "{0}",
+        "%s%n",
+        "\n",
+        "\t",
+        "\x1b[31m",
+        "[bold]x[/]",
+        "💥",
+        "\udcff",
+        "é" * 300,
+    ),
+    *(
+        "a" * 5000,
+        "a/" * 3000,
+        "../..",
+        "/dev/null",
+        "/dev/full",
+        "/proc/self/mem",
+        "/proc/version",
+        "~",
+        "*",
+        "[",
+        "**",
+    ),
+    *(
+        "$(id)",
+        "'; ls",
+        "--",
+        "--x",
+        "latest",
+        "nowhere",
+        "fast",
+        "plain",
+        "digits",
+        "cpu",
+        "os:getcwd",
+        "os.path:join",
+    ),
+    *(
+        "4294967296",
+        "18446744073709551616",
+        "0.0.0.0:1",
+        "::1",
+        "file",
+        "folder",
+        "run",
+        "no/where.csv",
+        "folder/x.json",
+    ),
+    *(
+        "=",
+        "lr=nan",
+        "epochs=1e9",
+        "x=1",
+        "batch_size=" + "9" * 400,
+        "run/config.json",
+        "deep.json",
+        "deep.toml",
+        "odd.json",
+    ),
+]
+QUICK = {
+    "recipe": "convnet",
+    "dataset": "digits",
+    "epochs": "1",
+    "device": "cpu",
+    "output_dir": "outputs",
+    "port": "{port}",
+}
+
+
+def typed(chance: random.Random, port: int) -> list[str]:
+    """A command line with one or two hostile values."""
+    name = chance.choice(["main", *DOORS])
+    taken = dict.fromkeys((*FIELDS, "config", "set", "resume"), str)
+    if name != "main":
+        taken = {argument.name: argument.kind for argument in tasks.__dict__[name].get_arguments()}
+    flags = [field for field, kind in taken.items() if field not in ("paths", "names") and kind is not bool]
+    given = {field: value.format(port=port) for field, value in QUICK.items() if field in flags}
+    given |= {chance.choice(flags): chance.choice(VALUES) for _ in range(chance.choice((1, 2)))}
+    words = [word for field, value in given.items() for word in (flag(field), value)]
+    names = [value for value in VALUES if not value.startswith("-")]  # which invoke takes for flags of its own
+    return [name, *words, *(chance.choices(names, k=2) if name in ("predict", "compare") else [])]
+
+
+@pytest.mark.parametrize("lines", [200, pytest.param(3000, marks=pytest.mark.slow)])
+def test_no_command_line_ends_in_a_traceback(hasty, evaluated_run, tmp_path, monkeypatch, capfd, lines):
+    for module, name in ((train, "fit"), (evaluation, "evaluate"), (visualization, "visualize")):
+        monkeypatch.setattr(module, name, reached)
+    shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")
+    (tmp_path / "folder").mkdir()
+    for name, text in (("file", "text"), ("deep.json", "[" * 10**5), ("deep.toml", "a=" + "[" * 10**5)):
+        (tmp_path / name).write_text(text)
+    odd = {"data_dir": "\0", "output_dir": "\ud800", "recipe": ["fast"], "batch_size": 10**400, "lr": {}}
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    chance = random.Random(lines)
+    for _ in range(lines):
+        words = typed(chance, port)
+        code, out, err = call(capfd, monkeypatch, *words)
+        assert code in (0, 1, 2), words
+        assert "Traceback" not in out + err, words
+        assert bool(code) == bool(err), (words, err)
+        assert err.count("\n") <= 1 or "usage:" in err, (words, err)
+
+
+# Found on the disk.
+
+DAMAGES = {
+    "missing": None,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "rubbish": lambda content: random.Random(0).randbytes(1000),
+    "another's": lambda content: b'{"accuracy": [1], "status": "fine", "seconds": null}',
+    "a folder": lambda content: None,
+}
+
+
+def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(DAMAGES[kind](content))
+
+
+FILES = (
+    *("run.json", "config.json", "history.jsonl", "metrics.json", "predictions.csv", "classification_report.txt"),
+    *("analysis.json", "saliency.npz", "corruptions.json", "checkpoints/best.pt", "checkpoints/last.pt"),
+    *("checkpoints/previous.pt", "figures/training_history.png", "figures/corruptions.png", "report.html"),
+)
+OWN = {"run.json", "config.json"}  # without which no run is one
+KNOWN = OWN | {"metrics.json", "checkpoints/best.pt"}  # without which none answers
+# What a command cannot do without, and what it can do without but not with a damaged one.
+COMMANDS = {
+    ("evaluate", "--corruptions"): (OWN | {"checkpoints/best.pt"}, set()),
+    ("visualize",): (
+        OWN,
+        {"history.jsonl", "metrics.json", "predictions.csv", "analysis.json", "saliency.npz", "corruptions.json"},
+    ),
+    ("compare", "good"): (OWN | {"metrics.json"}, set()),
+    ("predict", "picture.png"): (KNOWN, set()),
+    ("export",): (KNOWN, set()),
+    ("demo",): (KNOWN, set()),
+    ("main", "--resume"): (OWN, set()),
+    ("train", "--resume"): (OWN, set()),
+}
+FLAGS = {"compare": (), "main": (), "train": ()}  # others take the run as --run
+
+
+@pytest.fixture(scope="module")
+def whole_run(corrupted_run, tmp_path_factory) -> Run:
+    """A run that has every file that a run can have; do not change it."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(corrupted_run.path, path)
+    shutil.copy(path / "checkpoints" / "last.pt", path / "checkpoints" / "previous.pt")
+    assert {str(file.relative_to(path)) for file in path.rglob("*") if file.suffix not in ("", ".png")} <= {*FILES}
+    return Run(path)
+
+
+@pytest.fixture
+def outputs(hasty, whole_run, evaluated_run, digits, tmp_path) -> Path:
+    """A folder with a run to damage, an older one that stays whole, and a picture beside it."""
+    folder = tmp_path / "outputs"
+    shutil.copytree(whole_run.path, folder / "run")
+    shutil.copytree(evaluated_run.path, folder / "good")
+    Image.fromarray(digits.test.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "picture.png")
+    return folder
+
+
+def cases(share: int) -> list:
+    """Each file with a damage and a command; all of them, or one of so many, drawn evenly."""
+    every = [(file, kind, command) for file in FILES for kind in DAMAGES for command in COMMANDS]
+    return [
+        pytest.param(*case, marks=() if number % share == 0 else pytest.mark.slow) for number, case in enumerate(every)
+    ]
+
+
+@pytest.mark.parametrize(("file", "kind", "command"), cases(13))
+def test_a_damaged_file_is_one_sentence_or_what_can_be_shown_without_it(
+    outputs, monkeypatch, capfd, file, kind, command
+):
+    damage(outputs / "run" / file, kind)
+    name, *words = command
+    run = ("run",) if name in ("compare", "main", "train") else ("--run", "run")
+    port = ("--port", "45678") if name == "demo" else ()
+    code, out, err = call(capfd, monkeypatch, name, *words, *run, *port, "--output-dir", "outputs")
+    needed, read = COMMANDS[command]
+    refused = file in needed or (file in read and kind != "missing" and (file, kind) != ("history.jsonl", "empty"))
+    assert "Traceback" not in out + err
+    assert err.count("\n") <= 1
+    if refused:
+        assert code == 1
+        assert err.startswith("error: ")
+        assert Path(file).name in err
+    else:
+        assert (code, err) in ((0, ""), (1, "error: reached\n"))
