@@ -377,8 +377,8 @@ def locate(output_dir: str, name: str) -> Path:
 
 
 def groups(outputs: Path) -> list[Path]:
-    """The directories with the runs of several seeds, newest first by name."""
-    return sorted((path.parent for path in outputs.glob(f"*/{SUMMARY}")), reverse=True)
+    """The directories with the runs of several seeds, newest first by name; those that lack their summary too."""
+    return sorted({*(path.parent for path in outputs.glob(f"*/{SUMMARY}")), *outputs.glob("*-seeds/")}, reverse=True)
 
 
 @contextlib.contextmanager
