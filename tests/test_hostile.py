@@ -16,7 +16,7 @@ from PIL import Image
 
 import main
 import tasks
-from cifar import bench, compare, corruptions, demo_page, export, headlines, profiling, report, resume
+from cifar import bench, compare, corruptions, demo_page, export, headlines, profiling, report, resume, runs
 from cifar import evaluate as evaluation
 from cifar import train as training
 from cifar import visualize as visualization
@@ -191,7 +191,7 @@ def cases(share: int) -> list:
     ]
 
 
-@pytest.mark.parametrize(("file", "kind", "command"), cases(13))
+@pytest.mark.parametrize(("file", "kind", "command"), cases(23))
 def test_a_damaged_file_is_one_sentence_or_what_can_be_shown_without_it(
     outputs, monkeypatch, capfd, file, kind, command
 ):
@@ -199,7 +199,7 @@ def test_a_damaged_file_is_one_sentence_or_what_can_be_shown_without_it(
     name, *words = command
     run = ("run",) if name in ("compare", "main", "train") else ("--run", "run")
     port = ("--port", "45678") if name == "demo" else ()
-    code, out, err = call(capfd, monkeypatch, name, *words, *run, *port, "--output-dir", "outputs")
+    code, _, err = call(capfd, monkeypatch, name, *words, *run, *port, "--output-dir", "outputs")
     needed, read = COMMANDS[command]
     refused = file in needed or (file in read and kind != "missing" and (file, kind) != ("history.jsonl", "empty"))
     in_the_way = kind == "a folder" and err == f"error: cannot write {outputs / 'run' / file}: Is a directory\n"
@@ -266,6 +266,50 @@ def test_an_interrupted_run_with_a_damaged_file_goes_on_or_says_why_not(
     else:
         assert err != "error: reached\n"
         assert Path(file).name in err
+
+
+SEEDS = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--seeds", "2")
+
+
+@pytest.fixture(scope="module")
+def killed_group(tmp_path_factory) -> Path:
+    """A folder with a group whose process was killed after its two runs had ended; do not change it."""
+    folder = tmp_path_factory.mktemp("seeds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualization, "visualize", lambda run, dataset: [])
+        patch.setattr(report, "write", lambda run, dataset: None)
+        assert main.main([*SEEDS, "--output-dir", str(folder)]) == 0
+    (group,) = runs.groups(folder)
+    summary = runs.read_json(group / runs.SUMMARY)
+    runs.write_json(group / runs.SUMMARY, {**summary, "status": "running"})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("file", ["summary.json", *FILES[:12]])
+def test_several_seeds_come_to_the_same_whatever_file_of_them_was_damaged(
+    hasty, killed_group, tmp_path, monkeypatch, capfd, file, kind
+):
+    monkeypatch.setattr(visualization, "visualize", lambda run, dataset: [])
+    monkeypatch.setattr(report, "write", lambda run, dataset: None)
+    shutil.copytree(killed_group, tmp_path / "outputs", symlinks=True)
+    (group,) = runs.groups(tmp_path / "outputs")
+    whole = runs.read_json(group / runs.SUMMARY)
+    if (place := group / file if file == runs.SUMMARY else runs.directories(group)[-1] / file).exists():
+        damage(place, kind)
+    code, out, err = call(capfd, monkeypatch, "main", *SEEDS, "--output-dir", "outputs")
+    assert (code, err) == (0, "")
+    newest = runs.groups(tmp_path / "outputs")[0]
+    figures = runs.read_json(newest / runs.SUMMARY)["figures"]
+    assert figures["accuracy"] == whole["figures"]["accuracy"]
+    assert figures["loss"] == whole["figures"]["loss"]
+    assert (newest == group) == (file != runs.SUMMARY)
+    if file == runs.SUMMARY:
+        assert f"{group.name} cannot be gone on with: " in out
+    code, out, err = call(capfd, monkeypatch, "compare", "--output-dir", "outputs")
+    assert (code, err) == (0, "")
+    assert group.name[:19] in out
 
 
 def leaves(content, path=()):
