@@ -175,10 +175,12 @@ def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, dama
 def bomb() -> bytes:
     """A zip of 5 MB that unpacks to 1.2 GB."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("archive/data.pkl", "w") as member:
-            for _ in range(1200):
-                member.write(bytes(10**6))
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data.pkl", "w") as member,
+    ):
+        for _ in range(1200):
+            member.write(bytes(10**6))
     return file.getvalue()
 
 
