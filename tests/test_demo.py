@@ -435,7 +435,7 @@ def test_a_run_that_is_damaged_after_the_start_is_a_sentence_on_the_page(outputs
     assert all(page())
     (tmp_path / "outputs" / NEWER / "figures" / "calibration.png").write_bytes(b"\x89PNG rubbish")
     assert page()[1].count("<img") == 3
-    for file in ("run.json", "metrics.json"):
+    for file in ("metrics.json", "run.json"):
         (tmp_path / "outputs" / NEWER / file).write_text("{")
         with pytest.raises(gr.Error, match=rf"/{file} is damaged: it does not hold a JSON object.*\.") as caught:
             page()
