@@ -81,6 +81,12 @@ class Config:
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
     epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
+    minutes: float | None = _option(
+        None,
+        "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
+        "--epochs says",
+        least=0.0,
+    )
     batch_size: int = _option(
         2000,
         "images a step; lowered where an epoch would have under 20 steps, or a step over 2 million pixels",
@@ -107,7 +113,7 @@ class Config:
         "alternating", "mirroring of training images; none of digits", known=("none", "random", "alternating")
     )
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
-    small_epochs: int = _option(6, "first epochs that train on shrunken images, at most half of all", least=0)
+    small_epochs: int = _option(6, "first epochs that train on shrunken images, at most two thirds of all", least=0)
     small_size: int | None = _option(
         None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
     )
@@ -196,6 +202,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "plain": {**_CONVNET, "epochs": 30, "batch_size": 128, "lr": 1e-3, "patience": 10},
     }
 )
+
+
+def most_small_epochs(epochs: int) -> int:
+    """How many of them may train on shrunken images, as the last ones have to show what is judged."""
+    return epochs * 2 // 3
 
 
 def short(path: Path) -> str:

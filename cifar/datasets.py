@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from cifar import archive, folder
 from cifar.archive import ARCHIVES
-from cifar.config import A_FOLDER, DATASETS, Config, UserError, known_name
+from cifar.config import A_FOLDER, DATASETS, Config, UserError, known_name, most_small_epochs
 from cifar.data import Split
 from cifar.download import Archive, UnavailableError
 from cifar.runs import Run
@@ -106,7 +106,7 @@ def settle(config: Config, dataset: Dataset) -> Config:
         config,
         dataset=dataset.key,
         val_size=val_size,
-        small_epochs=min(config.small_epochs, config.epochs // 2),
+        small_epochs=min(config.small_epochs, most_small_epochs(config.epochs)),
         small_size=min(config.small_size or size * 3 // 4, size),
         batch_size=min(batch_size, _STEP_PIXELS // size**2) if size > 32 else batch_size,
         flip=config.flip if dataset.mirrors else "none",

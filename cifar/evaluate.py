@@ -20,6 +20,9 @@ from cifar.runs import Run
 _BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more leave the processor's caches
 _BINS = 15
 _UNSURE_SHARE = 0.05  # of the validation images, on which the network is called unsure
+# The calibrated confidence from which views of an image are not looked at: on 25,000 validation images of five runs
+# they changed no prediction. It spares four fifths of them for a network that is 94% right.
+_SURE = 0.95
 
 
 def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str, Any]:
@@ -43,9 +46,16 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     val = data.hold_out(dataset.train, config.val_size, config.seed)[1]
     val_logits = infer(network, val.images, precision=precision)
     test = dataset.test
-    logits, logits_tta = infer_augmented(network, test.images, mirrors=config.flip != "none", precision=precision)
+    calibration = calibrate(val_logits.numpy(), val.labels.numpy())
+    logits, logits_tta = infer_augmented(
+        network,
+        test.images,
+        mirrors=config.flip != "none",
+        temperature=calibration["temperature"],
+        precision=precision,
+    )
     labels = test.labels.numpy()
-    calibration = calibrate(logits.numpy(), labels, val_logits.numpy(), val.labels.numpy())
+    calibration |= calibration_error(logits.numpy(), labels, calibration["temperature"])
     probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
     metrics = {
         "dataset": dataset.name,
@@ -105,23 +115,28 @@ def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
     return torch.cat(batches).cpu()[: len(images)]
 
 
-def infer_augmented(network: nn.Module, images: Tensor, *, mirrors: bool, precision: str) -> tuple[Tensor, Tensor]:
-    """The logits (N, classes) of the images as they are, and their mean over views.
+def infer_augmented(
+    network: nn.Module, images: Tensor, *, mirrors: bool, temperature: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """The logits (N, classes) of the images as they are, and their mean over views where the network is unsure.
 
-    The views: the image, and it shifted by one pixel up and left, and down and right, for a half, a quarter
-    and a quarter; each, where `mirrors`, also mirrored. Source: Jordan 2024, section 3.5.
+    temperature: what makes its confidence calibrated. The views: the image, and it shifted by one pixel up and left,
+    and down and right, for a half, a quarter and a quarter; each, where `mirrors`, also mirrored.
+    Source: Jordan 2024, section 3.5.
     """
-    size = images.shape[-1]
-    padded = data.pad_border(images, 1, "reflect")
-    shifted = [images, padded[..., :size, :size], padded[..., 2:, 2:]]
     plain = infer(network, images, precision=precision)
-    mean = torch.zeros_like(plain)
-    for view, weight in zip(shifted, (0.5, 0.25, 0.25)):
-        logits = plain if view is images else infer(network, view, precision=precision)
+    unsure = (plain.double() / temperature).softmax(1).amax(1) < _SURE
+    size, shown = images.shape[-1], images[unsure]
+    padded = data.pad_border(shown, 1, "reflect")
+    mean = torch.zeros_like(plain[unsure])
+    for view, weight in ((shown, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25)):
+        logits = plain[unsure] if view is shown else infer(network, view, precision=precision)
         if mirrors:
             logits = (logits + infer(network, view.flip(-1), precision=precision)) / 2
         mean += weight * logits
-    return plain, mean
+    augmented = plain.clone()
+    augmented[unsure] = mean
+    return plain, augmented
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -177,8 +192,8 @@ def most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, 
     ]
 
 
-def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
-    """How far confidence is from accuracy, before and after the temperature that validation asks for.
+def calibrate(val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
+    """The temperature that makes confidence on validation fit accuracy, and the threshold of an answer.
 
     threshold: the confidence that all but `threshold_share` of the validation images reach, so that a picture
     below it is probably none of the classes. Without validation the temperature is 1 and there is no threshold.
@@ -191,9 +206,12 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, val_logits: np.ndarray, va
         "threshold": float(np.quantile(confidence, _UNSURE_SHARE)) if len(val_labels) else None,
         "threshold_share": _UNSURE_SHARE,
         "fitted_on": len(val_labels),
-        "before": reliability(logits, labels),
-        "after": reliability(logits / temperature, labels),
     }
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
+    """How far confidence is from accuracy, `before` and `after` the temperature, each as `reliability` gives it."""
+    return {"before": reliability(logits, labels), "after": reliability(logits / temperature, labels)}
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

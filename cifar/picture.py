@@ -69,7 +69,9 @@ def _without_warnings() -> Iterator[None]:
 
 def _decode(source: Source, size: int, fit: str) -> Tensor:
     try:
-        with _open(source) as image:
+        with _opened(source) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise UserError(_too_large(f"{image.width * image.height / 1e6:.0f}"))
             return _to_tensor(_over_white(_to_square(_to_eight_bits(_upright(image)), size, fit)))
     except UserError:
         raise
@@ -79,31 +81,35 @@ def _decode(source: Source, size: int, fit: str) -> Tensor:
         raise UserError("the picture is damaged or incomplete") from None
 
 
-def _open(source: Source) -> Image.Image:
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """The picture, its pixels not yet unpacked, and its file closed in the end whatever becomes of it."""
     if isinstance(source, Image.Image):
-        image = source.copy()
+        yield source.copy()
     elif isinstance(source, np.ndarray):
-        image = Image.fromarray(source)
+        yield Image.fromarray(source)
     else:
-        image = _open_file(io.BytesIO(source) if isinstance(source, bytes) else source)
-    if image.width * image.height > _MOST_PIXELS:
-        raise UserError(_too_large(f"{image.width * image.height / 1e6:.0f}"))
-    return image
+        with _file(source) as file:
+            Image.init()  # registers the formats that this Pillow was built with
+            try:
+                image = Image.open(file, formats=[format for format in _FORMATS if format in Image.OPEN])
+            except Image.UnidentifiedImageError:
+                raise UserError("the file is not a picture in a format known here, such as PNG, JPEG or WebP") from None
+            yield image
 
 
-def _open_file(file: BinaryIO | Path) -> Image.Image:
-    if isinstance(file, Path) and file.is_dir():
-        raise UserError("the folder holds no pictures")
-    if isinstance(file, Path) and file.exists() and not file.is_file():
-        raise UserError("this is not a file")
+def _file(source: bytes | Path) -> BinaryIO:
+    """What holds the picture, open. Raises UserError if it cannot be, or is empty or none."""
+    if not isinstance(source, bytes):
+        if source.is_dir():
+            raise UserError("the folder holds no pictures")
+        if source.exists() and not source.is_file():
+            raise UserError("this is not a file")
     try:
-        if not (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())):
+        if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
             raise UserError("the file is empty")
-        Image.init()  # registers the formats that this Pillow was built with
-        return Image.open(file, formats=[format for format in _FORMATS if format in Image.OPEN])
-    except Image.UnidentifiedImageError:
-        raise UserError("the file is not a picture in a format known here, such as PNG, JPEG or WebP") from None
-    except (FileNotFoundError, PermissionError) as error:
+        return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror}") from None
 
 

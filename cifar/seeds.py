@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cifar import console, datasets, device, headlines, runs, significance, train
+from cifar import budget, console, datasets, device, headlines, runs, significance, train
 from cifar.config import PLACES, Config, UserError, short
 from cifar.runs import Run
+
+_BY_BUDGET = ("epochs", "small_epochs", "minutes")  # the settings that a budget of minutes chooses, and itself
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,14 @@ def begin(config: Config) -> Group:
     if note:
         console.banner(note)
     if path := _unfinished(config):
-        group = Group(path, config)
+        there = runs.read_json(path / runs.SUMMARY)["config"]
+        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET}))
         console.say(f"going on with {short(path)}: {len(group.finished())} of {config.seeds} seeds are there")
         return group
+    began = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
+    if config.minutes is not None:
+        config = budget.fit(config, dataset)
     path = runs.make_directory(config, f"_{config.seeds}-seeds")
-    began = {"status": "running", "start": runs.now(), "end": None}
     runs.write_json(path / runs.SUMMARY, {**began, "note": note, "config": asdict(config)})
     return Group(path, config)
 
@@ -99,15 +104,18 @@ def _unfinished(config: Config) -> Path | None:
     for path in runs.groups(Path(config.output_dir)):
         try:
             summary = runs.read_json(path / runs.SUMMARY)
-            if runs.group_status(path) == "killed" and _settings(summary["config"]) == _settings(asdict(config)):
+            there, wanted = (_settings(one, config.minutes) for one in (summary["config"], asdict(config)))
+            if summary.get("minutes") == config.minutes and there == wanted and runs.group_status(path) == "killed":
                 return path
         except UserError as error:
             console.say(f"{short(path)} cannot be gone on with: {error}")
     return None
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in PLACES}
+def _settings(config: dict[str, Any], budget: float | None) -> dict[str, Any]:
+    """What must be the same for a group to go on with it: where there is a budget, that has chosen the epochs."""
+    left_out = PLACES if budget is None else (*PLACES, *_BY_BUDGET)
+    return {name: value for name, value in config.items() if name not in left_out}
 
 
 def _is_finished(run: Run) -> bool:

@@ -34,6 +34,10 @@ def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     if note:
         console.banner(note)
+    if config.minutes is not None:
+        from cifar import budget
+
+        config = budget.fit(config, dataset)
     run = create(config, dataset)
     run.update(note=note, seconds={"data": round(time.perf_counter() - started, 3)})
     return run, dataset

@@ -108,4 +108,4 @@ def test_default_folders_lie_in_the_project_whatever_the_working_directory(monke
 def test_every_setting_has_a_help_text_with_its_defaults(name):
     text = config.help_text(name)
     assert len(text) > 10
-    assert "default" in text or name in ("val_size", "mirror")
+    assert "default" in text or name in ("val_size", "mirror", "minutes")

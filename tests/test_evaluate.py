@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import math
 import shutil
 
@@ -45,7 +46,8 @@ def test_no_images_give_no_logits():
 def test_augmented_logits_are_the_weighted_mean_of_the_views(mirrors):
     images = random_images(7)
     network = Brightness()
-    plain, mean = evaluate.infer_augmented(network, images, mirrors=mirrors, precision="float32")
+    hot = 1e6  # at which the network is unsure of all
+    plain, mean = evaluate.infer_augmented(network, images, mirrors=mirrors, temperature=hot, precision="float32")
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect")
     expected = 0
     for view, weight in ((images.numpy(), 0.5), (padded[:, :, :8, :8], 0.25), (padded[:, :, 2:, 2:], 0.25)):
@@ -53,6 +55,20 @@ def test_augmented_logits_are_the_weighted_mean_of_the_views(mirrors):
         expected += weight * sum(network(torch.from_numpy(one) / 255) for one in views) / len(views)
     torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(plain, network(images / 255))
+
+
+def test_views_of_an_image_that_the_network_is_sure_of_are_not_looked_at():
+    images = random_images(7)
+    views = functools.partial(evaluate.infer_augmented, Brightness(), images, mirrors=True, precision="float32")
+    plain, all_views = views(temperature=1e6)
+    leads = plain.topk(2).values.diff().abs().flatten()
+    temperature = leads.median().item() / math.log(19)  # at which a lead of the median makes 0.95 of two classes
+    mean = views(temperature=temperature)[1]
+    sure = (plain.double() / temperature).softmax(1).amax(1) >= 0.95
+    assert 0 < sure.sum() < 7
+    assert mean[sure].equal(plain[sure])
+    torch.testing.assert_close(mean[~sure], all_views[~sure])
+    assert not mean[~sure].equal(plain[~sure])
 
 
 def test_the_wilson_interval_is_that_of_the_formula():
@@ -91,9 +107,7 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
     confidences = np.array([0.9, 0.9, 0.9, 0.6])
     logits = np.log(np.stack([confidences, 1 - confidences], 1))
     labels = np.array([0, 0, 1, 1])
-    nothing = np.zeros((0, 2)), np.zeros(0, dtype=int)
-    calibration = evaluate.calibrate(logits, labels, *nothing)
-    assert calibration["temperature"] == 1
+    calibration = evaluate.calibration_error(logits, labels, 1.0)
     before = calibration["before"]
     assert before["expected_calibration_error"] == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.6) / 4)
     likelihood = -(2 * math.log(0.9) + math.log(0.1) + math.log(0.4)) / 4
@@ -104,10 +118,16 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
 
 def test_calibration_on_validation_lowers_the_error_on_test():
     logits, labels = random_logits(20_000, scale=3.0)
-    calibration = evaluate.calibrate(logits[10_000:], labels[10_000:], logits[:10_000], labels[:10_000])
+    calibration = evaluate.calibrate(logits[:10_000], labels[:10_000])
     assert calibration["fitted_on"] == 10_000
-    assert calibration["before"]["expected_calibration_error"] > 0.1
-    assert calibration["after"]["expected_calibration_error"] < 0.02
+    errors = evaluate.calibration_error(logits[10_000:], labels[10_000:], calibration["temperature"])
+    assert errors["before"]["expected_calibration_error"] > 0.1
+    assert errors["after"]["expected_calibration_error"] < 0.02
+
+
+def test_without_validation_nothing_is_calibrated():
+    calibration = evaluate.calibrate(np.zeros((0, 2)), np.zeros(0, dtype=int))
+    assert (calibration["temperature"], calibration["threshold"], calibration["fitted_on"]) == (1, None, 0)
 
 
 def test_a_class_may_be_called_like_a_key_of_scikit_learns_report():

@@ -126,7 +126,10 @@ def make_run(path: Path, classes: list[str], count: int) -> tuple[Run, object]:
         **facts,
         **evaluate.measure(logits, logits, labels, classes),
         **analysis.scores(probabilities, labels, classes),
-        "calibration": evaluate.calibrate(logits, labels, logits[:0], labels[:0]),
+        "calibration": {
+            **evaluate.calibrate(logits[:0], labels[:0]),
+            **evaluate.calibration_error(logits, labels, 1.0),
+        },
     }
     run.write("metrics.json", metrics)
     run.write("analysis.json", analysis.analyse(probabilities, labels, classes, metrics["most_confused"]))

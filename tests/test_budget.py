@@ -1,0 +1,60 @@
+import json
+
+import pytest
+from conftest import quick_config
+
+from cifar import budget, datasets, seeds
+from cifar.config import UserError
+
+SECONDS = {24: 10.0, 32: 20.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "small_share", "plan"),
+    [
+        (19, 0.5, (0, 0)),
+        (25, 0.5, (1, 0)),
+        (35, 0.5, (2, 1)),  # 10 + 20
+        (50, 0.5, (3, 1)),  # 10 + 40, nearer than 20 + 20
+        (49, 0.5, (3, 2)),
+        (60, 0.0, (3, 0)),
+        (95, 0.6, (6, 3)),  # 30 + 60, nearer than 40 + 40; the seven of 4.2 small ones would take 40 + 60
+        (100, 0.6, (7, 4)),
+    ],
+)
+def test_the_plan_is_the_longest_that_fits_in_the_recipes_proportions(seconds, small_share, plan):
+    assert budget.choose(seconds, SECONDS, small_share) == plan
+
+
+def test_the_epochs_and_the_schedule_fit_the_minutes(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
+    config = quick_config(tmp_path, epochs=9, small_epochs=4, minutes=2)
+    fitted = budget.fit(config, digits)
+    # Of 0.97 * 120 = 116.4 seconds, and shares of 4/9: eight epochs, four of them small, take 120, three small 130.
+    assert (fitted.epochs, fitted.small_epochs, fitted.minutes) == (7, 3, None)
+    assert datasets.settle(fitted, digits) == fitted
+    expected = "2 minutes are enough for 7 epochs: 3 at 24x24 of 10.0 s, 4 at 32x32 of 20.0 s\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_too_few_minutes_are_told_with_those_that_it_takes(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
+    with pytest.raises(UserError, match=r"--minutes 0\.2 is too little for one epoch, which takes 0\.34"):
+        budget.fit(quick_config(tmp_path, minutes=0.2), digits)
+
+
+def test_an_epoch_takes_about_as_long_as_was_measured(digits, make_run, tmp_path):
+    config = datasets.settle(quick_config(tmp_path), digits)
+    measured = budget.epoch_seconds(config, digits, 32)
+    taken = min(epoch["seconds"] for epoch in make_run(epochs=3).history())
+    assert 0.3 * taken < measured < 3 * taken
+
+
+def test_seeds_share_the_epochs_that_the_budget_chose_and_a_killed_group_keeps_them(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
+    group = seeds.begin(quick_config(tmp_path, minutes=2, seeds=2))
+    assert group.config.epochs == json.loads((group.path / "summary.json").read_text())["config"]["epochs"] == 5
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side] / 2)
+    again = seeds.begin(quick_config(tmp_path, minutes=2, seeds=2))
+    assert (again.path, again.config) == (group.path, group.config)
+    assert seeds.begin(quick_config(tmp_path, minutes=3, seeds=2)).path != group.path
