@@ -36,6 +36,7 @@ A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
 _LAST_SEED = 2**32 - 1
+MOST_EPOCHS = 100_000
 OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
 _ANY_SIZE_MODELS = ("whitened", "convnet", "resnet18")  # the others are built for images of one size
 
@@ -80,12 +81,13 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
+    epochs: int = _option(12, "passes over the training images", least=1, most=MOST_EPOCHS)
     minutes: float | None = _option(
         None,
         "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
         "--epochs says",
         least=0.0,
+        most=1_000_000,
     )
     batch_size: int = _option(
         2000,

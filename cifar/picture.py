@@ -54,8 +54,9 @@ def decode_all(sources: Sequence[Source], size: int, fit: str = "crop") -> list[
 
 def read_rgb(path: Path) -> Image.Image | None:
     """A picture file as it is, in RGB; None if it is missing, damaged or too large."""
-    with _without_warnings(), contextlib.suppress(Exception), _open(path) as image:  # as in `_decode`
-        return image.convert("RGB")
+    with _without_warnings(), contextlib.suppress(Exception), _opened(path) as image:  # as in `_decode`
+        if image.width * image.height <= _MOST_PIXELS:
+            return image.convert("RGB")
     return None
 
 

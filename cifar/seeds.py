@@ -85,7 +85,7 @@ def begin(config: Config) -> Group:
         console.banner(note)
     if path := _unfinished(config):
         there = runs.read_json(path / runs.SUMMARY)["config"]
-        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET}))
+        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET if name in there}))
         console.say(f"going on with {short(path)}: {len(group.finished())} of {config.seeds} seeds are there")
         return group
     began = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}

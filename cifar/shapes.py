@@ -145,6 +145,7 @@ _SUMMARY = {
     "status": STATUSES,
     "note?": (str, None),
     "config": dict,
+    "minutes?": (number, None),
     "figures?": {"accuracy": _SPREAD, "accuracy_tta": _SPREAD},
 }
 _SHAPES = {

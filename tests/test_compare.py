@@ -28,7 +28,7 @@ def make_run(folder: Path, wrong, *, classes=CLASSES, images=300, history=3, tes
     true = np.arange(images) % count
     predicted = np.where(wrong, (true + 1) % count, true)
     logits = 9 * np.eye(count, dtype=np.float32)[predicted]
-    calibration = evaluate.calibrate(logits, true, logits[:0], true[:0])
+    calibration = evaluate.calibrate(logits[:0], true[:0]) | evaluate.calibration_error(logits, true, 1.0)
     calibration["after"]["expected_calibration_error"] = 0.02
     run.write("config.json", asdict(Config(dataset="digits", val_size=10, **settings)))
     run.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {"train": 9.5}})

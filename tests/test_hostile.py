@@ -16,7 +16,7 @@ from PIL import Image
 
 import main
 import tasks
-from cifar import bench, compare, corruptions, demo_page, export, headlines, profiling, report, resume, runs
+from cifar import bench, budget, compare, corruptions, demo_page, export, headlines, profiling, report, resume, runs
 from cifar import evaluate as evaluation
 from cifar import train as training
 from cifar import visualize as visualization
@@ -47,6 +47,7 @@ def hasty(tmp_path, monkeypatch):
     for module, name in ((bench, "compare"), (profiling, "profile"), (export, "_program")):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(demo_page, "build", shown)
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: 1e-6)
     monkeypatch.setattr(visualization, "_save", lambda figure, path: path)
     monkeypatch.setattr(corruptions, "AMOUNTS", {"noise": (0.1,)})
     monkeypatch.chdir(tmp_path)
