@@ -80,7 +80,7 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
+    epochs: int = _option(11, "passes over the training images", least=1, most=100_000)
     minutes: float | None = _option(
         None,
         "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
@@ -88,19 +88,19 @@ class Config:
         least=0.0,
     )
     batch_size: int = _option(
-        2000,
+        1000,
         "images a step; lowered where an epoch would have under 20 steps, or a step over 2 million pixels",
         least=2,
     )
     optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
     lr: float = _option(
-        0.24,
+        0.17,
         "peak learning rate; muon's own, as the head and the biases that sgd trains beside it keep theirs",
         least=0.0,
     )
     momentum: float = _option(0.6, "momentum of muon, or of sgd", least=0.0, most=1.0)
     weight_decay: float = _option(
-        0.004,
+        0.002,
         "weight decay as adam and sgd define it; with muon, the share that the head and the biases lose in a step",
         least=0.0,
     )
