@@ -34,10 +34,11 @@ def _option(default: Any, help: str, *, known: tuple[str, ...] = (), others: str
 DATASETS = ("auto", "cifar10", "cifar100", "digits")
 A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
-MODELS = ("whitened", "simple", "convnet", "mlp", "resnet18")
+MODELS = ("whitened", "whitened_deep", "simple", "convnet", "mlp", "resnet18")
 _LAST_SEED = 2**32 - 1
 OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
-_ANY_SIZE_MODELS = ("whitened", "convnet", "resnet18")  # the others are built for images of one size
+_MUON_MODELS = ("whitened", "whitened_deep")  # whose layers its rates are for
+_ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,9 @@ class Config:
     flip: str = _option(
         "alternating", "mirroring of training images; none of digits", known=("none", "random", "alternating")
     )
+    cutout: int = _option(
+        0, "side in pixels of the square of each training image that is blotted out, at most half its side", least=0
+    )
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
     small_epochs: int = _option(6, "first epochs that train on shrunken images, at most two thirds of all", least=0)
     small_size: int | None = _option(
@@ -124,8 +128,8 @@ class Config:
             check(field.name, getattr(self, field.name))
         if self.seed + self.seeds - 1 > _LAST_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
-        if self.optimizer == "muon" and self.model != "whitened":
-            raise UserError(f"muon's rates are those of the model whitened: {self.model} takes adam or sgd")
+        if self.optimizer == "muon" and self.model not in _MUON_MODELS:
+            raise UserError(f"muon's rates are for {' and '.join(_MUON_MODELS)}: {self.model} takes adam or sgd")
         if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
             raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
 
@@ -172,6 +176,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
         "fast": {},
+        # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU or a night.
+        "best": {
+            "model": "whitened_deep",
+            "epochs": 40,
+            "small_epochs": 16,
+            "crop": 4,
+            "cutout": 12,
+        },
         # The SimpleCNN of H4ph4z4rdz/cv-image-classifier.
         "simple": {
             **_CONVNET,
