@@ -81,7 +81,7 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(11, "passes over the training images", least=1, most=100_000)
+    epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
     minutes: float | None = _option(
         None,
         "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
