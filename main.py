@@ -51,13 +51,15 @@ def go_through(run, dataset) -> None:
     """data -> train -> evaluate -> visualize -> report, all in the run's directory."""
     from cifar import evaluate, report, train, visualize
 
-    if run.record["status"] == "completed" and run.has_metrics:
+    if run.is_complete():
         console.say(f"{run.path.name} is complete: there is nothing to resume")
         return
+    is_trained = run.record["status"] == "completed"
     with run.lifetime():
         dataset.check()
-        with run.stage("train"):
-            train.fit(run, dataset)
+        if not is_trained:
+            with run.stage("train"):
+                train.fit(run, dataset)
         with run.stage("evaluate"):
             metrics = evaluate.evaluate(run, dataset, run.config.device)
         console.show_metrics(metrics)

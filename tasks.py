@@ -168,7 +168,7 @@ def _measure_corruptions(run, dataset, device: str) -> None:
 
 
 def _number_of(port: str) -> int:
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
         raise UsageError(f"--port takes a number from 1 to 65535, not '{port}'")
     return int(port)
 

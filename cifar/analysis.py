@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cifar.runs import Run, damaged
+
+_FILE = "analysis.json"
 _PAIRS, _PAIR_PICTURES = 6, 8
 _MISTAKES = 24
 _SUSPECTS = 30
@@ -47,6 +50,16 @@ def analyse(
         "precision_recall": _precision_recall(probabilities, labels, classes),
         "risk_coverage": _risk_coverage(probabilities, labels),
     }
+
+
+def read(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A run's analysis.json, None if there is none. Raises UserError if it is damaged, or not of the metrics.json."""
+    content = run.read_if_there(_FILE)
+    if content and metrics:
+        ranked = [name for name, score in metrics.get("average_precision", {}).items() if score is not None]
+        if "selective" not in metrics or content["precision_recall"].keys() != set(ranked):
+            raise damaged(run.path / _FILE, "it does not fit metrics.json")
+    return content
 
 
 def pictures(content: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from cifar import console, data, datasets, device, evaluate, train
-from cifar.config import Config, UserError, most_small_epochs
+from cifar.config import MOST_EPOCHS, Config, UserError, most_small_epochs
 from cifar.console import TrainingDisplay
 
 _TIMED_SECONDS = 3.0  # of steps of each image size
@@ -49,7 +49,7 @@ def choose(budget: float, seconds: Mapping[int, float], small_share: float) -> t
     small_seconds, whole_seconds = seconds[min(seconds)], seconds[max(seconds)]
     plans = [
         (epochs, min(round_to_whole(small_share * epochs), most_small_epochs(epochs)))
-        for epochs in range(1, int(max(0.0, budget) // small_seconds) + 1)
+        for epochs in range(1, min(MOST_EPOCHS, int(max(0.0, budget) // small_seconds)) + 1)
         for round_to_whole in (math.floor, math.ceil)
     ]
     costs = {plan: plan[1] * small_seconds + (plan[0] - plan[1]) * whole_seconds for plan in plans}

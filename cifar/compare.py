@@ -75,41 +75,31 @@ def compare(found: Sequence[Run]) -> dict[str, Any]:
 
 def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
     """The figures of one run, its scores by class and its curves."""
-    name = run.path.name
-    if not (run.path / "metrics.json").exists():
-        raise UserError(f"{name} has not been evaluated: `invoke evaluate --run {short(run.path)}` does it")
-    try:
-        config, metrics = run.config, run.read("metrics.json")
-        described = {
-            "letter": letter,
-            "run": name,
-            "path": short(run.path),
-            "subject": f"{config.title} on {Path(config.dataset).name}, seed {config.seed}",
-            **headlines.headline(run),
-            "n": int(metrics["n"]),
-            "interval_95": [float(end) for end in metrics["interval_95"]],
-            "interval_95_tta": [float(end) for end in metrics["interval_95_tta"]],
-            "test_sha256": metrics.get("test_sha256"),
-            "settings": _made_by(run),
-            "classes": {label: float(scores["recall"]) for label, scores in metrics["per_class"].items()},
-        }
-    except UserError as error:
-        raise UserError(f"{name} cannot be compared: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{name} cannot be compared: its metrics.json or run.json is damaged") from None
+    config, metrics = run.config, run.metrics
     try:
         curves = _curves(run)
-    except (UserError, KeyError, TypeError, ValueError):
-        notes.append(f"{letter} has no curves: its history.jsonl is damaged")
+    except UserError as error:
+        notes.append(f"{letter} has no curves: {error}")
         curves = {}
-    return {**described, "curves": curves}
+    return {
+        "letter": letter,
+        "run": run.path.name,
+        "path": short(run.path),
+        "subject": f"{config.title} on {Path(config.dataset).name}, seed {config.seed}",
+        **headlines.headline(run),
+        **{key: metrics[key] for key in ("n", "interval_95", "interval_95_tta")},
+        "test_sha256": metrics.get("test_sha256"),
+        "settings": _made_by(run),
+        "classes": {label: scores["recall"] for label, scores in metrics["per_class"].items()},
+        "curves": curves,
+    }
 
 
 def _curves(run: Run) -> dict[str, list[float | None]]:
     history = run.history()
     keys = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-    curves = {key: [None if line[key] is None else float(line[key]) for line in history] for key in keys}
-    return {**curves, "seconds": list(accumulate(float(line["seconds"]) for line in history))}
+    curves = {key: [line[key] for line in history] for key in keys}
+    return {**curves, "seconds": list(accumulate(line["seconds"] for line in history))}
 
 
 def _answers(found: Sequence[Run], rows: list[dict[str, Any]], notes: list[str]) -> dict[str, _Answers]:

@@ -24,7 +24,7 @@ def write(comparison: dict[str, Any], folder: Path) -> Path:
         with replacing(folder / "comparison.png") as figure:
             compare_figure.draw(comparison).savefig(figure, format="png")
         picture = base64.b64encode((folder / "comparison.png").read_bytes()).decode()
-        partial.write_text(render(comparison, picture), encoding="utf-8")
+        partial.write_text(render(comparison, picture), encoding="utf-8", errors="backslashreplace")
     return page
 
 

@@ -36,6 +36,7 @@ A_FOLDER = "the path of a folder of pictures"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODELS = ("whitened", "whitened_deep", "simple", "convnet", "mlp", "resnet18")
 _LAST_SEED = 2**32 - 1
+MOST_EPOCHS = 100_000
 OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
 _MUON_MODELS = ("whitened", "whitened_deep")  # whose layers its rates are for
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
@@ -81,12 +82,13 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(12, "passes over the training images", least=1, most=100_000)
+    epochs: int = _option(12, "passes over the training images", least=1, most=MOST_EPOCHS)
     minutes: float | None = _option(
         None,
         "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
         "--epochs says",
         least=0.0,
+        most=1_000_000,
     )
     batch_size: int = _option(
         1000,
@@ -123,9 +125,9 @@ class Config:
     )
 
     def __post_init__(self):
-        known_name("recipe", self.recipe, RECIPES)
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name))
+        known_name("recipe", self.recipe, RECIPES)
         if self.seed + self.seeds - 1 > _LAST_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
@@ -300,11 +302,21 @@ def check(name: str, value: Any) -> None:
     if known and not field.metadata["others"]:  # what is open is looked up where it is used
         known_name(name, value, known)
     if kind is str:
-        return
+        return _check_text(name, value)
     in_range = (least is None or value >= least) and (most is None or value <= most)
-    if not (in_range and math.isfinite(value)):
+    if not (in_range and -math.inf < value < math.inf):
         bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
         raise UserError(f"{flag(name)} must be {bounds}, not {value}")
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise UserError for what no file can be called, as a file of settings may hold it."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise UserError(f"{flag(name)} takes no {text!a}")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -1,9 +1,11 @@
 """What a person sees in the terminal: banners, tables and progress, and their plain form without a terminal."""
 
 import contextlib
+import io
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -26,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar import signals
-from cifar.config import UserError, short, some
+from cifar.config import UserError, short, some, told
 
 _REFRESH_SECONDS = 0.25
 _ROWS = 100  # of a table of pictures
@@ -62,16 +64,22 @@ def say(message: str, style: str | None = None) -> None:
 
 
 def exit_code(action: Callable[[], None]) -> int:
-    """Run a command and turn what a user can mend into one sentence: 0, 1, 2 for a usage error.
+    """Run a command and turn what a user can mend, and what the system refuses, into one sentence.
 
-    Ctrl-C is 130 and SIGTERM, which ends a command likewise, 143.
+    0, or 1, 2 for a usage error, 130 for Ctrl-C and 143 for SIGTERM, which ends a command likewise.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file may be in no encoding
     try:
         with signals.handled(signal.SIGTERM, by=signals.interrupt):
             action()
     except UserError as error:
         fail(str(error))
         return error.exit_code
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else told(error))
+        return 1
     except KeyboardInterrupt as stop:
         fail(str(stop) or "interrupted")
         return 128 + signals.number_of(stop)
@@ -79,7 +87,8 @@ def exit_code(action: Callable[[], None]) -> int:
 
 
 def fail(message: str) -> None:
-    """The one sentence of an error, on standard error."""
+    """The one sentence of an error, on standard error, and on one line whatever a name or a file in it says."""
+    message = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
@@ -154,9 +163,10 @@ class TrainingDisplay:
         if self.progress:
             self.progress.stop()
 
-    def start_after(self, epoch: int, step: int) -> None:
-        """Take the work up to that step as done before: a training is resumed."""
+    def resume(self, epoch: int, step: int) -> None:
+        """Say from where a training goes on, and take the work up to that step of the epoch as done before."""
         self.begun = self.done = self._work_until(epoch, step)
+        say(f"going on after epoch {epoch - 1}" + (f" and {step} of {self.steps} steps" if step else ""))
 
     def _work_until(self, epoch: int, step: int) -> float:
         return self.steps * sum(self.costs[: epoch - 1]) + step * sum(self.costs[epoch - 1 : epoch])

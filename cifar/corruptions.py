@@ -41,7 +41,7 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str, advance: Call
     cell of the table. Raises UserError if the run has not been evaluated.
     """
     run.check_dataset(dataset.name)
-    temperature = run.read("metrics.json")["calibration"]["temperature"]
+    temperature = run.metrics["calibration"]["temperature"]
     network, _ = evaluate.load(run, dataset.classes)
     hardware = device.choose(device_name)
     network.to(hardware)

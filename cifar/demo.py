@@ -5,7 +5,6 @@ import errno
 import ipaddress
 import os
 import re
-import signal
 import socket
 import tempfile
 import time
@@ -34,7 +33,6 @@ _PORTS_TRIED = 100
 
 def serve(run: Run | None = None, *, host: str = "127.0.0.1", **options: Any) -> None:
     """Serve the demo until interrupted. The parameters are those of `running`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is ended so; it too deletes its files
     with running(run, host=host, **options) as page:
         console.say(f"the demo is at {page.share_url or page.local_url}, Ctrl-C ends it")
         if not _is_loopback(host) and not page.auth:

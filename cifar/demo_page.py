@@ -1,6 +1,7 @@
 """The demo's page: pictures in, answers out, and what the run is worth."""
 
 import base64
+import functools
 import io
 from collections.abc import Callable
 from html import escape
@@ -13,6 +14,7 @@ from PIL import Image
 
 from cifar.config import UserError
 from cifar.demo_runs import THUMBNAILS, DemoRuns, Opinion
+from cifar.picture import read_rgb
 from cifar.runs import Run
 from cifar.saliency import overlay
 
@@ -114,13 +116,13 @@ def build(runs: DemoRuns, uploads: Path) -> gr.Blocks:
             **own,
         )
         gr.on([], predict, [picture, chosen], gr.JSON(label="answer", visible=False), api_name="predict", **asking)
-        examples.click(
-            lambda index, name: str(runs.examples(name)[index]), [examples, chosen], picture, preprocess=False, **own
-        )
-        chosen.change(lambda name: _heading(runs, name), chosen, heading, **own)
+        show_example = _telling(lambda index, name: str(runs.examples(name)[index]))
+        examples.click(show_example, [examples, chosen], picture, preprocess=False, **own)
+        chosen.change(_telling(lambda name: _heading(runs, name)), chosen, heading, **own)
         # Examples come after the page, so that reading the dataset does not hold up the first answer.
-        gr.on([page.load, chosen.change], lambda name: gr.Dataset(**_samples(runs, name)), chosen, examples, **own)
-        gr.on([tab.select, chosen.change], lambda name: _report(runs.run(name)), chosen, report, **own)
+        show_examples = _telling(lambda name: gr.Dataset(**_samples(runs, name)))
+        gr.on([page.load, chosen.change], show_examples, chosen, examples, **own)
+        gr.on([tab.select, chosen.change], _telling(lambda name: _report(runs.run(name))), chosen, report, **own)
         page.load(lambda: gr.Dropdown(_menu(runs)), None, chosen, **own)
     return page
 
@@ -145,10 +147,7 @@ def _handlers(runs: DemoRuns, uploads: Path) -> tuple[Callable, Callable]:
         confidences calibrated and largest first; a picture under the threshold is probably none of the classes.
         """  # Gradio shows this in the API's documentation
         name = run or runs.default
-        try:
-            opinion = runs.ask(name, _file(picture, uploads), explain=False)
-        except UserError as error:
-            raise gr.Error(_sentence(error), print_exception=False) from None
+        opinion = runs.ask(name, _file(picture, uploads), explain=False)
         return {
             "label": opinion.label,
             "confidences": [{"label": label, "confidence": share} for label, share in opinion.confidences.items()],
@@ -157,7 +156,20 @@ def _handlers(runs: DemoRuns, uploads: Path) -> tuple[Callable, Callable]:
             "run": name,
         }
 
-    return answer, predict
+    return answer, _telling(predict)
+
+
+def _telling(handler: Callable) -> Callable:
+    """The handler with each UserError, as of a run that has been damaged since, as a message on the page."""
+
+    @functools.wraps(handler)
+    def tell(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except UserError as error:
+            raise gr.Error(_sentence(error), print_exception=False) from None
+
+    return tell
 
 
 def _file(picture: Payload, uploads: Path) -> Path:
@@ -178,13 +190,13 @@ def _menu(runs: DemoRuns) -> list[tuple[str, str]]:
 
 
 def _title(run: Run) -> str:
-    metrics = run.read("metrics.json")
+    metrics = run.metrics
     started = run.record["start"][:16].replace("T", " ")
     return f"{metrics['recipe']} on {metrics['dataset']}, {metrics['accuracy']:.1%}, {started}"
 
 
 def _heading(runs: DemoRuns, name: str) -> str:
-    classes = runs.run(name).record["dataset"]["classes"]
+    classes = runs.run(name).dataset["classes"]
     known = f": {', '.join(classes)}" if len(classes) <= _NAMED else ""
     return f"<h1>What is in the picture?</h1><p>The network knows {len(classes)} classes{escape(known)}.</p>"
 
@@ -231,13 +243,13 @@ def _image(png: bytes, meaning: str) -> str:
 
 def _report(run: Run) -> str:
     """What the run is worth: its numbers and its figures."""
-    metrics, record = run.read("metrics.json"), run.record
+    metrics, seconds = run.metrics, run.record["seconds"].get("train")
     calibration = metrics["calibration"]
     tiles = [
         _accuracy("Accuracy", metrics, ""),
         _accuracy("With test-time augmentation", metrics, "_tta"),
         _tile("Test images", f"{metrics['n']:,}", f"of {metrics['dataset']}, never trained on"),
-        _tile("Training", f"{record['seconds']['train']:,.0f} s", f"recipe {metrics['recipe']}"),
+        _tile("Training", "not recorded" if seconds is None else f"{seconds:,.0f} s", f"recipe {metrics['recipe']}"),
     ]
     if calibration["threshold"] is not None:
         share = f"{1 - calibration['threshold_share']:.0%} of validation is surer"
@@ -250,7 +262,7 @@ def _report(run: Run) -> str:
 
 def _sheet(file: Path, meaning: str, is_square: bool) -> str:
     kind = "sheet square" if is_square else "sheet"
-    return f'<div class="{kind}">{_image(file.read_bytes(), meaning)}</div>' if file.exists() else ""
+    return f'<div class="{kind}">{_image(file.read_bytes(), meaning)}</div>' if read_rgb(file) else ""
 
 
 def _accuracy(title: str, metrics: dict[str, Any], kind: str) -> str:

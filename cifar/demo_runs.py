@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar import data, datasets
+from cifar import console, data, datasets
 from cifar.config import UserError, known_name
 from cifar.picture import decode
 from cifar.predict import Predictor
@@ -47,9 +47,9 @@ def evaluated(output_dir: str) -> dict[str, Run]:
 
 def _can_answer(run: Run) -> bool:
     try:
-        is_calibrated = "threshold" in run.read("metrics.json")["calibration"]
-        return is_calibrated and run.record["status"] != "running" and (run.checkpoints / "best.pt").exists()
-    except (UserError, KeyError):
+        is_whole = "threshold" in run.metrics["calibration"] and run.config and run.dataset
+        return bool(is_whole) and run.status() != "running" and (run.checkpoints / "best.pt").exists()
+    except UserError:
         return False
 
 
@@ -57,9 +57,9 @@ class DemoRuns:
     """The evaluated runs of a folder, ready to be asked by name."""
 
     def __init__(self, first: Run | None, output_dir: str, data_dir: str, device: str, folder: Path):
-        """Loads the run `first`, or the newest; the others when they are asked for. Examples go into `folder`.
+        """Loads the run `first`, or the newest that can be; the others when they are asked for.
 
-        Raises UserError if there is no evaluated run.
+        Examples go into `folder`. Raises UserError if there is no evaluated run, or the first cannot be loaded.
         """
         self._first, self._output_dir, self._data_dir = first, output_dir, data_dir
         self._device, self._folder = device, folder
@@ -70,14 +70,24 @@ class DemoRuns:
         self.found = self.find()
         if not self.found:
             raise UserError(f"there is no evaluated run in {output_dir}: make one with `python main.py`")
-        self.default = first.path.name if first else next(iter(self.found))
-        self.predictor(self.default)
+        self.default = self._first_that_loads([first.path.name] if first else list(self.found))
 
     def find(self) -> dict[str, Run]:
         """The runs that are there now, by name, newest first."""
         given = {self._first.path.name: self._first} if self._first else {}
         self.found = evaluated(self._output_dir) | given
         return self.found
+
+    def _first_that_loads(self, names: list[str]) -> str:
+        """The first of the runs whose network can answer; of those before it, why not is said."""
+        for name in names[:-1]:
+            try:
+                self.predictor(name)
+                return name
+            except UserError as error:
+                console.say(f"{name} cannot answer: {error}")
+        self.predictor(names[-1])
+        return names[-1]
 
     def run(self, name: str) -> Run:
         """Raises UserError for a run that is not there."""

@@ -19,7 +19,7 @@ def _blocks(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def block_name(layer: dict[str, Any]) -> str:
-        return re.match(r"[^.]+(\.\d+)*(?=\.\D)|[^.]+(\.\d+)?(?=\.)|.+", layer["name"]).group()
+        return re.match(r"[^.]+(\.\d+)*(?=\.\D)|[^.]+(\.\d+)?(?=\.)|.*", layer["name"]).group()
 
     blocks = []
     for name, members in groupby(layers, block_name):

@@ -35,10 +35,10 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     from sklearn.metrics import classification_report
 
     device.keep_freed_memory()
-    config = run.config
     run.check_dataset(dataset.name)
-    if dataset.train.sha256() != run.record["dataset"]["train_sha256"]:
+    if dataset.train.sha256() != run.dataset["train_sha256"]:
         raise UserError(f"the training images of {dataset.name} are not those that {run.path.name} was trained on")
+    config = datasets.settle(run.config, dataset)  # what does not fit is refused
     network, content = load(run, dataset.classes)
     hardware = device.choose(device_name)
     network.to(hardware)

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cifar.config import UserError
 
@@ -43,6 +45,21 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What the text says in JSON. Raises ValueError if it is none, or has a number that is not finite."""
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def append(path: Path, line: bytes) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 import torch
 
-from cifar import console
+from cifar import console, shapes
 from cifar.config import UserError, some
 from cifar.data import Split
 from cifar.picture import decode_all
@@ -87,6 +87,8 @@ def _list(root: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
         raise UserError(f"{root} has train/ but no test/: add it, or put the classes' folders into {root} itself")
     parts = ["train", "test"] if {"train", "test"} <= inside else [""]
     classes = _folders(root / parts[0])
+    if unreadable := [name for name in (root.name, *classes) if not shapes.text(name)]:
+        raise UserError(f"{root} cannot be read: the name {unreadable[0]!a} is not in UTF-8, rename it")
     if not classes:
         raise UserError(f"{root / parts[0]} has no folders: each class's pictures go into one that is called like it")
     if len(classes) == 1:

@@ -91,9 +91,9 @@ class Updates:
         for optimizer, factors in zip(self.optimizers, self.factors):
             for group, factor in zip(optimizer.param_groups, factors):
                 group["lr"] = group["initial_lr"] * factor(steps)
-                if group["lr"] == 0 < group["initial_lr"]:
-                    for parameter in group["params"]:
-                        parameter.requires_grad_(False)
+                is_over = group["lr"] == 0 < group["initial_lr"]
+                for parameter in group["params"]:
+                    parameter.requires_grad_(not is_over)
 
 
 def build(

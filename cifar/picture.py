@@ -52,6 +52,14 @@ def decode_all(sources: Sequence[Source], size: int, fit: str = "crop") -> list[
         return list(pool.map(attempt, sources))
 
 
+def read_rgb(path: Path) -> Image.Image | None:
+    """A picture file as it is, in RGB; None if it is missing, damaged or too large."""
+    with _without_warnings(), contextlib.suppress(Exception), _opened(path) as image:  # as in `_decode`
+        if image.width * image.height <= _MOST_PIXELS:
+            return image.convert("RGB")
+    return None
+
+
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     """Pillow's warnings are on metadata that does not matter here. For all threads, so enter it in one alone."""

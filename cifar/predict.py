@@ -37,16 +37,13 @@ class Predictor:
 
     def __init__(self, run: Run, device_name: str = "auto"):
         """Raises UserError if the run has no checkpoint or has not been evaluated."""
-        if not run.has_metrics:
-            raise UserError(f"{run.path.name} has not been evaluated: `invoke evaluate --run {run.path.name}` does it")
-        try:
-            calibration = run.read("metrics.json")["calibration"]
-            self.run = run
-            self.classes: tuple[str, ...] = tuple(run.record["dataset"]["classes"])
-            self.temperature: float = calibration["temperature"]
-            self.threshold: float | None = calibration["threshold"]  # confidence below which it is probably no class
-        except KeyError as missing:
-            raise UserError(f"{run.path.name} has no {missing} in its files: evaluate it anew") from None
+        calibration = run.metrics["calibration"]
+        if "threshold" not in calibration:  # which an early version did not write
+            raise UserError(f"{run.path.name} has no threshold in its metrics.json: evaluate it anew")
+        self.run = run
+        self.classes: tuple[str, ...] = tuple(run.dataset["classes"])
+        self.temperature: float = calibration["temperature"]
+        self.threshold: float | None = calibration["threshold"]  # confidence below which it is probably no class
         self.network, content = evaluate.load(run, self.classes)
         self.image_size: int = content["image_size"]
         hardware = device.choose(device_name)
@@ -101,7 +98,7 @@ def find_pictures(names: Sequence[str]) -> list[tuple[str, Source]]:
 def write(path: Path, answers: Sequence[Answer], predictor: Predictor) -> None:
     """Answers as .csv or .json: picture, predicted class, confidence, whether it is probably none, or the refusal."""
     rows = [_row(answer, predictor) for answer in answers]
-    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         if path.suffix == ".json":
             json.dump(rows, file, indent=2)
             return

@@ -8,7 +8,7 @@ import numpy as np
 
 from cifar.config import UserError
 from cifar.datasets import Dataset
-from cifar.runs import Run
+from cifar.runs import Run, damaged
 
 _NAME = "predictions.csv"
 
@@ -45,16 +45,18 @@ def read(run: Run, dataset: Dataset) -> Predictions | None:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        table = [(int(row[0]), numbers[row[1]], numbers[row[2]], float(row[3])) for row in rows]
+        table = [(float(row[0]), numbers[row[1]], numbers[row[2]], float(row[3])) for row in rows]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, IndexError, csv.Error):
         header, rows, table = [], [], []
     index, true, predicted, confidence = np.array(table).reshape(-1, 4).T
     whole = header == columns and all(len(row) == len(columns) for row in rows)
     if not (whole and ((confidence >= 0) & (confidence <= 1)).all()):
-        raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`")
+        raise damaged(path, "a line is not as it was written")
     labels = dataset.test.labels.numpy()
     if not (np.array_equal(index, np.arange(len(labels))) and np.array_equal(true, labels)):
-        raise UserError(f"{path} does not fit the test split of {dataset.name}: make it anew with `invoke evaluate`")
+        raise damaged(path, f"it does not fit the test split of {dataset.name}")
     return Predictions(true.astype(int), predicted.astype(int), confidence)
 
 

@@ -14,7 +14,8 @@ from cifar import analysis, saliency
 from cifar.config import FIELDS, help_text
 from cifar.data import Split
 from cifar.datasets import Dataset
-from cifar.runs import Run
+from cifar.picture import read_rgb
+from cifar.runs import Run, damaged
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _FIGURES = {  # with what a screen reader says
@@ -50,8 +51,9 @@ def write(run: Run, dataset: Dataset) -> Path:
 def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
     """What the template shows: the run's files as they are, and its pictures as data."""
     record, config = run.record, run.config
-    metrics, details, harmed = (_read(run, f"{name}.json") for name in ("metrics", "analysis", "corruptions"))
-    heats = saliency.read(run)
+    metrics, harmed = run.read_if_there("metrics.json"), run.read_if_there("corruptions.json")
+    details = analysis.read(run, metrics)
+    heats = saliency.read(run, config.image_size) if details else {}
     return {
         "name": run.path.name,
         "subject": f"{config.title} on {dataset.name}",
@@ -64,31 +66,28 @@ def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
         "harmed": harmed,
         "figures": _figures(run),
         "explained": bool(heats),
-        "pictures": _pictures(details, heats, dataset.test) if details else {},
+        "pictures": _pictures(run, details, heats, dataset.test) if details else {},
     }
 
 
-def _read(run: Run, name: str) -> dict[str, Any] | None:
-    return run.read(name) if (run.path / name).exists() else None
-
-
 def _figures(run: Run) -> dict[str, dict[str, Any]]:
-    """The figures that are there, by name; as WebP, which takes half the room of PNG, and charts without a loss."""
+    """The figures that are whole, by name; as WebP, which takes half the room of PNG, and charts without a loss."""
     found = {}
     for name, meaning in _FIGURES.items():
-        path = run.figures / f"{name}.png"
-        if not path.exists():
-            continue
-        with Image.open(path) as image:
+        if image := read_rgb(run.figures / f"{name}.png"):
             quality = {"quality": 85, "method": 2} if name in _OF_PICTURES else {"lossless": True, "method": 3}
-            source = _data(image.convert("RGB"), "WEBP", **quality)
+            source = _data(image, "WEBP", **quality)
             found[name] = {"source": source, "meaning": meaning, "width": image.width, "height": image.height}
     return found
 
 
-def _pictures(details: dict[str, Any], heats: dict[int, np.ndarray], split: Split) -> dict[int, dict[str, str]]:
+def _pictures(
+    run: Run, details: dict[str, Any], heats: dict[int, np.ndarray], split: Split
+) -> dict[int, dict[str, str]]:
     """By index: the picture, and with its heat over it, where that has been saved."""
     indices = {picture["index"] for picture in analysis.pictures(details)}
+    if max(indices, default=0) >= len(split):
+        raise damaged(run.path / "analysis.json", "it names pictures that are not in the test split")
     found = {}
     for index in indices:
         image = split.images[index].permute(1, 2, 0).numpy()

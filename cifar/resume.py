@@ -1,6 +1,7 @@
 """What a training leaves on the disk while it runs, and how it is taken up again."""
 
 import hashlib
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from cifar import checkpoint, console, device
-from cifar.config import FIELDS, PLACES, PROJECT, Config, UserError
+from cifar.config import FIELDS, PLACES, PROJECT, Config, UserError, short
 from cifar.datasets import Dataset
 from cifar.runs import Run
 from cifar.signals import Interrupted
@@ -56,7 +57,8 @@ class Keeper:
             self.run.mark_resumed(self.state.epoch, self.state.step, self.state.seconds)
             return True
         if problem:
-            raise problem
+            anew = f"python main.py --config {shlex.quote(short(self.run.path / 'config.json'))}"
+            raise UserError(f"{problem}; `{anew}` begins it anew")
         self.run.cut_history(0)
         return False
 

@@ -17,15 +17,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cifar import signals
+from cifar import shapes, signals
 from cifar.config import FIELDS, PROJECT, Config, UserError, short
-from cifar.files import append, lock, replacing, writing
+from cifar.files import append, lock, parse_json, replacing, writing
 
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
-_RECORD, _CONFIG, _HISTORY = "run.json", "config.json", "history.jsonl"
+_RECORD, _CONFIG, _HISTORY, _METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
+# The settings without which a run would be taken for another: with a default, its validation split might be one that
+# it was trained on.
+_DECISIVE = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")
+_CURES = {  # what makes a file anew
+    **dict.fromkeys((_METRICS, "analysis.json", "predictions.csv", "saliency.npz"), "invoke evaluate"),
+    "corruptions.json": "invoke evaluate --corruptions",
+}
 RESUMABLE = ("interrupted", "failed", "killed")
 # A directory with one of them is, or was, a run's.
-_MARKS = (_RECORD, _CONFIG, _HISTORY, "metrics.json")
+_MARKS = (_RECORD, _CONFIG, _HISTORY, _METRICS)
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ in the seed alone
 _GROUP_LOCK = ".lock"
 _PATIENCE = 1.0  # seconds that a process waits for another's lock, which may be held for a glance
@@ -53,7 +60,29 @@ class Run:
     @property
     def has_metrics(self) -> bool:
         """Whether it has been evaluated."""
-        return (self.path / "metrics.json").exists()
+        return (self.path / _METRICS).exists()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json. Raises UserError if the run has not been evaluated, or if the file is damaged."""
+        if not self.has_metrics:
+            raise UserError(f"{self.path.name} has not been evaluated: `{_remedy(self.path / _METRICS)}` does it")
+        return self.read(_METRICS)
+
+    def is_complete(self) -> bool:
+        """Whether it has come to its end and been measured, and says so in files that are not damaged."""
+        try:
+            return self.status() == "completed" and bool(self.metrics)
+        except UserError:
+            return False
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """Name, classes and train_sha256 of what it was trained on. Raises UserError if run.json does not say."""
+        record = self.record
+        if "dataset" not in record:
+            raise damaged(self.path / _RECORD, "it does not say what the dataset was")
+        return record["dataset"]
 
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
@@ -63,15 +92,21 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """config.json as a Config. Raises UserError if a setting is unknown or out of range."""
+        """config.json as a Config. Raises UserError if a setting is unknown, out of range, or missing and needed."""
         settings = self.read(_CONFIG)
         if unknown := settings.keys() - set(FIELDS):
             raise UserError(f"{self.path / _CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
+        if missing := [name for name in _DECISIVE if settings.get(name) is None]:
+            raise damaged(self.path / _CONFIG, f"it lacks {', '.join(missing)}")
         return Config(**settings)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run. Raises UserError if it is missing or not an object in JSON."""
+        """A JSON file of the run. Raises UserError if it is missing or damaged."""
         return read_json(self.path / name)
+
+    def read_if_there(self, name: str) -> dict[str, Any] | None:
+        """Likewise, but None if it is missing."""
+        return self.read(name) if (self.path / name).exists() else None
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run; a reader sees the old one or the new one, never a part."""
@@ -80,7 +115,7 @@ class Run:
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file of the run, likewise."""
         with replacing(self.path / name) as partial:
-            partial.write_text(content, encoding="utf-8", newline="")
+            partial.write_text(content, encoding="utf-8", newline="", errors="backslashreplace")
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
@@ -97,18 +132,23 @@ class Run:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = lines[:epochs]
         if [_epoch_of(line) for line in kept] != list(range(1, epochs + 1)):
-            raise UserError(f"{path} is damaged: it lacks epochs that the checkpoint has")
+            raise damaged(path, "it lacks epochs that the checkpoint has")
         if kept != lines:
             self.write_text(_HISTORY, b"".join(kept).decode())
 
     def history(self) -> list[dict[str, Any]]:
-        """The epochs of history.jsonl, first to last; empty if no epoch has ended."""
+        """The epochs of history.jsonl, first to last; empty if none has ended. Raises UserError for a damaged file."""
         path = self.path / _HISTORY
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            return [json.loads(line) for line in lines]
+            history = [parse_json(line) for line in lines]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except ValueError:
-            raise UserError(f"{path} is damaged: a line is not JSON") from None
+            raise damaged(path, "a line is not JSON") from None
+        if problem := shapes.problem(_HISTORY, history):
+            raise damaged(path, problem)
+        return history
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -176,7 +216,7 @@ class Run:
                 return status
             if (status := self.record["status"]) != "running":  # by now
                 return status
-            last_sign = max(path.stat().st_mtime for path in (self.path, *self.path.iterdir()))
+            last_sign = max(path.lstat().st_mtime for path in (self.path, *self.path.iterdir()))
             with contextlib.suppress(UserError):  # of a folder that cannot be written
                 self.update(status="killed", end=_time(last_sign))
         return "killed"
@@ -220,20 +260,32 @@ class Run:
 def _epoch_of(line: bytes) -> int | None:
     """The epoch of a line of history.jsonl; None if it cannot be read."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return json.loads(line)["epoch"] if line.endswith(b"\n") else None
+        return parse_json(line)["epoch"] if line.endswith(b"\n") else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds. Raises UserError if it is missing or not an object in JSON."""
+    """What a JSON file of a run holds. Raises UserError if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object")
+    problem = shapes.problem(path.name, content) if isinstance(content, dict) else "it does not hold a JSON object"
+    if problem:
+        raise damaged(path, problem)
     return content
+
+
+def damaged(path: Path, problem: str) -> UserError:
+    """What to raise for a damaged file of a run: the sentence, with what makes the file anew."""
+    remedy = _remedy(path)
+    return UserError(f"{path} is damaged: {problem}" + (f"; `{remedy}` makes it anew" if remedy else ""))
+
+
+def _remedy(path: Path) -> str | None:
+    command = _CURES.get(path.name)
+    return command and f"{command} --run {shlex.quote(short(path.parent))}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -287,8 +339,8 @@ def find(output_dir: str, name: str | None = None) -> Run:
         raise UserError(f"there is no finished run in {outputs}: make one with `python main.py`")
     if (path / SUMMARY).is_file():
         raise UserError(f"{path} holds the runs of several seeds: name one of them, `ls {path}` shows which")
-    if not (path / _RECORD).is_file() or not (path / _CONFIG).is_file():
-        raise UserError(f"{path} is not a run directory: it has no {_RECORD} and {_CONFIG}")
+    if missing := [name for name in (_RECORD, _CONFIG) if not (path / name).is_file()]:
+        raise UserError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
     run = Run(path.resolve())
     run.status()
     return run
@@ -310,7 +362,7 @@ def find_all(output_dir: str, name: str) -> list[Run]:
     path = locate(output_dir, name)
     if not (path / SUMMARY).is_file():
         return [find(output_dir, name)]
-    if found := [Run(place.resolve()) for place in reversed(directories(path)) if (place / "metrics.json").exists()]:
+    if found := [Run(place.resolve()) for place in reversed(directories(path)) if (place / _METRICS).exists()]:
         return found
     raise UserError(f"none of the runs in {path} has been evaluated")
 
@@ -325,8 +377,8 @@ def locate(output_dir: str, name: str) -> Path:
 
 
 def groups(outputs: Path) -> list[Path]:
-    """The directories with the runs of several seeds, newest first by name."""
-    return sorted((path.parent for path in outputs.glob(f"*/{SUMMARY}")), reverse=True)
+    """The directories with the runs of several seeds, newest first by name; those that lack their summary too."""
+    return sorted({*(path.parent for path in outputs.glob(f"*/{SUMMARY}")), *outputs.glob("*-seeds/")}, reverse=True)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar import data, device
-from cifar.config import UserError
-from cifar.runs import Run, replacing
+from cifar.runs import Run, damaged, replacing
 
 _COPIES = 8
 _NOISE = 0.1  # standard deviation, of images in 0..1
@@ -17,6 +16,7 @@ _BLUR = 3  # pixels
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _ORANGE = np.array([0xD5, 0x5E, 0x00])  # as in the figures
 _FILE = "saliency.npz"
+_MOST_BYTES = 100_000_000  # unpacked: it holds a hundred pictures, of 16 KB at most
 
 
 def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -> Tensor:
@@ -47,21 +47,26 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 def write(run: Run, network: nn.Module, images: Tensor, labels: Mapping[int, int], *, precision: str) -> None:
     """saliency.npz: of some of the images (N, 3, S, S), for each the class given with its index."""
     heats = [saliency(network, images[index], label, precision=precision) for index, label in labels.items()]
-    levels = torch.stack(heats).mul(255).round().byte() if heats else torch.zeros(0, *images.shape[2:])
+    levels = torch.stack(heats).mul(255).round().byte() if heats else images[:0, 0]
     with replacing(run.path / _FILE) as partial, partial.open("wb") as file:
         np.savez_compressed(file, index=np.array(list(labels), int), heat=levels.numpy())
 
 
-def read(run: Run) -> dict[int, np.ndarray]:
-    """Index in the split -> heat (S, S) in 0..1, of the run's saliency.npz; empty if there is none.
+def read(run: Run, side: int) -> dict[int, np.ndarray]:
+    """Index in the split -> heat (side, side) in 0..1, of the run's saliency.npz; empty if there is none.
 
-    Raises UserError if it is damaged.
+    Raises UserError if it is damaged, or of pictures of another size.
     """
     path = run.path / _FILE
     if not path.exists():
         return {}
     try:
         with path.open("rb") as file, np.load(file) as content:
-            return {int(index): heat / 255 for index, heat in zip(content["index"], content["heat"])}
+            if sum(member.file_size for member in content.zip.infolist()) > _MOST_BYTES:
+                raise ValueError("too large")
+            indices, heats = content["index"], content["heat"]
+        if heats.shape != (len(indices), side, side) or (len(indices) and heats.dtype != np.uint8):
+            raise ValueError("not as it was written")
+        return {int(index): heat / 255 for index, heat in zip(indices, heats)}
     except Exception:  # a damaged archive makes its readers stumble in any way there is
-        raise UserError(f"{path} is damaged: make it anew with `invoke evaluate`") from None
+        raise damaged(path, "it does not hold what was written") from None

@@ -52,15 +52,20 @@ class Group:
         """The run of one of the `missing` and its dataset: what was begun goes on, if it can, or else a new one."""
         for run in map(Run, runs.directories(self.path)):
             try:
-                if run.config.seed == config.seed and run.status() in runs.RESUMABLE:
+                if run.config.seed == config.seed and run.status() != "running" and not run.is_complete():
                     return train.take_up(str(run.path), {"data_dir": config.data_dir})
             except UserError as error:
                 console.say(f"{run.path.name} is begun anew: {error}")
         return train.begin(config)
 
     def summarize(self) -> None:
-        """Complete summary.json: the headline figures of each run, and their mean over the seeds."""
+        """Complete summary.json: the headline figures of each run, and their mean over the seeds.
+
+        Raises UserError if a run has been lost since.
+        """
         finished = self.finished()
+        if lost := [str(seed) for seed in self.seeds if seed not in finished]:
+            raise UserError(f"{self.path} lacks the run of seed {', '.join(lost)}: the same command makes it")
         rows = [headlines.headline(finished[seed]) for seed in self.seeds]
         members = [{"seed": seed, "run": finished[seed].path.name, **row} for seed, row in zip(self.seeds, rows)]
         figures = {name: significance.spread([row[name] for row in rows], 0, _most(name)) for name in rows[0]}
@@ -80,7 +85,7 @@ def begin(config: Config) -> Group:
         console.banner(note)
     if path := _unfinished(config):
         there = runs.read_json(path / runs.SUMMARY)["config"]
-        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET}))
+        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET if name in there}))
         console.say(f"going on with {short(path)}: {len(group.finished())} of {config.seeds} seeds are there")
         return group
     began = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
@@ -102,8 +107,8 @@ def _unfinished(config: Config) -> Path | None:
             there, wanted = (_settings(one, config.minutes) for one in (summary["config"], asdict(config)))
             if summary.get("minutes") == config.minutes and there == wanted and runs.group_status(path) == "killed":
                 return path
-        except (UserError, KeyError, TypeError, AttributeError):  # damaged, so it is nobody's to go on with
-            continue
+        except UserError as error:
+            console.say(f"{short(path)} cannot be gone on with: {error}")
     return None
 
 
@@ -115,6 +120,6 @@ def _settings(config: dict[str, Any], budget: float | None) -> dict[str, Any]:
 
 def _is_finished(run: Run) -> bool:
     try:
-        return run.status() == "completed" and None not in headlines.headline(run).values() and run.config.seeds == 1
-    except (UserError, KeyError, TypeError):  # damaged, so it is made anew
+        return run.is_complete() and None not in headlines.headline(run).values() and run.config.seeds == 1
+    except UserError:  # damaged, so it is made anew
         return False

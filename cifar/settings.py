@@ -1,12 +1,12 @@
 """The settings that a user gives in a file, as key=value and as flags, laid over one another."""
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cifar.config import FIELDS, UsageError, UserError, check, help_text, known_name, read
+from cifar.files import parse_json
 
 HELP = {
     "config": "file with settings, .toml or .json, such as a run's own config.json; flags overrule it",
@@ -29,14 +29,14 @@ def gather(flags: Mapping[str, Any], file: str | None, assignments: Sequence[str
 
 def _from_file(path: Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
-    readers = {".toml": tomllib.loads, ".json": json.loads}
+    readers = {".toml": tomllib.loads, ".json": parse_json}
     if path.suffix not in readers:
         raise UserError(f"--config takes a file that ends in .toml or .json, not '{path}'")
     try:
         content = readers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold settings by their names")

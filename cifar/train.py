@@ -47,14 +47,21 @@ def take_up(name: str, given: Mapping[str, Any]) -> tuple[Run, datasets.Dataset]
     """The run of that name, or for "" the newest that did not come to its end, and its dataset, ready for `fit`.
 
     given: the settings that the command line names, of which only places may be there.
-    Raises UserError if there is no such run, or if it was begun with other settings, images, code or PyTorch.
+    Raises UserError if there is no such run, or if it was begun with other settings, images, code or PyTorch and
+    its training has not come to its end.
     """
     if others := [flag(field) for field, value in given.items() if value is not None and field not in PLACES]:
         raise UsageError(f"--resume goes on with the settings of the run: leave out {', '.join(others)}")
     run = runs.find_resumable(Config.create(given).output_dir, name)
+    run.check_dataset(run.dataset["name"])
     dataset = datasets.of_run(run, given.get("data_dir"))
-    require_same(run.record.get("premises"), premises(run.config, dataset), run.path.name)
-    torch.set_num_threads(run.record["threads"])  # another number of threads sums in another order
+    record, hardware = run.record, device.describe(device.choose(run.config.device))
+    if record["status"] != "completed":
+        require_same(record.get("premises"), premises(run.config, dataset), run.path.name)
+        if record.get("hardware") != hardware:
+            console.say(f"begun on {record.get('hardware')}: on {hardware} the last digits come out differently")
+    if "threads" in record:
+        torch.set_num_threads(record["threads"])  # another number of threads sums in another order
     return run, dataset
 
 
@@ -102,7 +109,7 @@ def fit(run: Run, dataset: datasets.Dataset) -> None:
     keeper = Keeper(run, dataset, state)
     display = TrainingDisplay(config.epochs, len(state.batches), [side**2 for side in sides])
     if keeper.restore():
-        display.start_after(state.epoch, state.step)
+        display.resume(state.epoch, state.step)
     with display, signals.held_back() as signal_number:
         while not state.has_ended(config.epochs, config.patience):
             side = sides[state.epoch - 1]

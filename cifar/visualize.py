@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from cifar import charts, diagram, mosaics, predictions
+from cifar import analysis, charts, diagram, mosaics, predictions
 from cifar.config import UserError
 from cifar.datasets import Dataset
 from cifar.runs import Run, replacing
@@ -27,7 +26,8 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other so that one is in memory at a time. All files are read before the first."""
     history, network, subject = run.history(), run.record.get("model"), f"{run.config.title} on {dataset.name}"
-    metrics, details, harmed = (_read(run, f"{name}.json") for name in ("metrics", "analysis", "corruptions"))
+    metrics, harmed = run.read_if_there("metrics.json"), run.read_if_there("corruptions.json")
+    details = analysis.read(run, metrics)
     predicted = predictions.read(run, dataset)
     if not (history or metrics or predicted):
         raise UserError(f"{run.path.name} has nothing to draw: it has neither a finished epoch nor an evaluation")
@@ -51,10 +51,6 @@ def _figures(run: Run, dataset: Dataset) -> Iterator[tuple[str, Figure]]:
         yield "risk_coverage", charts.risk_coverage(details["risk_coverage"], metrics, subject)
     if harmed:
         yield "corruptions", charts.corruptions(harmed, subject)
-
-
-def _read(run: Run, name: str) -> dict[str, Any] | None:
-    return run.read(name) if (run.path / name).exists() else None
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -20,6 +20,7 @@ SECONDS = {24: 10.0, 32: 20.0}
         (60, 0.0, (3, 0)),
         (95, 0.6, (6, 3)),  # 30 + 60, nearer than 40 + 40; the seven of 4.2 small ones would take 40 + 60
         (100, 0.6, (7, 4)),
+        (1e300, 0.5, (100_000, 50_000)),  # which is the most there is
     ],
 )
 def test_the_plan_is_the_longest_that_fits_in_the_recipes_proportions(seconds, small_share, plan):

@@ -1,6 +1,10 @@
 import contextlib
+import functools
+import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 from cifar import checkpoint, model
-from cifar.config import UserError
+from cifar.config import PROJECT, UserError
 
 CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
 
@@ -165,3 +169,84 @@ def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, dama
         with contextlib.suppress(UserError):  # it is found, or it hit the padding between the parts
             weights = use(path).state_dict()
             assert all(torch.equal(tensor, weights[name]) for name, tensor in network().state_dict().items())
+
+
+@functools.cache
+def bomb() -> bytes:
+    """A zip of 5 MB that unpacks to 1.2 GB."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data.pkl", "w") as member,
+    ):
+        for _ in range(1200):
+            member.write(bytes(10**6))
+    return file.getvalue()
+
+
+def spoil(path: Path, rng: np.random.Generator) -> str:
+    """Write a checkpoint that is damaged in a way drawn by chance, and say in which."""
+    save(path)
+    whole, weights = bytearray(path.read_bytes()), network().state_dict()
+    name = str(rng.choice(sorted(weights)))
+    kind = str(rng.choice(("flipped", "cut", "command", "shape", "type", "nan", "bomb", "claim", "empty", "folder")))
+    match kind:
+        case "flipped":
+            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+                whole[place] ^= 1 << int(rng.integers(8))
+        case "cut":
+            del whole[int(rng.integers(len(whole))) :]
+        case "empty":
+            whole = b""
+        case "command":
+            whole = pickle.dumps({**CONTENT, "weights": _Command(path.parent / "executed")})
+        case "shape" | "type" | "nan":
+            odd = {"shape": torch.zeros(3), "type": weights[name].half(), "nan": weights[name] * float("nan")}[kind]
+            rewrite(path, weights={**weights, name: odd})
+            return kind
+        case "bomb":
+            whole = bomb()
+        case "claim":  # 4 TB, of which one number is there
+            rewrite(path, weights={**weights, name: torch.zeros(1).expand(10**6, 10**6)})
+            return kind
+    path.unlink()
+    path.mkdir() if kind == "folder" else path.write_bytes(whole)
+    return kind
+
+
+LOAD = """
+import resource, sys, time
+from pathlib import Path
+import test_checkpoint
+from cifar.config import UserError
+test_checkpoint.network()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(Path(sys.argv[1]).glob("*.pt")):
+    started = time.process_time()
+    try:
+        test_checkpoint.use(path)
+        sentence = "loaded"
+    except UserError as error:
+        sentence = str(error)
+    print(path.name, "%.3f" % (time.process_time() - started), sentence.replace("\\n", " ... "))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("damages", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_take_under_five_seconds_and_a_gigabyte_and_execute_nothing(tmp_path, damages):
+    rng = np.random.default_rng(1)
+    kinds = {f"{number:04}.pt": spoil(tmp_path / f"{number:04}.pt", rng) for number in range(damages)}
+    assert len(set(kinds.values())) == 10
+    paths = {"PYTHONPATH": os.pathsep.join((str(PROJECT), str(PROJECT / "tests")))}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, kilobytes = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(kinds)
+    for name, seconds, sentence in (line.split(maxsplit=2) for line in lines):
+        assert float(seconds) < 5
+        assert " ... " not in sentence
+        assert sentence != "loaded" or kinds[name] == "flipped", kinds[name]  # in the padding between the parts
+    assert int(kilobytes) < 10**6
+    assert not (tmp_path / "executed").exists()

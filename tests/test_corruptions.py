@@ -88,5 +88,5 @@ def test_of_many_images_2000_are_drawn_by_the_seed(evaluated_run, digits, tmp_pa
 
 
 def test_a_run_that_was_not_evaluated_is_refused(make_run, digits):
-    with pytest.raises(UserError, match=r"cannot read .*metrics.json"):
+    with pytest.raises(UserError, match="has not been evaluated: `invoke evaluate --run "):
         corruptions.measure(make_run(epochs=1), digits, "cpu", lambda _: None)

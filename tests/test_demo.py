@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote, urlparse
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from cifar import demo, visualize
+from cifar import demo, demo_page, visualize
 from cifar.config import PROJECT, UserError
 from cifar.demo_runs import DemoRuns
 from cifar.picture import decode
@@ -425,3 +426,17 @@ def test_a_visitor_is_told_of_a_full_queue_and_of_a_file_that_is_too_large(brows
     browser.get(page.local_url)
     find(browser, "input[type=file]").send_keys(str(digit))
     wait_for(browser, lambda: "currently busy" in find(browser, ".toast-body").text, "word on the queue")
+
+
+def test_a_run_that_is_damaged_after_the_start_is_a_sentence_on_the_page(outputs, tmp_path):
+    shutil.copytree(outputs / NEWER, tmp_path / "outputs" / NEWER)
+    runs = DemoRuns(None, str(tmp_path / "outputs"), "nowhere", "cpu", tmp_path / "examples")
+    page = demo_page._telling(lambda: (demo_page._heading(runs, NEWER), demo_page._report(runs.run(NEWER))))
+    assert all(page())
+    (tmp_path / "outputs" / NEWER / "figures" / "calibration.png").write_bytes(b"\x89PNG rubbish")
+    assert page()[1].count("<img") == 3
+    for file in ("metrics.json", "run.json"):
+        (tmp_path / "outputs" / NEWER / file).write_text("{")
+        with pytest.raises(gr.Error, match=rf"/{file} is damaged: it does not hold a JSON object.*\.") as caught:
+            page()
+        assert not caught.value.print_exception

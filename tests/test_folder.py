@@ -245,6 +245,11 @@ def too_much_that_is_no_picture(root):
         (root / "train" / "cat" / f"{number}.txt").write_text("no")
 
 
+def a_name_in_latin_1(root):
+    for part in ("train", "test"):
+        (root / part / "dog").rename(root / part / os.fsdecode(b"chien\xe9"))
+
+
 SENTENCES = {
     no_folders: r"pets has no folders: each class's pictures go into one that is called like it",
     pictures_without_a_class: r"pets has no folders",
@@ -255,6 +260,7 @@ SENTENCES = {
     too_few_in_one_level: r"too few pictures of bear: each class takes at least 3 that differ",
     only_train: r"pets has train/ but no test/",
     a_new_class_to_test: r"test has classes that train/ has not: eel",
+    a_name_in_latin_1: r"pets cannot be read: the name 'chien\\udce9' is not in UTF-8, rename it",
     too_much_that_is_no_picture: (
         r"4 of 32 files could not be read as pictures, and 1% is the most that is passed over: mend or delete "
         r"train/cat/0\.txt \(the file is not a picture.*and 1 more"

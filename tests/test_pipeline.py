@@ -357,6 +357,7 @@ def test_predict_answers_or_refuses_every_odd_and_hostile_file(evaluated_run, di
 
 OFFLINE = """
 import json, socket, sys
+from pathlib import Path
 attempts = []
 def watch(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
@@ -378,10 +379,21 @@ ARCHIVES["cifar10"].files.update(md5s)
 places = ["--data-dir", data_dir, "--output-dir", output_dir]
 if code := main.main(["--recipe", "convnet", "--epochs", "1", "--device", "cpu", *places]):
     sys.exit(code)
-predict = ["predict", picture, *places[2:]]
-for command in (["data", *places[:2]], ["doctor", *places], ["evaluate", *places], predict):
+from cifar import bench, profiling, visualize
+profiling.profile = lambda config, dataset: {"recipe": "none", "batch_size": 1, "precision": "", "hardware": "",
+    "threads": 1, "matrix_flop_per_second": 1, "sides": {}}
+bench.compare = lambda config, dataset: {"suite_images_per_second": 1, "loader_images_per_second": {0: 1}, "ratio": 1}
+visualize._save = lambda figure, path: path  # main.py has drawn them
+outputs, quick = places[2:], ["--recipe", "convnet", "--epochs", "1", "--device", "cpu"]
+for command in (
+    ["data", *places[:2]], ["doctor", *places], ["evaluate", *places], ["visualize", *places],
+    ["predict", picture, *outputs], ["export", *outputs], ["compare", *outputs], ["bench", *places],
+    ["train", *quick, *places], ["evaluate", *places],
+):
     sys.argv = ["invoke", *command]
     program.run(exit=False)
+sys.argv = ["invoke", "compare", *(path.parent.name for path in Path(output_dir).glob("2*/metrics.json")), *outputs]
+program.run(exit=False)
 with socket.create_server(("127.0.0.1", 0)) as listener:
     port = listener.getsockname()[1]
 with demo.running(output_dir=output_dir, data_dir=data_dir, port=port):
@@ -397,4 +409,6 @@ def test_with_the_data_on_disk_no_command_tries_to_leave_this_machine(small_cifa
     assert (code, err) == (0, "")
     assert json.loads(out.splitlines()[-1]) == []
     for part in ("run directory: ", "SHA-256", "ok       dataset   in ", "accuracy with test-time", "0.png"):
+        assert part in out
+    for part in ("torch.export.load(", "1 runs", "all figures: ", "page, figure and numbers: "):
         assert part in out

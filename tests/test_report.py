@@ -118,7 +118,7 @@ def make_run(path: Path, classes: list[str], count: int) -> tuple[Run, object]:
     logits[np.arange(count), labels] += 2
     probabilities, dataset = softmax(logits.astype(float), axis=1), make_dataset(classes, labels.tolist())
     run = Run(path)
-    run.write("config.json", asdict(Config(dataset="digits")))
+    run.write("config.json", asdict(Config(dataset="digits", val_size=0)))
     run.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {}})
     run.append_history(make_line(1, validated=False))
     facts = {"dataset": "digits", "recipe": "fast", "split": "test", "epoch": 1, "test_sha256": "0" * 64}
@@ -158,7 +158,8 @@ def test_two_classes_without_mistakes_are_a_page(tmp_path):
     run, dataset = make_run(tmp_path, ["no", "yes"], 40)
     labels = dataset.test.labels.numpy()
     right = np.eye(2)[labels] * 0.8 + 0.1
-    run.write("metrics.json", {**run.read("metrics.json"), "most_confused": []})
+    logits = np.log(right).astype(np.float32)
+    run.write("metrics.json", {**run.metrics, **evaluate.measure(logits, logits, labels, ["no", "yes"])})
     run.write("analysis.json", analysis.analyse(right, labels, ["no", "yes"], []))
     report.write(run, dataset)
     tables, text = read(run)
@@ -200,7 +201,7 @@ def test_a_run_of_before_the_analysis_is_a_page(corrupted_run, digits, tmp_path)
     for key in ("threshold", "threshold_share"):
         del metrics["calibration"][key]
     old.write("metrics.json", metrics)
-    old.write("run.json", {"status": "completed"})
+    old.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {}})
     report.write(old, digits)
     tables, text = read(old)
     assert tables["per-class"][0] == ["class", "precision", "recall", "F1", "images"]

@@ -5,6 +5,7 @@ import os
 import threading
 
 import pytest
+from test_visualize import make_line
 
 from cifar import files, runs
 from cifar.config import Config, UserError
@@ -12,7 +13,7 @@ from cifar.config import Config, UserError
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    return Config(dataset="digits", output_dir=str(tmp_path / "outputs"))
+    return Config(dataset="digits", val_size=10, output_dir=str(tmp_path / "outputs"))
 
 
 def test_a_run_records_its_configuration_and_what_made_it(config):
@@ -149,7 +150,7 @@ def test_what_is_no_run_is_told_in_one_sentence(config, tmp_path):
         runs.find(config.output_dir, str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "null"])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "{}", "[" * 100_000, '{"status": NaN}', "\x00"])
 def test_a_damaged_file_of_a_run_is_named(config, damage):
     run = runs.create(config)
     (run.path / "run.json").write_text(damage)
@@ -180,13 +181,17 @@ def test_an_output_folder_that_cannot_be_written_is_told(tmp_path):
 def test_the_history_is_read_as_it_was_appended(config):
     run = runs.create(config)
     assert run.history() == []
-    epochs = [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": None}]
+    epochs = [make_line(1, validated=False), make_line(2, validated=False)]
     for epoch in epochs:
         run.append_history(epoch)
     assert run.history() == epochs
-    (run.path / "history.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
-        run.history()
+    whole = (run.path / "history.jsonl").read_text()
+    first, second = whole.splitlines()
+    validated = json.dumps(make_line(3))
+    for damage in (whole[:-20], f"{first}\n\n{second}", second, f"{first}\n{first}", f"{whole}{validated}", "{}", "[]"):
+        (run.path / "history.jsonl").write_text(damage)
+        with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
+            run.history()
 
 
 def test_a_file_is_replaced_whole_and_never_with_what_is_not_json(config):

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -33,27 +35,50 @@ def test_the_pixels_that_decided_are_those_that_the_logit_is_made_of(label, peak
 def test_what_is_written_is_read(tmp_path):
     images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     saliency.write(Run(tmp_path), Corners(), images, {3: 1, 0: 0}, precision="float32")
-    heats = saliency.read(Run(tmp_path))
+    heats = saliency.read(Run(tmp_path), 8)
     assert list(heats) == [3, 0]
     expected = saliency.saliency(Corners(), images[3], 1, precision="float32")
     np.testing.assert_allclose(heats[3], expected, atol=1 / 500)
 
 
 def test_a_run_without_mistakes_has_an_empty_file_and_one_without_the_file_none(tmp_path):
-    assert saliency.read(Run(tmp_path)) == {}
+    assert saliency.read(Run(tmp_path), 8) == {}
     saliency.write(Run(tmp_path), Corners(), torch.zeros(5, 3, 8, 8, dtype=torch.uint8), {}, precision="float32")
-    assert saliency.read(Run(tmp_path)) == {}
+    assert saliency.read(Run(tmp_path), 8) == {}
 
 
-def test_a_damaged_file_is_one_sentence(tmp_path):
-    (tmp_path / "saliency.npz").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(UserError, match=r"saliency.npz is damaged: make it anew with `invoke evaluate`$"):
-        saliency.read(Run(tmp_path))
+def packed(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+GREYS = np.zeros((1, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 nothing",
+        packed(index=[3], heat=GREYS)[:-20],
+        packed(index=[3]),
+        packed(index=[3, 4], heat=GREYS),
+        packed(index=[3], heat=GREYS[:, :4]),
+        packed(index=[3], heat=np.full((1, 8, 8), np.nan)),
+        packed(index=[None], heat=GREYS),
+        packed(index=[3], heat=np.zeros((2000, 240, 240), np.uint8)),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "saliency.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"saliency.npz is damaged: [^\n]*; `invoke evaluate --run .*` makes it anew$"):
+        saliency.read(Run(tmp_path), 8)
 
 
 def test_an_evaluation_explains_every_picture_that_it_names(evaluated_run):
     named = {picture["index"] for picture in analysis.pictures(evaluated_run.read("analysis.json"))}
-    heats = saliency.read(evaluated_run)
+    heats = saliency.read(evaluated_run, 32)
     assert set(heats) == named
     assert all(heat.shape == (32, 32) and heat.max() == 1 for heat in heats.values())
 

@@ -88,7 +88,7 @@ with runs.claim_group(Path(sys.argv[1])):
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
-def test_a_group_that_another_process_works_on_is_left_alone(tmp_path):
+def test_a_group_that_another_process_works_on_is_left_alone_and_a_damaged_one_passed_over(tmp_path, capsys):
     config = quick_config(tmp_path, seeds=2)
     held = make_group(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLDER, held], cwd=PROJECT, **PIPES) as process:
@@ -102,7 +102,9 @@ def test_a_group_that_another_process_works_on_is_left_alone(tmp_path):
     assert runs.group_status(held) == "killed"
     assert seeds.begin(replace(config, data_dir="elsewhere")).path == fresh.path
     (fresh.path / runs.SUMMARY).write_text("{")
+    capsys.readouterr()
     assert seeds.begin(config).path == held
+    assert f"{os.path.relpath(fresh.path)} cannot be gone on with: " in capsys.readouterr().out
 
 
 def test_a_group_with_other_settings_or_that_is_complete_is_left_alone(tmp_path):

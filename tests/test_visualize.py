@@ -84,10 +84,14 @@ def make_metrics(classes=CLASSES, matrix=MATRIX, fitted_on=10):
     bins = [{"low": 0.0, "count": 0, "confidence": None, "accuracy": None}]
     bins += [{"low": 0.5, "count": 12, "confidence": 0.8, "accuracy": 0.75}]
     part = {"expected_calibration_error": 0.05, "negative_log_likelihood": 0.7, "bins": bins}
+    share = float(hits.sum() / counts.sum())
     return {
+        **{"dataset": "digits", "recipe": "fast", "split": "test", "n": int(counts.sum()), "loss": 0.5},
+        **{"accuracy": share, "accuracy_tta": share, "interval_95": [0.0, 1.0], "interval_95_tta": [0.0, 1.0]},
+        "most_confused": [],
         "per_class": {
-            name: dict(zip(("precision", "recall", "f1", "support"), map(float, row)))
-            for name, row in zip(classes, zip(precision, recall, f1, counts.sum(1)))
+            name: {**dict(zip(("precision", "recall", "f1"), map(float, row))), "support": int(support)}
+            for name, support, *row in zip(classes, counts.sum(1), precision, recall, f1)
         },
         "macro_average": {"precision": precision.mean(), "recall": recall.mean(), "f1": f1.mean()},
         "confusion_matrix": counts.tolist(),
@@ -97,8 +101,10 @@ def make_metrics(classes=CLASSES, matrix=MATRIX, fitted_on=10):
 
 def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED, confidence=CONFIDENCE, evaluated=True):
     run = Run(path)
-    run.write("config.json", asdict(Config(dataset="digits")))
-    run.write("run.json", {"model": {"name": "tiny", "parameters": 879, "multiply_adds": 7680, "layers": LAYERS}})
+    run.write("config.json", asdict(Config(dataset="digits", val_size=10)))
+    network = {"name": "tiny", "parameters": 879, "multiply_adds": 7680, "layers": LAYERS}
+    record = {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {}}
+    run.write("run.json", {**record, "model": network})
     for epoch in range(1, epochs + 1):
         run.append_history(make_line(epoch))
     if evaluated:
