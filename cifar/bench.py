@@ -89,12 +89,15 @@ class _Pictures(TorchDataset):
             steps.append(transforms.RandomHorizontalFlip())
         if config.jitter:
             steps.append(transforms.ColorJitter(config.jitter, config.jitter, config.jitter))
+        share = (config.cutout / size) ** 2  # of the area
+        cutout = [transforms.RandomErasing(1, (share, share), (1, 1))] if config.cutout else []
         self.transform = transforms.Compose(
             [
                 *steps,
                 transforms.ToImage(),
                 transforms.ToDtype(torch.float32, scale=True),
                 transforms.Normalize(*mean_and_std),
+                *cutout,
             ]
         )
 

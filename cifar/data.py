@@ -72,12 +72,14 @@ class Batches:
         crop_mode: str,
         flip: str,
         jitter: float,
+        cutout: int,
         generator: torch.Generator,
     ):
         self.images = split.images.to(generator.device)
         self.labels = split.labels.to(generator.device)
         self.batch_size, self.generator = batch_size, generator
-        self.crop, self.crop_mode, self.flip, self.jitter = crop, crop_mode, flip, jitter
+        self.crop, self.crop_mode, self.flip, self.jitter, self.cutout = crop, crop_mode, flip, jitter, cutout
+        self.mean = split.mean_and_std()[0].to(generator.device) if cutout else None
         # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then every other epoch mirrored.
         self.first_flip = self._coins(len(split))
 
@@ -95,6 +97,8 @@ class Batches:
                 images = to_float(images)
                 if self.jitter:
                     images = color_jitter(images, self.jitter, self.generator)
+                if self.cutout:
+                    images = cut_out(images, self.cutout, self.mean, self.generator)
                 yield shrink(images, side), labels
 
     def _moved(self, chosen: Tensor, epoch: int) -> Tensor:
@@ -159,6 +163,22 @@ def color_jitter(images: Tensor, most: float, generator: torch.Generator) -> Ten
     images = (images * brightness).clamp_(0, 1)
     images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
     return torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
+
+
+def cut_out(images: Tensor, side: int, colour: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill a square of that side, anywhere within each image (N, 3, H, W), with a colour (3,).
+
+    Raises ValueError if the square is larger than the images. Source: DeVries and Taylor 2017, arXiv:1708.04552.
+    """
+    within = []  # for the rows and for the columns, which of them the square covers: (N, H) and (N, W)
+    for length in images.shape[-2:]:
+        if side > length:
+            raise ValueError(f"a square of {side} pixels does not fit into {length}")
+        start = torch.randint(0, length - side + 1, (len(images), 1), generator=generator, device=images.device)
+        place = torch.arange(length, device=images.device)
+        within.append((start <= place) & (place < start + side))
+    covered = within[0][:, None, :, None] & within[1][:, None, None, :]
+    return torch.where(covered, colour.view(1, 3, 1, 1), images)
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

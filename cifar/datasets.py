@@ -110,6 +110,7 @@ def settle(config: Config, dataset: Dataset) -> Config:
         small_size=min(config.small_size or size * 3 // 4, size),
         batch_size=min(batch_size, _STEP_PIXELS // size**2) if size > 32 else batch_size,
         flip=config.flip if dataset.mirrors else "none",
+        cutout=min(config.cutout, size // 2),
     )
 
 

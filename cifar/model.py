@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,14 @@ def build(name: str, classes: int, image_size: int) -> nn.Sequential:
     The last linear layer of our own is `head`; those from elsewhere are `network`. Raises UserError for an unknown
     name, and for a network of the user's that cannot serve.
     """
-    builders = {"whitened": _whitened, "simple": _simple, "convnet": _convnet, "mlp": _mlp, "resnet18": _resnet18}
+    builders = {
+        "whitened": _whitened,
+        "whitened_deep": _whitened_deep,
+        "simple": _simple,
+        "convnet": _convnet,
+        "mlp": _mlp,
+        "resnet18": _resnet18,
+    }
     if name in builders:
         return builders[name](classes, image_size)
     return _chain(normalize=Normalize(), **zoo.modules(name, classes, image_size))
@@ -55,24 +62,35 @@ class Normalize(nn.Module):
         return torch.addcmul(-self.mean / self.std, images, 1 / self.std)  # one pass over the pixels
 
 
-# The network of the recipe `fast`: Jordan 2024, arXiv:2404.00498, section 3, in its Muon version.
+# The networks of the recipes `fast` and `best`: Jordan 2024, arXiv:2404.00498, section 3, in its Muon version, and his
+# airbench96, which is wider and deeper.
 
 WHITEN_SIDE = 2  # pixels
-_WIDTHS = (64, 256, 256)
 
 
 def _whitened(classes: int, image_size: int) -> nn.Sequential:
     """A fixed whitening convolution, three groups of two convolutions, global max-pooling and a linear head."""
+    return _whitened_groups(classes, (64, 256, 256), _group)
+
+
+def _whitened_deep(classes: int, image_size: int) -> nn.Sequential:
+    """The same with wider groups of three convolutions, of which the last two are added to what the first gave."""
+    return _whitened_groups(classes, (128, 384, 512), _deep_group)
+
+
+def _whitened_groups(
+    classes: int, widths: tuple[int, ...], group: Callable[[int, int], nn.Sequential]
+) -> nn.Sequential:
     filters = 2 * 3 * WHITEN_SIDE**2
     network = _chain(
         normalize=Normalize(),
         whiten=nn.Conv2d(3, filters, WHITEN_SIDE),
         activation=nn.GELU(),
-        groups=nn.Sequential(*map(_group, (filters, *_WIDTHS), _WIDTHS)),
+        groups=nn.Sequential(*map(group, (filters, *widths), widths)),
         pool=nn.AdaptiveMaxPool2d(1),
         flatten=nn.Flatten(),
-        head=nn.Linear(_WIDTHS[-1], classes, bias=False),
-        scale=Scale(1 / _WIDTHS[-1]),
+        head=nn.Linear(widths[-1], classes, bias=False),
+        scale=Scale(1 / widths[-1]),
     )
     network.whiten.weight.requires_grad = False
     with torch.no_grad():
@@ -113,6 +131,33 @@ def _group(channels_in: int, channels_out: int) -> nn.Sequential:
         norm2=_quick_norm(channels_out),
         activation2=nn.GELU(),
     )
+
+
+def _deep_group(channels_in: int, channels_out: int) -> nn.Sequential:
+    return _chain(
+        conv1=_identity_conv(channels_in, channels_out),
+        pool=nn.MaxPool2d(2),
+        norm1=_quick_norm(channels_out),
+        activation1=nn.GELU(),
+        more=Added(
+            conv2=_identity_conv(channels_out, channels_out),
+            norm2=_quick_norm(channels_out),
+            activation2=nn.GELU(),
+            conv3=_identity_conv(channels_out, channels_out),
+            norm3=_quick_norm(channels_out),
+        ),
+        activation3=nn.GELU(),
+    )
+
+
+class Added(nn.Sequential):
+    """What the modules make of the features, added to them."""
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__(OrderedDict(modules))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + super().forward(features)
 
 
 def _identity_conv(channels_in: int, channels_out: int) -> nn.Conv2d:

@@ -180,6 +180,7 @@ def make_batches(config: Config, split: data.Split, hardware: torch.device) -> d
         crop_mode=config.crop_mode,
         flip=config.flip,
         jitter=config.jitter,
+        cutout=config.cutout,
         generator=torch.Generator(hardware).manual_seed(config.seed),
     )
 

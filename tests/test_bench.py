@@ -29,3 +29,8 @@ def test_the_loaders_pictures_are_the_splits_normalized(config, digits):
         image, label = pictures[index]
         torch.testing.assert_close(image, (data.to_float(split.images)[index] - mean) / std, atol=1e-5, rtol=1e-5)
         assert label == split.labels[index]
+
+
+def test_the_loader_cuts_out_as_much_as_the_suite(config, digits):
+    pictures = bench._Pictures(digits.train[:20], replace(config, cutout=12))
+    assert all((pictures[index][0] == 0).all(0).sum() == 144 for index in range(20))

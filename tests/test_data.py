@@ -16,7 +16,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
-    plain = {"batch_size": 10, "crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0}
+    plain = {"batch_size": 10, "crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0, "cutout": 0}
     return data.Batches(split, **{**plain, **settings}, generator=generator(seed))
 
 
@@ -136,6 +136,30 @@ def test_color_jitter_of_nothing_changes_nothing():
     torch.testing.assert_close(data.color_jitter(images, 0.0, generator()), images)
 
 
+def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
+    images = 0.1 + 0.8 * torch.rand(400, 3, 8, 10)
+    colour = torch.tensor([0.0, 0.5, 1.0])
+    blotted = data.cut_out(images, 3, colour, generator())
+    corners = set()
+    for image, before in zip(blotted, images):
+        rows, columns = (image != before).any(0).nonzero().T
+        (top, bottom), (left, right) = (rows.min(), rows.max()), (columns.min(), columns.max())
+        assert (bottom - top, right - left) == (2, 2)
+        assert image[:, top : bottom + 1, left : right + 1].equal(colour.view(3, 1, 1).expand(3, 3, 3))
+        assert (image != before).any(0).sum() == 9
+        corners.add((int(top), int(left)))
+    assert corners == {(row, column) for row in range(6) for column in range(8)}
+    with pytest.raises(ValueError, match="9 pixels does not fit into 8"):
+        data.cut_out(images, 9, colour, generator())
+
+
+def test_batches_cut_out_with_the_mean_of_the_training_images():
+    split = data.Split(random_images(20), torch.arange(20))
+    mean = split.mean_and_std()[0]
+    for images, _ in make_batches(split, cutout=4).epoch(1, 8):
+        assert ((images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
+
+
 def test_shrink_averages_as_pillow_does():
     images = random_images(3, size=32)
     shrunken = data.shrink(data.to_float(images), 24)
@@ -159,7 +183,7 @@ def test_an_epoch_shows_each_image_once_but_for_an_incomplete_last_batch():
 
 def test_batches_follow_the_generator_alone():
     split = data.Split(random_images(100, size=32), torch.arange(100))
-    settings = {"crop": 2, "flip": "random", "jitter": 0.2}
+    settings = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9}
 
     def everything(seed):
         torch.manual_seed(np.random.default_rng().integers(2**31).item())

@@ -15,7 +15,7 @@ def test_images_in_logits_out(name, classes):
     assert network(torch.rand(3, 3, 32, 32)).shape == (3, classes)
 
 
-@pytest.mark.parametrize("name", ["whitened", "convnet", "resnet18"])
+@pytest.mark.parametrize("name", ["whitened", "whitened_deep", "convnet", "resnet18"])
 def test_networks_that_pool_globally_take_smaller_images(name):
     assert model.build(name, 10, 32).eval()(torch.rand(2, 3, 24, 24)).shape == (2, 10)
 
@@ -35,6 +35,11 @@ PARAMETERS = {
     + 513 * 10,
     "mlp": 3073 * 512 + 513 * 512 + 513 * 10,
     "whitened": 24 * 12 + 24 + 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) + 2 * 2 * (64 + 256 + 256) + 2560,
+    "whitened_deep": 24 * 12
+    + 24
+    + 9 * (24 * 128 + 2 * 128**2 + 128 * 384 + 2 * 384**2 + 384 * 512 + 2 * 512**2)
+    + 2 * 3 * (128 + 384 + 512)
+    + 5120,
     "resnet18": 11_173_962,  # as kuangliu/pytorch-cifar's ResNet18 counts
 }
 MULTIPLY_ADDS = {
@@ -44,6 +49,11 @@ MULTIPLY_ADDS = {
     + 9 * (15**2 * (64 * 64 + 64 * 256) + 7**2 * 2 * 256 * 256 + 3**2 * 256 * 256)
     + 2560,
 }
+
+
+def test_the_deep_groups_add_what_they_make_of_the_features():
+    features = torch.rand(2, 4, 5, 5)
+    torch.testing.assert_close(model.Added(first=model.Scale(2.0), second=model.Scale(0.5))(features), 2 * features)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
