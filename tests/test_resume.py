@@ -440,7 +440,10 @@ def with_another_checkpoint(run: runs.Run, monkeypatch) -> None:
         (with_pytorch, r"PyTorch was \d.* and is 9.0$"),
         (with_code, r"cifar/optim.py has changed"),
         (without_premises, r"does not say what it was made with"),
-        (with_another_checkpoint, r"last.pt was made with something else, .*: seed was 5 and is 0$"),
+        (
+            with_another_checkpoint,
+            r"last.pt was made with something else, .*: seed was 5 and is 0; `.*` begins it anew$",
+        ),
     ],
 )
 def test_a_run_that_was_begun_with_something_else_is_refused_with_the_difference(
