@@ -89,6 +89,9 @@ def test_the_first_layers_stop_early_one_after_the_other_and_ask_for_no_more_gra
         assert network.groups[0].conv2.weight.equal(before) == (step >= 30)
     assert network.groups[1].conv1.weight.requires_grad
     assert network.groups[0].norm1.running_var.isfinite().all()
+    updates.go_to(1)  # as where the last checkpoint is damaged and the one before is taken up
+    assert network.whiten.bias.requires_grad
+    assert network.groups[0].conv2.weight.requires_grad
 
 
 def test_adam_is_torchs_with_the_given_rate_and_decay():
