@@ -1,7 +1,9 @@
 """Train, evaluate and draw an image classifier in one go."""
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from cifar import console, settings
@@ -12,7 +14,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
     file, assignments, resume = (given.pop(name) for name in ("config", "set", "resume"))
-    return console.exit_code(lambda: pipeline(settings.gather(given, file, assignments), resume))
+    return console.exit_code(lambda: lead(lambda: pipeline(settings.gather(given, file, assignments), resume)))
+
+
+def lead(action: Callable[[], None]) -> None:
+    """Call the action; where torchrun has started several processes, in the first alone, with the others' help."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return action()
+
+    from cifar import distributed
+
+    distributed.lead(action)
 
 
 def parse(arguments: list[str] | None) -> dict[str, Any]:
@@ -23,6 +35,8 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--config", metavar="FILE", help=settings.HELP["config"])
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=settings.HELP["set"])
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first says it
+        parser._print_message = lambda *_: None
     return vars(parser.parse_args(arguments))
 
 

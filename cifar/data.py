@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar import distributed
+
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
 _ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
@@ -86,21 +88,28 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def epoch(self, epoch: int, side: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the epoch, counted from 1: images (B, 3, side, side) and labels (B,)."""
+        """The batches of the epoch, counted from 1: images (B, 3, side, side) and labels (B,).
+
+        Of several processes each draws for the whole batches, and gets its share of each.
+        """
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
         together = self.batch_size * max(1, _MOVED_TOGETHER // self.batch_size)
+        share = distributed.share(self.batch_size)
         for chosen in order[: len(self) * self.batch_size].split(together):
-            moved = self._moved(chosen, epoch).split(self.batch_size)
-            for images, labels in zip(moved, self.labels[chosen].split(self.batch_size)):
+            own = torch.arange(len(chosen), device=chosen.device).view(-1, self.batch_size)[:, share].flatten()
+            moved = self._moved(chosen, own, epoch).split(share.stop - share.start)
+            for images, labels in zip(moved, self.labels[chosen[own]].split(share.stop - share.start)):
                 images = to_float(images)
                 if self.jitter:
-                    images = color_jitter(images, self.jitter, self.generator)
+                    factors = jitter_factors(self.batch_size, self.jitter, self.generator)
+                    images = color_jitter(images, factors[:, share])
                 yield shrink(images, side), labels
 
-    def _moved(self, chosen: Tensor, epoch: int) -> Tensor:
-        """The chosen images, shifted and mirrored; uint8."""
-        images = random_crop(self.images[chosen], self.crop, self.crop_mode, self.generator)
-        return mirror(images, self._mirrored(chosen, epoch)) if self.flip != "none" else images
+    def _moved(self, chosen: Tensor, own: Tensor, epoch: int) -> Tensor:
+        """Of the chosen images this process's `own`, shifted and mirrored; uint8."""
+        shifts = random_shifts(len(chosen), self.crop, self.generator)
+        images = shift(self.images[chosen[own]], shifts[:, own], self.crop, self.crop_mode)
+        return mirror(images, self._mirrored(chosen, epoch)[own]) if self.flip != "none" else images
 
     def _mirrored(self, chosen: Tensor, epoch: int) -> Tensor:
         return self.first_flip[chosen] ^ (epoch % 2 == 0) if self.flip == "alternating" else self._coins(len(chosen))
@@ -114,11 +123,16 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(dtype=torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def random_crop(images: Tensor, pad: int, mode: str, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `pad` pixels in each direction.
+def random_shifts(count: int, pad: int, generator: torch.Generator) -> Tensor:
+    """Places of crops, down and to the right, from 0 to 2 * pad: (2, count)."""
+    return torch.randint(0, 2 * pad + 1, (2, count), generator=generator, device=generator.device)
 
-    images: (N, 3, H, W), any dtype; mode: what a shift uncovers, `reflect` or `zeros`. Returns the same shape.
-    Raises ValueError unless 0 <= pad < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
+
+def shift(images: Tensor, shifts: Tensor, pad: int, mode: str) -> Tensor:
+    """Crop images out of what they are with a border of `pad` pixels.
+
+    images: (N, 3, H, W), any dtype; shifts: (2, N), of `random_shifts`; mode: the border, `reflect` or `zeros`. Returns
+    the same shape. Raises ValueError unless 0 <= pad < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
     """
     height, width = images.shape[-2:]
     if not 0 <= pad < min(height, width):
@@ -126,9 +140,8 @@ def random_crop(images: Tensor, pad: int, mode: str, generator: torch.Generator)
     if pad == 0:
         return images
     padded = pad_border(images, pad, mode)
-    shift = torch.randint(0, 2 * pad + 1, (2, len(images)), generator=generator, device=images.device)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 pad + 1, 2 pad + 1, H, W), a view
-    return windows[torch.arange(len(images), device=images.device), :, shift[0], shift[1]]
+    return windows[torch.arange(len(images), device=images.device), :, shifts[0], shifts[1]]
 
 
 def pad_border(images: Tensor, pad: int, mode: str) -> Tensor:
@@ -147,15 +160,18 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def color_jitter(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Scale brightness, contrast and saturation of each image by factors drawn from 1 - most to 1 + most.
+def jitter_factors(count: int, most: float, generator: torch.Generator) -> Tensor:
+    """Factors from 1 - most to 1 + most of the brightness, contrast and saturation of images: (3, count)."""
+    factors = torch.empty(3, count, device=generator.device)
+    return factors.uniform_(1 - most, 1 + most, generator=generator)
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation of each image by its factors, (3, N).
 
     images: float (N, 3, H, W) in 0..1; returns the same. As torchvision's ColorJitter, with the order fixed.
     """
-    factors = torch.empty(3, len(images), 1, 1, 1, device=images.device).uniform_(
-        1 - most, 1 + most, generator=generator
-    )
-    brightness, contrast, saturation = factors
+    brightness, contrast, saturation = factors[..., None, None, None]
     images = (images * brightness).clamp_(0, 1)
     images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
     return torch.lerp(_grey(images), images, saturation).clamp_(0, 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import analysis, checkpoint, data, datasets, device, model, predictions, saliency
+from cifar import analysis, checkpoint, data, datasets, device, distributed, model, predictions, saliency
 from cifar.config import UserError, some
 from cifar.runs import Run
 
@@ -40,10 +40,11 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     hardware = device.choose(device_name)
     network.to(hardware)
     precision = device.resolve_precision(config.precision, hardware)
-    val = data.hold_out(dataset.train, config.val_size, config.seed)[1]
-    val_logits = infer(network, val.images, precision=precision)
-    test = dataset.test
-    logits, logits_tta = infer_augmented(network, test.images, mirrors=config.flip != "none", precision=precision)
+    val, test = data.hold_out(dataset.train, config.val_size, config.seed)[1], dataset.test
+    for_all = {"mirrors": config.flip != "none", "precision": precision, "images": (val.images, test.images)}
+    described = (config.model, len(dataset.classes), content["image_size"], hardware.type)
+    with distributed.helped(_help, *described, network.state_dict(), for_all):
+        val_logits, logits, logits_tta = _infer_all(network, **for_all)
     labels = test.labels.numpy()
     calibration = calibrate(logits.numpy(), labels, val_logits.numpy(), val.labels.numpy())
     probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
@@ -77,6 +78,23 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     return metrics
 
 
+def _help(name: str, classes: int, image_size: int, device_name: str, weights: dict, for_all: dict) -> None:
+    """What another process does while the first is in `evaluate`."""
+    device.keep_freed_memory()
+    network = model.build(name, classes, image_size)
+    network.load_state_dict(weights)
+    _infer_all(network.to(device.choose(device_name)), **for_all)
+
+
+def _infer_all(
+    network: nn.Module, images: tuple[Tensor, Tensor], *, mirrors: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the validation images, and of the test images as they are and over views."""
+    val, test = images
+    val_logits = infer(network, val, precision=precision)
+    return val_logits, *infer_augmented(network, test, mirrors=mirrors, precision=precision)
+
+
 def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the run's best weights, on the CPU, and what else the checkpoint says.
 
@@ -95,14 +113,17 @@ def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.inference_mode()
 def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
-    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode."""
+    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode.
+
+    Several processes share out whole batches, so that the logits have the bits that one process gives them.
+    """
     network.eval()
     hardware = next(network.parameters()).device
     shown = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
+    parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
     with device.autocast(hardware, precision):
-        parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
-        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts]
-    return torch.cat(batches).cpu()[: len(images)]
+        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts[distributed.share(len(parts))]]
+    return torch.cat(distributed.gather([batch.cpu() for batch in batches]))[: len(images)]
 
 
 def infer_augmented(network: nn.Module, images: Tensor, *, mirrors: bool, precision: str) -> tuple[Tensor, Tensor]:
