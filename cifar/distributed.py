@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from cifar.config import UserError
 
 # Between two messages: a download, figures, a report. A process that dies ends the others at once.
 _MOST_BETWEEN = datetime.timedelta(hours=6)
+# What gloo says of a process that is gone; NCCL raises DistBackendError.
+_BROKEN = re.compile("connection|peer|broken pipe|timed out", re.IGNORECASE)
 
 _together = False  # whether this process is at work with the others
 
@@ -187,8 +190,9 @@ def _losing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = f"another of the {count()} processes has ended, of which torchrun tells below: {_first_line(error)}"
-        raise LostError(lost) from None
+        if not isinstance(error, dist.DistBackendError) and not _BROKEN.search(str(error)):
+            raise
+        raise LostError(f"another of the {count()} processes has ended: torchrun says which and how") from None
 
 
 def _first_line(error: Exception) -> str:
