@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from cifar import console, settings
@@ -14,17 +13,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
     file, assignments, resume = (given.pop(name) for name in ("config", "set", "resume"))
-    return console.exit_code(lambda: lead(lambda: pipeline(settings.gather(given, file, assignments), resume)))
 
+    def run() -> None:
+        pipeline(settings.gather(given, file, assignments), resume)
 
-def lead(action: Callable[[], None]) -> None:
-    """Call the action; where torchrun has started several processes, in the first alone, with the others' help."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return action()
+        return console.exit_code(run)
 
-    from cifar import distributed
+    from cifar import distributed  # torchrun has started several processes
 
-    distributed.lead(action)
+    distributed.leave(console.exit_code(lambda: distributed.lead(run)))
 
 
 def parse(arguments: list[str] | None) -> dict[str, Any]:

@@ -106,8 +106,9 @@ def fit(run: Run, dataset: datasets.Dataset) -> None:
     if keeper.restore():
         display.start_after(state.epoch, state.step)
     run.update(processes=distributed.count(), threads=torch.get_num_threads())
-    for_all = (replace(config, device=hardware.type), len(dataset.classes), splits, torch.get_num_threads())
-    helped = distributed.helped(_help, *for_all, network.state_dict(), state.state_dict())
+    alike = replace(config, device=hardware.type, precision=device.resolve_precision(config.precision, hardware))
+    for_all = (alike, len(dataset.classes), splits, torch.get_num_threads(), network.state_dict(), state.state_dict())
+    helped = distributed.helped(_help, *for_all)
     with display, signals.held_back() as signal_number, helped:
         pause = functools.partial(keeper.pause, distributed.agreed(signal_number))
         _go_on(config, state, splits[1], display, keeper.end_epoch, pause)
@@ -129,12 +130,13 @@ def _help(
         ask = distributed.agreed(signal_number)
 
         def pause() -> None:
-            if (number := ask()) is not None:
-                raise signals.Interrupted(number)
+            if number := ask():
+                signals.interrupt(number)
 
-        _go_on(
-            config, state, splits[1], _display(config, state), lambda line: state.end_epoch(line["val_accuracy"]), pause
-        )
+        def end_epoch(record: dict[str, Any]) -> bool:
+            return state.end_epoch(record["val_accuracy"])
+
+        _go_on(config, state, splits[1], _display(config, state), end_epoch, pause)
 
 
 def _display(config: Config, state: State) -> TrainingDisplay:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import quick_config
-from test_resume import SERVER, Outputs, results, slow_steps, wait_until
+from test_resume import SERVER, Outputs, results, slow_steps, slowly, wait_until
 from torch import nn
 
 from cifar import checkpoint, console, datasets, distributed, evaluate, model, train, whole_batch
@@ -21,7 +21,7 @@ from cifar.config import PROJECT, Config, UserError
 from cifar.console import TrainingDisplay
 from cifar.runs import Run
 
-BATCH = 50  # images, which three processes cannot share evenly
+BATCH = 20  # images, which three processes cannot share evenly
 RECIPES = ("fast", "simple", "convnet")  # BatchNorm of both kinds, both dropouts, jitter, label smoothing
 LIMIT = 30  # seconds in which all have to end when one dies
 
@@ -88,7 +88,7 @@ def steps_of_one(digits, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]
     return {recipe: torch.load(folder / f"{recipe}.pt") for recipe in RECIPES}
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [3, *slowly([2])])
 def test_the_gradients_of_a_step_are_those_of_one_process(count, digits, steps_of_one, tmp_path):
     processes = start(count, tmp_path / "log", in_all, first_steps, digits.train[:BATCH], tmp_path)
     assert exit_codes(processes) == [0] * count
@@ -145,10 +145,17 @@ def test_an_evaluation_by_three_processes_writes_the_bytes_of_one(evaluated_run,
         assert (three.path / name).read_bytes() == (one.path / name).read_bytes()
 
 
-@pytest.mark.parametrize(("visible", "own"), [(None, "012"), ("", "012"), ("5,3", "53"), ("GPU-8f,GPU-2a", None)])
+@pytest.mark.parametrize(
+    ("visible", "own"),
+    [
+        (None, ["0", "1", "2"]),
+        ("", ["", "", ""]),
+        ("5,3", ["5", "3", ""]),
+        ("GPU-8f,GPU-2a,2", ["GPU-8f", "GPU-2a", "2"]),
+    ],
+)
 def test_each_process_of_a_machine_sees_a_gpu_of_its_own(visible, own):
-    expected = ["GPU-8f", "GPU-2a", ""] if own is None else [*own, ""][:3]
-    assert [distributed.own_gpu(visible, local) for local in range(3)] == expected
+    assert [distributed.own_gpu(visible, local) for local in range(3)] == own
 
 
 # How it ends
@@ -158,7 +165,7 @@ def fit_and_evaluate(folder: Path, name: str | None, hinder) -> None:
     """A run, or with a name what is left of it; `hinder` is called in all processes first."""
     if hinder:
         in_all(hinder)
-    settings = quick_config(folder, epochs=2, val_size=137)
+    settings = quick_config(folder, epochs=2, val_size=837)
     run, dataset = train.begin(settings) if name is None else train.take_up(name, {"output_dir": str(folder)})
     with run.lifetime():
         train.fit(run, dataset)
@@ -195,7 +202,7 @@ def test_two_processes_write_one_run_and_one_history(by_two):
     record = by_two.run.record
     assert (record["status"], record["processes"]) == ("completed", 2)
     speeds = [line["images_per_second"] * line["seconds"] for line in by_two.run.history()]
-    assert speeds == pytest.approx([1280, 1280], rel=0.02)  # 20 batches of 64 an epoch, whatever the processes
+    assert speeds == pytest.approx([600, 600], rel=0.05)  # 20 batches of 30 an epoch, whatever the processes
 
 
 def test_a_signal_to_one_process_stops_all_after_a_step_and_the_run_goes_on_to_the_same_bits(together, by_two):
@@ -226,6 +233,7 @@ def test_a_process_that_is_killed_ends_the_others_and_one_alone_finishes_the_run
     assert [line["val_accuracy"] for line in together.run.history()] != [None, None]
 
 
+@pytest.mark.slow
 def test_when_the_first_is_killed_the_others_end_without_a_word(together):
     processes = together.start(functools.partial(slow_steps, 0.01))
     wait_until(together.has_an_epoch)
