@@ -91,19 +91,19 @@ class Config:
         most=1_000_000,
     )
     batch_size: int = _option(
-        1000,
+        2000,
         "images a step; lowered where an epoch would have under 20 steps, or a step over 2 million pixels",
         least=2,
     )
     optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
     lr: float = _option(
-        0.17,
+        0.24,
         "peak learning rate; muon's own, as the head and the biases that sgd trains beside it keep theirs",
         least=0.0,
     )
     momentum: float = _option(0.6, "momentum of muon, or of sgd", least=0.0, most=1.0)
     weight_decay: float = _option(
-        0.002,
+        0.004,
         "weight decay as adam and sgd define it; with muon, the share that the head and the biases lose in a step",
         least=0.0,
     )

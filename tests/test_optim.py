@@ -74,24 +74,16 @@ def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
     assert len(trained_by[0] + trained_by[1]) == sum(p.requires_grad for p in network.parameters())
 
 
-def test_the_first_layers_stop_early_one_after_the_other_and_ask_for_no_more_gradients():
+def test_the_whitening_bias_stops_after_three_epochs_and_asks_for_no_more_gradients():
     network = model.build("whitened", 10, 32)
-    updates = optim.build(
-        network, optimizer="muon", schedule="linear", **{**COMMON, "epochs": 4, "steps_per_epoch": 10}
-    )
-    network.train()
-    for step in range(32):
-        assert network.whiten.bias.requires_grad == (step < 2)
-        assert network.groups[0].conv2.weight.requires_grad == network.groups[0].norm1.bias.requires_grad == (step < 30)
-        before = network.groups[0].conv2.weight.detach().clone()
+    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+    for step in range(16):
+        assert network.whiten.bias.requires_grad == (step < 15)
         network(torch.rand(4, 3, 32, 32)).square().sum().backward()
         updates.step()
-        assert network.groups[0].conv2.weight.equal(before) == (step >= 30)
-    assert network.groups[1].conv1.weight.requires_grad
-    assert network.groups[0].norm1.running_var.isfinite().all()
-    updates.go_to(1)  # as where the last checkpoint is damaged and the one before is taken up
+    assert network.groups[0].conv1.weight.requires_grad
+    updates.go_to(14)  # as where the last checkpoint is damaged and the one before is taken up
     assert network.whiten.bias.requires_grad
-    assert network.groups[0].conv2.weight.requires_grad
 
 
 def test_adam_is_torchs_with_the_given_rate_and_decay():
