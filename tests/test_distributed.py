@@ -117,6 +117,7 @@ def thin_out(images: torch.Tensor, file: Path) -> None:
         torch.save(torch.cat(parts), file)
 
 
+@pytest.mark.slow
 def test_dropout_of_an_image_does_not_depend_on_the_number_of_processes(tmp_path):
     images = torch.rand(7, 3, 4, 4)
     thin_out(images, tmp_path / "one")
@@ -205,6 +206,7 @@ def test_two_processes_write_one_run_and_one_history(by_two):
     assert speeds == pytest.approx([600, 600], rel=0.05)  # 20 batches of 30 an epoch, whatever the processes
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_a_step_and_the_run_goes_on_to_the_same_bits(together, by_two):
     processes = together.start(functools.partial(slow_steps, 0.02))
     wait_until(lambda: together.said().count("a step") >= 25)
@@ -270,6 +272,7 @@ def drift_in_the_second() -> None:
     distributed.check_same = check_same
 
 
+@pytest.mark.slow
 def test_weights_that_drift_apart_end_the_run_with_one_sentence(together):
     assert exit_codes(together.start(drift_in_the_second), LIMIT) == [1, 1]
     assert together.said().splitlines() == [
