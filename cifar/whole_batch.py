@@ -24,8 +24,10 @@ def convert(network: nn.Module, batch_size: int) -> None:
         if type(module) in _NORMS:
             module.__class__ = BatchNorm
         elif type(module) in (*_DROPOUTS, StochasticDepth):
-            module.batch_size = batch_size
             module.__class__ = type(f"Whole{type(module).__name__}", (_Drawing, type(module)), {})
+        else:
+            continue
+        module.batch_size = batch_size
 
 
 class _Drawing:
@@ -46,6 +48,8 @@ class _Drawing:
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm with the mean and variance of the whole batch."""
 
+    batch_size: int
+
     def _check_input_dim(self, features: Tensor) -> None:
         pass
 
@@ -53,29 +57,31 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         is_training = self.training or self.running_mean is None
         if distributed.size() == 1 or not is_training:
             return super().forward(features)
-        mean, variance, count = _statistics(features.detach())
+        share = distributed.share(self.batch_size)
+        own = features.numel() // features.shape[1]  # values of a channel
+        count = own * self.batch_size // (share.stop - share.start)
+        mean, variance = _moments(features.detach(), own / count)
         if self.training and self.running_mean is not None:
             self.num_batches_tracked += 1
             momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-        return _Normalized.apply(features, self.weight, self.bias, mean, variance, count, self.eps)
+        weight = torch.ones_like(mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        return _Normalized.apply(features, weight, bias, mean, variance, count, self.eps)
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and biased variance of each channel over the batches of all processes, and the values they are of.
+def _moments(features: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over the features of all processes, at least in float32.
 
-    float32, however the features are; joined in float64, as the difference of two means of squares.
+    weight: the part that this process has. Joined in float64, as the difference of two means of squares.
     """
     precise = torch.promote_types(features.dtype, torch.float32)
     scratch = [features.new_zeros(features.shape[1], dtype=precise) for _ in range(2)]  # makes torch compute so
-    mean, variance = torch.batch_norm_update_stats(features, *scratch, 1.0)
-    count = features.numel() / features.shape[1]
-    moments = torch.stack([mean.new_ones(mean.shape), mean, variance]).double()
-    moments[2] += moments[1].square()
-    counts, mean, square = distributed.add_up(moments.mul_(count))
-    mean, square = mean / counts, square / counts
-    return mean.to(precise), (square - mean.square()).to(precise).clamp_(min=0), counts[0].item()
+    moments = torch.stack(torch.batch_norm_update_stats(features, *scratch, 1.0)).double()
+    moments[1] += moments[0].square()
+    mean, square = distributed.add_up(moments.mul_(weight))
+    return mean.to(precise), (square - mean.square()).clamp_(min=0).to(precise)
 
 
 class _Normalized(Function):
@@ -97,9 +103,7 @@ class _Normalized(Function):
             gradient, features, weight, mean, variance, None, None, False, context.eps, [True, True, True]
         )
         sums = distributed.add_up(torch.stack([for_weight, for_bias]))
-        through = -(variance + context.eps).rsqrt() / context.count * sums
-        if weight is not None:
-            through = through * weight
+        through = -weight * (variance + context.eps).rsqrt() / context.count * sums
         # Through variance and mean, which are of all processes' features.
         gradient += torch.native_batch_norm(features, *through.unbind(), mean, variance, False, 0.0, context.eps)[0]
-        return gradient, for_weight if weight is not None else None, for_bias, None, None, None, None
+        return gradient, for_weight, for_bias, None, None, None, None
