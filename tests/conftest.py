@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from cifar import corruptions, datasets, evaluate, report, train, visualize
 from cifar.archive import ARCHIVES
 from cifar.config import Config
 from cifar.runs import Run
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
