@@ -1,6 +1,7 @@
 """Train, evaluate and draw an image classifier in one go."""
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -12,7 +13,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     given = parse(arguments)
     file, assignments, resume = (given.pop(name) for name in ("config", "set", "resume"))
-    return console.exit_code(lambda: pipeline(settings.gather(given, file, assignments), resume))
+
+    def run() -> None:
+        pipeline(settings.gather(given, file, assignments), resume)
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return console.exit_code(run)
+
+    from cifar import distributed  # torchrun has started several processes
+
+    distributed.leave(console.exit_code(lambda: distributed.lead(run)))
 
 
 def parse(arguments: list[str] | None) -> dict[str, Any]:
@@ -23,6 +33,8 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
     parser.add_argument("--config", metavar="FILE", help=settings.HELP["config"])
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=settings.HELP["set"])
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first says it
+        parser._print_message = lambda *_: None
     return vars(parser.parse_args(arguments))
 
 

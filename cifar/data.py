@@ -4,12 +4,14 @@ scikit-learn is imported where it is used: it takes a second, and the demo would
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cifar import distributed
 
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
 _ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
@@ -88,23 +90,31 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def epoch(self, epoch: int, side: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the epoch, counted from 1: images (B, 3, side, side) and labels (B,)."""
+        """The batches of the epoch, counted from 1: images (B, 3, side, side) and labels (B,).
+
+        Of several processes each draws for the whole batches, and gets its share of each.
+        """
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
         together = self.batch_size * max(1, _MOVED_TOGETHER // self.batch_size)
+        share = distributed.share(self.batch_size)
         for chosen in order[: len(self) * self.batch_size].split(together):
-            moved = self._moved(chosen, epoch).split(self.batch_size)
-            for images, labels in zip(moved, self.labels[chosen].split(self.batch_size)):
+            own = torch.arange(len(chosen), device=chosen.device).view(-1, self.batch_size)[:, share].flatten()
+            moved = self._moved(chosen, own, epoch).split(share.stop - share.start)
+            for images, labels in zip(moved, self.labels[chosen[own]].split(share.stop - share.start)):
                 images = to_float(images)
                 if self.jitter:
-                    images = color_jitter(images, self.jitter, self.generator)
+                    factors = jitter_factors(self.batch_size, self.jitter, self.generator)
+                    images = color_jitter(images, factors[:, share])
                 if self.cutout:
-                    images = cut_out(images, self.cutout, self.mean, self.generator)
+                    corners = random_corners(self.batch_size, self.cutout, images.shape[-2:], self.generator)
+                    images = cut_out(images, corners[:, share], self.cutout, self.mean)
                 yield shrink(images, side), labels
 
-    def _moved(self, chosen: Tensor, epoch: int) -> Tensor:
-        """The chosen images, shifted and mirrored; uint8."""
-        images = random_crop(self.images[chosen], self.crop, self.crop_mode, self.generator)
-        return mirror(images, self._mirrored(chosen, epoch)) if self.flip != "none" else images
+    def _moved(self, chosen: Tensor, own: Tensor, epoch: int) -> Tensor:
+        """Of the chosen images this process's `own`, shifted and mirrored; uint8."""
+        shifts = random_shifts(len(chosen), self.crop, self.generator)
+        images = shift(self.images[chosen[own]], shifts[:, own], self.crop, self.crop_mode)
+        return mirror(images, self._mirrored(chosen, epoch)[own]) if self.flip != "none" else images
 
     def _mirrored(self, chosen: Tensor, epoch: int) -> Tensor:
         return self.first_flip[chosen] ^ (epoch % 2 == 0) if self.flip == "alternating" else self._coins(len(chosen))
@@ -118,11 +128,16 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(dtype=torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def random_crop(images: Tensor, pad: int, mode: str, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `pad` pixels in each direction.
+def random_shifts(count: int, pad: int, generator: torch.Generator) -> Tensor:
+    """Places of crops, down and to the right, from 0 to 2 * pad: (2, count)."""
+    return torch.randint(0, 2 * pad + 1, (2, count), generator=generator, device=generator.device)
 
-    images: (N, 3, H, W), any dtype; mode: what a shift uncovers, `reflect` or `zeros`. Returns the same shape.
-    Raises ValueError unless 0 <= pad < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
+
+def shift(images: Tensor, shifts: Tensor, pad: int, mode: str) -> Tensor:
+    """Crop images out of what they are with a border of `pad` pixels.
+
+    images: (N, 3, H, W), any dtype; shifts: (2, N), of `random_shifts`; mode: the border, `reflect` or `zeros`. Returns
+    the same shape. Raises ValueError unless 0 <= pad < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
     """
     height, width = images.shape[-2:]
     if not 0 <= pad < min(height, width):
@@ -130,9 +145,8 @@ def random_crop(images: Tensor, pad: int, mode: str, generator: torch.Generator)
     if pad == 0:
         return images
     padded = pad_border(images, pad, mode)
-    shift = torch.randint(0, 2 * pad + 1, (2, len(images)), generator=generator, device=images.device)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 pad + 1, 2 pad + 1, H, W), a view
-    return windows[torch.arange(len(images), device=images.device), :, shift[0], shift[1]]
+    return windows[torch.arange(len(images), device=images.device), :, shifts[0], shifts[1]]
 
 
 def pad_border(images: Tensor, pad: int, mode: str) -> Tensor:
@@ -151,32 +165,45 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def color_jitter(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Scale brightness, contrast and saturation of each image by factors drawn from 1 - most to 1 + most.
+def jitter_factors(count: int, most: float, generator: torch.Generator) -> Tensor:
+    """Factors from 1 - most to 1 + most of the brightness, contrast and saturation of images: (3, count)."""
+    factors = torch.empty(3, count, device=generator.device)
+    return factors.uniform_(1 - most, 1 + most, generator=generator)
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation of each image by its factors, (3, N).
 
     images: float (N, 3, H, W) in 0..1; returns the same. As torchvision's ColorJitter, with the order fixed.
     """
-    factors = torch.empty(3, len(images), 1, 1, 1, device=images.device).uniform_(
-        1 - most, 1 + most, generator=generator
-    )
-    brightness, contrast, saturation = factors
+    brightness, contrast, saturation = factors[..., None, None, None]
     images = (images * brightness).clamp_(0, 1)
     images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
     return torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
 
 
-def cut_out(images: Tensor, side: int, colour: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a square of that side, anywhere within each image (N, 3, H, W), with a colour (3,).
+def random_corners(count: int, side: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Upper left corners, rows and columns, of squares of that side within images of the size (H, W): (2, count).
 
-    Raises ValueError if the square is larger than the images. Source: DeVries and Taylor 2017, arXiv:1708.04552.
+    Raises ValueError if the square is larger than the images.
+    """
+    if side > min(size):
+        raise ValueError(f"a square of {side} pixels does not fit into {min(size)}")
+    draws = [
+        torch.randint(0, length - side + 1, (count,), generator=generator, device=generator.device) for length in size
+    ]
+    return torch.stack(draws)
+
+
+def cut_out(images: Tensor, corners: Tensor, side: int, colour: Tensor) -> Tensor:
+    """Fill the square of that side at its corner, (2, N), of each image (N, 3, H, W) with a colour (3,).
+
+    Source: DeVries and Taylor 2017, arXiv:1708.04552.
     """
     within = []  # for the rows and for the columns, which of them the square covers: (N, H) and (N, W)
-    for length in images.shape[-2:]:
-        if side > length:
-            raise ValueError(f"a square of {side} pixels does not fit into {length}")
-        start = torch.randint(0, length - side + 1, (len(images), 1), generator=generator, device=images.device)
-        place = torch.arange(length, device=images.device)
-        within.append((start <= place) & (place < start + side))
+    for length, start in zip(images.shape[-2:], corners):
+        place = torch.arange(length, device=images.device) - start[:, None]
+        within.append((place >= 0) & (place < side))
     covered = within[0][:, None, :, None] & within[1][:, None, None, :]
     return torch.where(covered, colour.view(1, 3, 1, 1), images)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from cifar import analysis, checkpoint, data, datasets, device, model, predictions, saliency
+from cifar import analysis, checkpoint, data, datasets, device, distributed, model, predictions, saliency
 from cifar.config import UserError, some
 from cifar.runs import Run
 
@@ -43,17 +43,11 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     hardware = device.choose(device_name)
     network.to(hardware)
     precision = device.resolve_precision(config.precision, hardware)
-    val = data.hold_out(dataset.train, config.val_size, config.seed)[1]
-    val_logits = infer(network, val.images, precision=precision)
-    test = dataset.test
-    calibration = calibrate(val_logits.numpy(), val.labels.numpy())
-    logits, logits_tta = infer_augmented(
-        network,
-        test.images,
-        mirrors=config.flip != "none",
-        temperature=calibration["temperature"],
-        precision=precision,
-    )
+    val, test = data.hold_out(dataset.train, config.val_size, config.seed)[1], dataset.test
+    for_all = {"mirrors": config.flip != "none", "precision": precision, "val": val, "images": test.images}
+    described = (config.model, len(dataset.classes), content["image_size"], hardware.type)
+    with distributed.helped(_help, *described, network.state_dict(), for_all):
+        calibration, logits, logits_tta = _infer_all(network, **for_all)
     labels = test.labels.numpy()
     calibration |= calibration_error(logits.numpy(), labels, calibration["temperature"])
     probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
@@ -87,6 +81,23 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str,
     return metrics
 
 
+def _help(name: str, classes: int, image_size: int, device_name: str, weights: dict, for_all: dict) -> None:
+    """What another process does while the first is in `evaluate`."""
+    device.keep_freed_memory()
+    network = model.build(name, classes, image_size)
+    network.load_state_dict(weights)
+    _infer_all(network.to(device.choose(device_name)), **for_all)
+
+
+def _infer_all(
+    network: nn.Module, *, val: data.Split, images: Tensor, mirrors: bool, precision: str
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The calibration on validation, and the logits of the test images as they are and over views."""
+    calibration = calibrate(infer(network, val.images, precision=precision).numpy(), val.labels.numpy())
+    temperature = calibration["temperature"]
+    return calibration, *infer_augmented(network, images, mirrors=mirrors, temperature=temperature, precision=precision)
+
+
 def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the run's best weights, on the CPU, and what else the checkpoint says.
 
@@ -105,14 +116,17 @@ def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.inference_mode()
 def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
-    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode."""
+    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode.
+
+    Several processes share out whole batches, so that the logits have the bits that one process gives them.
+    """
     network.eval()
     hardware = next(network.parameters()).device
     shown = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
+    parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
     with device.autocast(hardware, precision):
-        parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
-        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts]
-    return torch.cat(batches).cpu()[: len(images)]
+        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts[distributed.share(len(parts))]]
+    return torch.cat(distributed.gather([batch.cpu() for batch in batches]))[: len(images)]
 
 
 def infer_augmented(

@@ -17,7 +17,7 @@ from cifar.signals import Interrupted
 from cifar.state import State
 
 _SAVE_SECONDS = 50.0  # between checkpoints within an epoch; a step and the writing fit into what a minute has left
-_CODE = ("data", "device", "evaluate", "model", "optim", "state", "train")
+_CODE = ("data", "device", "distributed", "evaluate", "model", "optim", "state", "train", "whole_batch")
 
 
 class Keeper:

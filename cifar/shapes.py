@@ -72,6 +72,7 @@ RECORD = {
     "hardware?": str,
     "precision?": str,
     "threads?": threads,
+    "processes?": threads,
     "premises?": (dict, None),
     "dataset?": {"name": text, "train_sha256": str, "classes": [text]},
     "model?": {

@@ -1,18 +1,19 @@
 """A training: epochs, validation, history, early stopping, best checkpoint."""
 
+import contextlib
 import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar import console, data, datasets, device, evaluate, model, optim, runs, signals
-from cifar.config import PLACES, Config, UsageError, flag
+from cifar import console, data, datasets, device, distributed, evaluate, model, optim, runs, signals, whole_batch
+from cifar.config import PLACES, Config, UsageError, UserError, flag
 from cifar.console import TrainingDisplay
 from cifar.resume import Keeper, premises, require_same
 from cifar.runs import Run
@@ -55,13 +56,15 @@ def take_up(name: str, given: Mapping[str, Any]) -> tuple[Run, datasets.Dataset]
     run = runs.find_resumable(Config.create(given).output_dir, name)
     run.check_dataset(run.dataset["name"])
     dataset = datasets.of_run(run, given.get("data_dir"))
-    record, hardware = run.record, device.describe(device.choose(run.config.device))
+    record, hardware, processes = run.record, device.describe(device.choose(run.config.device)), distributed.count()
     if record["status"] != "completed":
         require_same(record.get("premises"), premises(run.config, dataset), run.path.name)
         if record.get("hardware") != hardware:
             console.say(f"begun on {record.get('hardware')}: on {hardware} the last digits come out differently")
-    if "threads" in record:
-        torch.set_num_threads(record["threads"])  # another number of threads sums in another order
+        if (then := record.get("processes", 1)) != processes:
+            console.say(f"begun with {then} processes: with {processes} the last digits come out differently")
+        elif "threads" in record:
+            torch.set_num_threads(record["threads"])  # another number of threads sums in another order
     return run, dataset
 
 
@@ -78,6 +81,7 @@ def create(config: Config, dataset: datasets.Dataset) -> Run:
         hardware=device.describe(hardware),
         precision=device.resolve_precision(config.precision, hardware),
         threads=torch.get_num_threads(),
+        processes=distributed.count(),
         seed=config.seed,
         premises=premises(config, dataset),
         dataset={"name": dataset.name, "train_sha256": dataset.train.sha256(), "classes": list(dataset.classes)},
@@ -100,25 +104,73 @@ def fit(run: Run, dataset: datasets.Dataset) -> None:
     """
     device.keep_freed_memory()
     config = run.config
+    if config.batch_size < distributed.count():
+        raise UserError(f"--batch-size {config.batch_size} is too small for {distributed.count()} processes")
     hardware = device.choose(config.device)
-    precision = device.resolve_precision(config.precision, hardware)
-    train_split, val_split = data.hold_out(dataset.train, config.val_size, config.seed)
-    network = fresh_network(config, train_split, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
-    state = fresh_state(config, network, train_split)
-    sides = [_side(config, train_split, epoch) for epoch in range(1, config.epochs + 1)]
+    splits = data.hold_out(dataset.train, config.val_size, config.seed)
+    network = fresh_network(config, splits[0], len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
+    state = fresh_state(config, network, splits[0])
     keeper = Keeper(run, dataset, state)
-    display = TrainingDisplay(config.epochs, len(state.batches), [side**2 for side in sides])
+    display = _display(config, state)
     if keeper.restore():
         display.resume(state.epoch, state.step)
-    with display, signals.held_back() as signal_number:
-        while not state.has_ended(config.epochs, config.patience):
-            side = sides[state.epoch - 1]
-            pause = functools.partial(keeper.pause, signal_number)
-            record = train_epoch(state, side, config.label_smoothing, precision, display, pause)
-            state.check_finite()
-            record |= _validate(state.network, val_split, precision)
-            display.end_epoch(record, keeper.end_epoch(record))
-            pause()
+    run.update(processes=distributed.count(), threads=torch.get_num_threads())
+    alike = replace(config, device=hardware.type, precision=device.resolve_precision(config.precision, hardware))
+    for_all = (alike, len(dataset.classes), splits, torch.get_num_threads(), network.state_dict(), state.state_dict())
+    helped = distributed.helped(_help, *for_all)
+    with display, signals.held_back() as signal_number, helped:
+        pause = functools.partial(keeper.pause, distributed.agreed(signal_number))
+        _go_on(config, state, splits[1], display, keeper.end_epoch, pause)
+
+
+def _help(
+    config: Config, classes: int, splits: tuple[data.Split, data.Split], threads: int, weights: dict, content: dict
+) -> None:
+    """What another process does while the first is in `fit`: the same training, of which it keeps nothing."""
+    device.keep_freed_memory()
+    torch.set_num_threads(threads)
+    network = model.build(config.model, classes, splits[0].images.shape[-1])
+    network.load_state_dict(weights)
+    network.to(device.choose(config.device), memory_format=torch.channels_last)
+    state = fresh_state(config, network, splits[0])
+    state.load_state_dict(content)
+    # What ends the training here ends it in the first process too, which says so.
+    with contextlib.suppress(UserError, signals.Interrupted), signals.held_back() as signal_number:
+        ask = distributed.agreed(signal_number)
+
+        def pause() -> None:
+            if number := ask():
+                signals.interrupt(number)
+
+        def end_epoch(record: dict[str, Any]) -> bool:
+            return state.end_epoch(record["val_accuracy"])
+
+        _go_on(config, state, splits[1], _display(config, state), end_epoch, pause)
+
+
+def _display(config: Config, state: State) -> TrainingDisplay:
+    costs = [_side(config, state.batches, epoch) ** 2 for epoch in range(1, config.epochs + 1)]
+    return TrainingDisplay(config.epochs, len(state.batches), costs)
+
+
+def _go_on(
+    config: Config,
+    state: State,
+    val_split: data.Split,
+    display: TrainingDisplay,
+    end_epoch: Callable[[dict[str, Any]], bool],
+    pause: Callable[[], None],
+) -> None:
+    """The epochs that are left. end_epoch: takes an epoch's line of the history; whether it is the best so far."""
+    precision = device.resolve_precision(config.precision, state.hardware)
+    while not state.has_ended(config.epochs, config.patience):
+        side = _side(config, state.batches, state.epoch)
+        record = train_epoch(state, side, config.label_smoothing, precision, display, pause)
+        state.check_finite()
+        distributed.check_same(state.network)
+        record |= _validate(state.network, val_split, precision)
+        display.end_epoch(record, end_epoch(record))
+        pause()
 
 
 def train_epoch(
@@ -141,11 +193,14 @@ def train_epoch(
         with device.autocast(hardware, precision):
             logits = network(images)
         log_probabilities = logits.float().log_softmax(1)
-        loss = F.nll_loss(log_probabilities, labels)
-        (loss * (1 - label_smoothing) - log_probabilities.mean() * label_smoothing).backward()
+        share = len(labels) / batches.batch_size  # of the batch: 1, but of several processes
+        loss = F.nll_loss(log_probabilities, labels) * share
+        (loss * (1 - label_smoothing) - log_probabilities.mean() * share * label_smoothing).backward()
+        correct = (logits.argmax(1) == labels).sum()
+        loss, correct = distributed.add_up_gradients(network, loss.detach(), correct)
         updates.step()
-        state.losses[state.step] = loss.detach()
-        state.correct += (logits.argmax(1) == labels).sum()
+        state.losses[state.step] = loss
+        state.correct += correct
         state.step += 1
         if display.is_due() or state.step == len(batches):
             shown = state.mean_loss(), state.accuracy()
@@ -199,13 +254,15 @@ def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> op
     )
 
 
-def _side(config: Config, split: data.Split, epoch: int) -> int:
+def _side(config: Config, batches: data.Batches, epoch: int) -> int:
     """The side in pixels of the epoch's images."""
-    return config.small_size if epoch <= config.small_epochs else split.images.shape[-1]
+    return config.small_size if epoch <= config.small_epochs else batches.images.shape[-1]
 
 
 def fresh_state(config: Config, network: nn.Module, split: data.Split) -> State:
     """A training of the network on the split before its first step."""
+    if distributed.count() > 1:
+        whole_batch.convert(network, config.batch_size)
     batches = make_batches(config, split, next(network.parameters()).device)
     return State(network, make_updates(config, network, len(batches)), batches)
 

@@ -1,9 +1,10 @@
 import json
+import time
 
 import pytest
 from conftest import quick_config
 
-from cifar import budget, datasets, seeds
+from cifar import budget, datasets, evaluate, seeds, train
 from cifar.config import UserError
 
 SECONDS = {24: 10.0, 32: 20.0}
@@ -44,11 +45,19 @@ def test_too_few_minutes_are_told_with_those_that_it_takes(digits, tmp_path, mon
         budget.fit(quick_config(tmp_path, minutes=0.2), digits)
 
 
-def test_an_epoch_takes_about_as_long_as_was_measured(digits, make_run, tmp_path):
-    config = datasets.settle(quick_config(tmp_path), digits)
-    measured = budget.epoch_seconds(config, digits, 32)
-    taken = min(epoch["seconds"] for epoch in make_run(epochs=3).history())
-    assert 0.3 * taken < measured < 3 * taken
+def test_an_epochs_time_is_that_of_its_steps_and_its_validation(digits, tmp_path, monkeypatch):
+    sides = []
+
+    def half_a_second_a_step(state, side, *_):
+        sides.append(side)
+        return {"seconds": 0.5 * len(state.batches)}
+
+    monkeypatch.setattr(train, "train_epoch", half_a_second_a_step)
+    monkeypatch.setattr(evaluate, "infer", lambda *_, **__: time.sleep(0.2))
+    config = datasets.settle(quick_config(tmp_path, val_size=237), digits)
+    # 1,200 of 1,437 images are 20 steps of 60.
+    assert 20 * 0.5 + 0.2 <= budget.epoch_seconds(config, digits, 24) < 20 * 0.5 + 5
+    assert set(sides) == {24}
 
 
 def test_seeds_share_the_epochs_that_the_budget_chose_and_a_killed_group_keeps_them(digits, tmp_path, monkeypatch):

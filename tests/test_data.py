@@ -76,7 +76,7 @@ def test_no_validation_leaves_all_images_to_training(digits):
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("reflect", "reflect"), ("zeros", "constant")])
 def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
     images = random_images(200)
-    crops = data.random_crop(images, 2, mode, generator())
+    crops = data.shift(images, data.random_shifts(200, 2, generator()), 2, mode)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
     seen = set()
     for crop, around in zip(crops.numpy(), padded):
@@ -88,7 +88,7 @@ def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
 
 def test_a_crop_wider_than_the_image_is_refused():
     with pytest.raises(ValueError, match="pad 8 must be from 0 to 7"):
-        data.random_crop(random_images(1), 8, "zeros", generator())
+        data.shift(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
 
 
 def test_mirror_turns_the_chosen_images_alone():
@@ -122,8 +122,9 @@ def test_random_flip_draws_anew_in_each_epoch():
 
 def test_color_jitter_scales_as_torchvision_does():
     images = data.to_float(random_images(5))
-    jittered = data.color_jitter(images, 0.4, generator(3))
-    factors = torch.empty(3, 5).uniform_(0.6, 1.4, generator=generator(3))
+    factors = data.jitter_factors(5, 0.4, generator(3))
+    assert ((factors >= 0.6) & (factors <= 1.4)).all()
+    jittered = data.color_jitter(images, factors)
     for image, expected, (brightness, contrast, saturation) in zip(jittered, images, factors.T.tolist()):
         expected = reference.adjust_brightness(expected, brightness)
         expected = reference.adjust_contrast(expected, contrast)
@@ -133,13 +134,13 @@ def test_color_jitter_scales_as_torchvision_does():
 
 def test_color_jitter_of_nothing_changes_nothing():
     images = data.to_float(random_images(5))
-    torch.testing.assert_close(data.color_jitter(images, 0.0, generator()), images)
+    torch.testing.assert_close(data.color_jitter(images, torch.ones(3, 5)), images)
 
 
 def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
     images = 0.1 + 0.8 * torch.rand(400, 3, 8, 10)
     colour = torch.tensor([0.0, 0.5, 1.0])
-    blotted = data.cut_out(images, 3, colour, generator())
+    blotted = data.cut_out(images, data.random_corners(400, 3, (8, 10), generator()), 3, colour)
     corners = set()
     for image, before in zip(blotted, images):
         rows, columns = (image != before).any(0).nonzero().T
@@ -150,7 +151,7 @@ def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
         corners.add((int(top), int(left)))
     assert corners == {(row, column) for row in range(6) for column in range(8)}
     with pytest.raises(ValueError, match="9 pixels does not fit into 8"):
-        data.cut_out(images, 9, colour, generator())
+        data.random_corners(400, 9, (8, 10), generator())
 
 
 def test_batches_cut_out_with_the_mean_of_the_training_images():
