@@ -309,7 +309,8 @@ def test(context, only="", slow=False):  # noqa: PT028
     """Run the tests."""
     import pytest
 
-    chosen = [*(["-k", only] if only else []), *(["-m", ""] if slow else [])]
+    shared_out = ["-n", "auto", "--dist", "loadfile"]  # a worker for each core
+    chosen = [*(["-k", only] if only else shared_out), *(["-m", ""] if slow else [])]
     if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *chosen]):
         raise Exit(code=int(code))
 

@@ -41,7 +41,9 @@ class Split:
 
         Not the mean of the images' own deviations, which is where the (0.2023, ...) that circulates is from.
         """
-        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in self.images.unbind(1)])
+        counts = torch.zeros(3, 256, dtype=torch.int64)
+        for images in self.images.split(5000):  # bincount makes eight bytes of each
+            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
         shares, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
         mean, square = shares @ values, shares @ values.square()
         return mean.float(), (square - mean.square()).sqrt().float()
@@ -153,11 +155,11 @@ def pad_border(images: Tensor, pad: int, mode: str) -> Tensor:
     """Widen images (N, 3, H, W), of any dtype, by `pad` pixels on each side: `reflect` or `zeros`."""
     if mode == "zeros":
         return F.pad(images, (pad,) * 4)
-    rows, columns = (
-        F.pad(torch.arange(side, dtype=torch.float32, device=images.device)[None], (pad, pad), mode="reflect")[0].long()
-        for side in images.shape[-2:]
-    )
-    return images[..., rows[:, None], columns]  # F.pad reflects no integers
+    for axis in (-2, -1):
+        last = images.shape[axis] - 1
+        before, after = images.narrow(axis, 1, pad), images.narrow(axis, last - pad, pad)
+        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)  # F.pad reflects no integers
+    return images
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:

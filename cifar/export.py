@@ -60,7 +60,8 @@ def has_onnx() -> bool:
 
 def _program(predictor: Predictor) -> torch.export.ExportedProgram:
     network = Answering(predictor.network, predictor.temperature).eval()
-    network.to(memory_format=torch.contiguous_format)  # torch.export warns of weights that are channels-last
+    # torch.export warns of weights that are channels-last, and cannot follow what is there for gradients alone.
+    network.to(memory_format=torch.contiguous_format).requires_grad_(False)
     pictures = torch.zeros(2, 3, predictor.image_size, predictor.image_size, dtype=torch.uint8)
     try:
         return torch.export.export(network, (pictures,), dynamic_shapes=({0: torch.export.Dim("pictures", min=1)},))

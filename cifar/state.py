@@ -142,5 +142,6 @@ class State:
 
 def _check_numbers(content: dict[str, Any]) -> None:
     for name, (kind, least) in _NUMBERS.items():
-        if type(content[name]) is not kind or not least <= content[name] < 1e12:
+        most = math.inf if kind is float else 10**12
+        if type(content[name]) is not kind or not least <= content[name] < most:
             raise ValueError(f"its {name} is not possible")

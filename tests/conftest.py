@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
@@ -19,6 +20,12 @@ from cifar.runs import Run
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The workers of `invoke test` share the cores: if all their threads waited for each other, they would take many times
+# as long.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 
