@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from cifar import console, settings
+from cifar import console, settings, tables
 from cifar.config import FIELDS, RESUME_HELP, Config, flag, help_text
 
 
@@ -56,7 +56,7 @@ def pipeline(given: dict[str, Any], resume: str | None) -> None:
             console.say(f"seed {member.seed}, {group.seeds.index(member.seed) + 1} of {config.seeds}", style="bold")
             go_through(*group.start(member))
         group.summarize()
-    console.show_seeds(group)
+    tables.show_seeds(group)
 
 
 def go_through(run, dataset) -> None:
@@ -74,12 +74,12 @@ def go_through(run, dataset) -> None:
                 train.fit(run, dataset)
         with run.stage("evaluate"):
             metrics = evaluate.evaluate(run, dataset, run.config.device)
-        console.show_metrics(metrics)
+        tables.show_metrics(metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)
         with run.stage("report"):
             report.write(run, dataset)
-    console.show_run(run)
+    tables.show_run(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from invoke import Argument, Exit, Task, task
 
-from cifar import console, settings
+from cifar import console, settings, tables
 from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, UsageError, UserError, help_text, short
 
 
@@ -101,7 +101,7 @@ def data(config):
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     if note:
         console.banner(note)
-    console.show_dataset(dataset)
+    tables.show_dataset(dataset)
 
 
 _OF_A_RUN = [name for name in FIELDS if name != "seeds"]  # whose figures need the stages after training
@@ -112,14 +112,20 @@ def train(given, resume=None):
     """Train a network into a new run directory, or go on with a training."""
     from cifar import train
 
-    run, dataset = train.begin(Config.create(given)) if resume is None else train.take_up(resume, given)
+    if resume is None:
+        config = Config.create(given)
+        if config.seeds > 1:
+            raise UsageError(f"this trains one run: python main.py --seeds {config.seeds} goes all the way with each")
+        run, dataset = train.begin(config)
+    else:
+        run, dataset = train.take_up(resume, given)
     _chain["run"] = str(run.path)
     if run.record["status"] == "completed":
         console.say(f"{run.path.name} is complete: there is nothing to resume")
         return
     with run.lifetime(), run.stage("train"):
         train.fit(run, dataset)
-    console.show_run(run)
+    tables.show_run(run)
 
 
 @stage(
@@ -138,7 +144,7 @@ def evaluate(config, run=None, data_dir=None, corruptions=False):
     dataset = datasets.of_run(found, data_dir)
     with found.claim(), found.stage("evaluate"):
         metrics = evaluate.evaluate(found, dataset, config.device)
-    console.show_metrics(metrics)
+    tables.show_metrics(metrics)
     if corruptions:
         _measure_corruptions(found, dataset, config.device)
 
@@ -156,7 +162,7 @@ def visualize(config, run=None, data_dir=None):
             visualize.visualize(found, dataset)
         with found.stage("report"):
             report.write(found, dataset)
-    console.show_run(found)
+    tables.show_run(found)
 
 
 def _measure_corruptions(run, dataset, device: str) -> None:
@@ -164,7 +170,7 @@ def _measure_corruptions(run, dataset, device: str) -> None:
 
     with run.claim(), run.stage("corruptions"), console.counting_bar("corruptions", corruptions.CELLS) as advance:
         table = corruptions.measure(run, dataset, device, advance)
-    console.show_corruptions(table)
+    tables.show_corruptions(table)
 
 
 def _number_of(port: str) -> int:
@@ -194,9 +200,9 @@ def bench(config):
     own = {"device": "cpu", "image_size": config.image_size}
     recipes = {recipe: Config.create({"recipe": recipe, **own}) for recipe in ("fast", "simple", "convnet")}
     profile = profiling.profile(recipes.pop("fast"), dataset)
-    console.show_profile(profile)
+    tables.show_profile(profile)
     speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in recipes.items()}
-    console.show_speeds(dataset.name, speeds)
+    tables.show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
     with runs.replacing(path) as partial:
         partial.write_text(json.dumps({"profile": profile, "speeds": speeds}, indent=2) + "\n", encoding="utf-8")
@@ -226,7 +232,7 @@ def predict(config, paths, run=None, fit="crop", output=None):
         for answer in predictor.answer(pictures, fit):
             answers.append(answer)
             advance(1)
-    console.show_answers(answers, predictor)
+    tables.show_answers(answers, predictor)
     if output:
         predict.write(Path(output), answers, predictor)
     if refused := sum(answer.refusal is not None for answer in answers):
@@ -242,7 +248,7 @@ def export(config, run=None, output=None):
 
     from cifar import export
 
-    console.show_export(export.export(found, Path(output) if output else found.path / "model.pt2"))
+    tables.show_export(export.export(found, Path(output) if output else found.path / "model.pt2"))
 
 
 @stage(
@@ -257,7 +263,7 @@ def compare(config, names=(), sort=None, output=None):
 
     if not names:
         rows, groups = headlines.table(config.output_dir, sort), headlines.groups(config.output_dir)
-        return console.show_runs(rows, groups, headlines.columns(sort))
+        return tables.show_runs(rows, groups, headlines.columns(sort))
     if sort:
         raise UsageError("--sort is for the list of all runs, which `invoke compare` gives without names")
 
@@ -265,7 +271,7 @@ def compare(config, names=(), sort=None, output=None):
 
     comparison = compare.compare([run for name in names for run in runs.find_all(config.output_dir, name)])
     page = compare_page.write(comparison, Path(output) if output else compare.folder(config.output_dir, comparison))
-    console.show_comparison(comparison)
+    tables.show_comparison(comparison)
     console.say(f"page, figure and numbers: {short(page.parent)}")
 
 
@@ -277,7 +283,7 @@ def compare(config, names=(), sort=None, output=None):
     port=_PORT_HELP,
     share="make a public address through Gradio's servers",
     auth="USER:PASSWORD that visitors must give; CIFAR_DEMO_AUTH in the environment stands for it",
-    **_RUN_HELP,
+    run="run directory, or its name in --output-dir; default that of the task before, or the newest that was evaluated",
 )
 def demo(config, run=None, host="127.0.0.1", port=_PORT, share=False, auth=None):
     """Show a run in the browser and let it answer for any picture."""
@@ -296,7 +302,7 @@ def doctor(config, port=_PORT):
     from cifar import doctor
 
     findings = doctor.examine(config, _number_of(port))
-    console.show_findings(findings)
+    tables.show_findings(findings)
     if failures := [finding.subject for finding in findings if finding.level == "failure"]:
         raise UserError(f"a run would fail: see {', '.join(dict.fromkeys(failures))}")
 

@@ -1,6 +1,6 @@
 """Probabilities to what a person asks of a network: where it fails, when it can be trusted, which labels look wrong.
 
-scikit-learn is imported where it is used, as data.py says.
+scikit-learn is imported where it is used, as metrics.py says.
 """
 
 from collections.abc import Iterator, Sequence

@@ -25,7 +25,7 @@ STYLE = [
     },
 ]
 PLAIN = "test split, without test-time augmentation"
-_DPI = 150
+DPI = 150
 _PALE = "#bbbbbb"
 _BIN = {"color": "#b8d6ea", "edgecolor": "white"}
 _CALIBRATION = "expected_calibration_error", "negative_log_likelihood"
@@ -35,7 +35,7 @@ _ANNOTATED = 20  # classes; the counts of more do not fit their cells
 
 def canvas(title: str, width: float, height: float, layout: str = "constrained") -> Figure:
     """An empty figure, in inches, that belongs to no window and no backend of the user's."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from cifar import headlines, significance
-from cifar.config import UserError, short
+from cifar.config import PLACES, UserError, short
 from cifar.runs import Run
 
 LETTERS = string.ascii_uppercase
-_PLACES = ("output_dir", "data_dir")  # where things lie is no difference between runs
 _CLASSES = 20  # that a table or a figure has room for
 _COMMIT = 12  # digits
 _LONGEST = 200  # characters of a directory's name; file systems take 255
@@ -223,7 +222,7 @@ def _largest(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _made_by(run: Run) -> dict[str, Any]:
     """The settings, and what else made the run."""
     record = run.record
-    settings = {name: value for name, value in asdict(run.config).items() if name not in _PLACES}
+    settings = {name: value for name, value in asdict(run.config).items() if name not in PLACES}
     return {
         **settings,
         "computed in": record.get("precision"),

@@ -10,26 +10,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-_DPI = 150
+from cifar import charts
+
 # Okabe and Ito 2008: safe when colour-blind. Runs beyond the seventh repeat them with another line.
 _COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666"
 _LINES = "-", "--", ":", "-."
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium", "legend.frameon": False}
 _TALLEST = 16  # inches
 _CURVES = {  # title, label of the x axis, and what is over what
     "loss": ("training loss", "epoch", "epoch", "train_loss"),
     "epochs": ("validation accuracy", "epoch", "epoch", "val_accuracy"),
     "seconds": ("validation accuracy", "seconds of training", "seconds", "val_accuracy"),
 }
-_GREY = "#666666"
 
 
 def draw(comparison: dict[str, Any]) -> Figure:
     """The figure of what `compare.compare` made."""
     runs, classes = comparison["runs"], comparison["classes_shown"]
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(charts.STYLE):
         height = np.clip(2.5 + 0.16 * len(classes) * (len(runs) - 1), 7.5, _TALLEST) + 0.25 * len(runs)
-        figure = Figure(figsize=(14, height), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(14, height), dpi=charts.DPI, layout="constrained")
         axes = figure.subplot_mosaic(_panels(runs, classes))
         _draw_accuracies(axes["accuracy"], runs)
         for panel in ("loss", "epochs", "seconds"):
@@ -66,7 +65,7 @@ def _draw_accuracies(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
         for row, (run, (color, _)) in enumerate(zip(runs, _looks(runs))):
             axes.plot(run[interval], [row + shift] * 2, color=color)
             axes.plot(run[key], row + shift, marker, color=color, markersize=5)
-        axes.plot([], [], marker, color=_GREY, label=label)
+        axes.plot([], [], marker, color=charts.GREY, label=label)
     axes.set(title="accuracy on the test split, 95% interval", ylim=(len(runs) - 0.5, -1))  # room for the legend
     axes.set_yticks(range(len(runs)), [run["letter"] for run in runs])
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -82,7 +81,9 @@ def _draw_curves(axes: Axes, runs: Sequence[dict[str, Any]], title: str, label: 
             marker = "o" if epochs == 1 else None  # of one epoch there is no line
             axes.plot(run["curves"][x], run["curves"][y], line, color=color, marker=marker)
     if not axes.lines:
-        axes.text(0.5, 0.5, "nothing was recorded", ha="center", va="center", transform=axes.transAxes, color=_GREY)
+        axes.text(
+            0.5, 0.5, "nothing was recorded", ha="center", va="center", transform=axes.transAxes, color=charts.GREY
+        )
     axes.set(title=title, xlabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if y == "val_accuracy":
@@ -99,7 +100,7 @@ def _draw_classes(axes: Axes, shown: Sequence[dict[str, Any]], runs: Sequence[di
             axes.plot(one["difference"][place], height, "o", color=color, markersize=4)
             if one["interval_95"][place]:
                 axes.plot(one["interval_95"][place], [height] * 2, color=color, linewidth=1)
-    axes.axvline(0, color=_GREY, linewidth=1)
+    axes.axvline(0, color=charts.GREY, linewidth=1)
     which = f"\nthe {len(shown)} of {of} classes that differ most" if len(shown) < of else ""
     axes.set(title=f"recall by class, as points more than A{which}", ylim=(len(shown) - 0.4, -0.6))
     axes.set_yticks(range(len(shown)), [one["class"] for one in shown])

@@ -1,6 +1,6 @@
 """Pictures made worse, kind by kind and step by step, and what is left of a run's accuracy and calibration.
 
-torchvision is imported where it is used, as data.py says.
+torchvision is imported where it is used, as datasets.py says.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar import datasets, device, evaluate
+from cifar import datasets, device, evaluate, metrics
 from cifar.runs import Run
 
 _MOST = 2000  # test images
@@ -51,9 +51,9 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str, advance: Call
 
     def cell(images: Tensor) -> dict[str, float]:
         logits = evaluate.infer(network, images, precision=precision)
-        calibration = evaluate.reliability(logits.numpy() / temperature, chosen.labels.numpy())
+        calibration = metrics.reliability(logits.numpy() / temperature, chosen.labels.numpy())
         return {
-            "accuracy": evaluate.accuracy(logits, chosen.labels),
+            "accuracy": metrics.accuracy(logits, chosen.labels),
             "expected_calibration_error": calibration["expected_calibration_error"],
         }
 

@@ -21,7 +21,8 @@ from cifar.config import PROJECT, Config, UserError, short
 from cifar.download import Archive
 
 REQUIREMENTS = PROJECT / "requirements.txt"
-_NEEDED_BY = {"gradio": "invoke demo", "pytest": "invoke test", "selenium": "invoke test", "ruff": "invoke lint"}
+_FOR_TESTS = ("pytest", "pytest-xdist", "selenium")
+_NEEDED_BY = {"gradio": "invoke demo", "ruff": "invoke lint", **dict.fromkeys(_FOR_TESTS, "invoke test")}
 _RUN_BYTES = 20e6  # that a run's directory takes; measured: 17 to 18 MB
 _MEMORY = {"digits": 1.4e9}  # bytes, peak of `fast` on the CPU; measured: 1.29 GB
 _CIFAR_MEMORY = 3.7e9  # likewise; measured: 3.4 GiB

@@ -17,7 +17,10 @@ from cifar.signals import Interrupted
 from cifar.state import State
 
 _SAVE_SECONDS = 50.0  # between checkpoints within an epoch; a step and the writing fit into what a minute has left
-_CODE = ("data", "device", "distributed", "evaluate", "model", "optim", "state", "train", "whole_batch")
+_CODE = (  # the modules that a training goes through
+    *("data", "device", "distributed", "evaluate", "metrics", "model"),
+    *("optim", "state", "train", "whole_batch", "zoo"),
+)
 
 
 class Keeper:

@@ -12,7 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar import console, data, datasets, device, distributed, evaluate, model, optim, runs, signals, whole_batch
+from cifar import (
+    console,
+    data,
+    datasets,
+    device,
+    distributed,
+    evaluate,
+    metrics,
+    model,
+    optim,
+    runs,
+    signals,
+    whole_batch,
+)
 from cifar.config import PLACES, Config, UsageError, UserError, flag
 from cifar.console import TrainingDisplay
 from cifar.resume import Keeper, premises, require_same
@@ -224,7 +237,7 @@ def _validate(network: nn.Module, split: data.Split, precision: str) -> dict[str
         return {"val_loss": None, "val_accuracy": None}
     logits = evaluate.infer(network, split.images, precision=precision)
     loss = F.cross_entropy(logits, split.labels).item()
-    return {"val_loss": loss, "val_accuracy": evaluate.accuracy(logits, split.labels)}
+    return {"val_loss": loss, "val_accuracy": metrics.accuracy(logits, split.labels)}
 
 
 def make_batches(config: Config, split: data.Split, hardware: torch.device) -> data.Batches:

@@ -1,6 +1,7 @@
 """What several test modules start from: datasets on disk and runs that were really made."""
 
 import dataclasses
+import io
 import os
 import pickle
 import shutil
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from cifar import corruptions, datasets, evaluate, report, train, visualize
+from cifar import console, corruptions, datasets, evaluate, report, train, visualize
 from cifar.archive import ARCHIVES
 from cifar.config import Config
 from cifar.runs import Run
@@ -34,6 +36,15 @@ REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
 def nothing_in_the_environment(monkeypatch):
     for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """A terminal of 120 columns, and what is written to it."""
+    written = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(console, "out", Console(file=written, force_terminal=True, width=120, highlight=False))
+    return written
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def test_the_comparison_reports_speeds_and_their_ratio(config, digits, monkeypat
     result = bench.compare(config, digits, steps=2, rounds=1)
     assert result["suite_images_per_second"] > 0
     assert result["loader_images_per_second"][0] > 0
-    assert result["ratio"] > 0
+    assert result["ratio"] == result["suite_images_per_second"] / result["loader_images_per_second"][0]
 
 
 def test_the_loaders_pictures_are_the_splits_normalized(config, digits):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
-from cifar import compare, compare_figure, evaluate, runs
+from cifar import compare, compare_figure, metrics, runs
 from cifar.config import Config, UserError
 from cifar.runs import Run
 
@@ -28,7 +28,7 @@ def make_run(folder: Path, wrong, *, classes=CLASSES, images=300, history=3, tes
     true = np.arange(images) % count
     predicted = np.where(wrong, (true + 1) % count, true)
     logits = 9 * np.eye(count, dtype=np.float32)[predicted]
-    calibration = evaluate.calibrate(logits[:0], true[:0]) | evaluate.calibration_error(logits, true, 1.0)
+    calibration = metrics.calibrate(logits[:0], true[:0]) | metrics.calibration_error(logits, true, 1.0)
     calibration["after"]["expected_calibration_error"] = 0.02
     run.write("config.json", asdict(Config(dataset="digits", val_size=10, **settings)))
     run.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {"train": 9.5}})
@@ -36,7 +36,7 @@ def make_run(folder: Path, wrong, *, classes=CLASSES, images=300, history=3, tes
         "metrics.json",
         {
             **{"dataset": "digits", "recipe": "fast", "split": "test", "test_sha256": test_sha256},
-            **evaluate.measure(logits, logits, true, classes),
+            **metrics.measure(logits, logits, true, classes),
             "loss": 0.5,
             "calibration": calibration,
         },
@@ -244,6 +244,16 @@ def test_the_figure_draws_the_saved_numbers(tmp_path):
         "A  a: fast on digits, seed 0",
         "B  b: fast on digits, seed 1",
     ]
+
+
+def test_a_class_may_be_called_like_a_formula(tmp_path):
+    classes = [f"$\\x{number}$" for number in range(10)]
+    found = [make_run(tmp_path / name, wrong, classes=classes) for name, wrong in (("a", range(9)), ("b", range(5)))]
+    figure = compare_figure.draw(compare.compare(found))
+    figure.draw_without_rendering()
+    shown = {label.get_text() for label in panels(figure)["classes"].get_yticklabels()}
+    assert shown <= set(classes)
+    assert shown
 
 
 def test_no_label_of_the_figure_is_cut_with_many_runs_and_classes(tmp_path):

@@ -15,10 +15,10 @@ def distance(images: torch.Tensor, others: torch.Tensor) -> float:
     return (images.float() - others.float()).abs().mean().item()
 
 
-def test_there_are_eight_kinds_or_more_at_five_severities():
-    assert len(corruptions.AMOUNTS) >= 8
+def test_there_are_ten_kinds_at_five_severities():
+    assert len(corruptions.AMOUNTS) == 10
     assert {len(amounts) for amounts in corruptions.AMOUNTS.values()} == {5}
-    assert 5 * len(corruptions.AMOUNTS) == corruptions.CELLS
+    assert corruptions.CELLS == 50
 
 
 @pytest.mark.parametrize("kind", corruptions.AMOUNTS)
@@ -82,9 +82,17 @@ def test_of_many_images_2000_are_drawn_by_the_seed(evaluated_run, digits, tmp_pa
     for name in ("config.json", "run.json", "metrics.json"):
         (tmp_path / name).write_bytes((evaluated_run.path / name).read_bytes())
     run.checkpoints.symlink_to(evaluated_run.checkpoints)
+    harmed, corrupt = [], corruptions.corrupt
+    monkeypatch.setattr(corruptions, "corrupt", lambda images, *how: harmed.append(images) or corrupt(images, *how))
     first, again = (corruptions.measure(run, digits, "cpu", lambda _: None) for _ in range(2))
     assert first == again
     assert first["n"] == 100
+    run.write("config.json", {**run.read("config.json"), "seed": 1})
+    corruptions.measure(run, digits, "cpu", lambda _: None)
+    drawn, drawn_again, drawn_by_another = harmed
+    assert torch.equal(drawn, drawn_again)
+    assert not torch.equal(drawn, drawn_by_another)
+    assert not torch.equal(drawn, digits.test.images[:100])
 
 
 def test_a_run_that_was_not_evaluated_is_refused(make_run, digits):

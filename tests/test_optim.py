@@ -62,6 +62,19 @@ def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient(
     torch.testing.assert_close(weight.detach(), expected)
 
 
+def test_muon_keeps_the_share_of_the_past_that_momentum_says_and_looks_ahead_by_it():
+    weight = nn.Parameter(torch.eye(4, 6))
+    first, second = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    muon = optim.Muon([weight], lr=0.1, momentum=0.5, dtype=torch.float32)
+    for gradient in (first, second):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        muon.step()
+    ahead = second + 0.5 * (0.5 * first + second)
+    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(ahead, torch.float32)
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
     network = model.build("whitened", 10, 32)
     updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)

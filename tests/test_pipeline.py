@@ -152,6 +152,13 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(door, arguments, code
     assert (err.count("\n"), out) == (1, "")
 
 
+def test_a_training_alone_takes_no_more_than_one_seed(tmp_path):
+    code, out, err = invoke("train", *QUICK, "--set", "seeds=3", "--output-dir", str(tmp_path))
+    sentence = "error: this trains one run: python main.py --seeds 3 goes all the way with each\n"
+    assert (code, out, err) == (2, "", sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("task", ["evaluate", "visualize"])
 def test_a_run_that_is_none_is_one_sentence(task, tmp_path):
     for arguments in (("--run", str(tmp_path)), ("--run", "nowhere"), ("--output-dir", str(tmp_path))):

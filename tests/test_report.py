@@ -10,7 +10,7 @@ import pytest
 from scipy.special import softmax
 from test_visualize import make_dataset, make_line
 
-from cifar import analysis, evaluate, predictions, report, visualize
+from cifar import analysis, metrics, predictions, report, visualize
 from cifar.config import FIELDS, Config
 from cifar.runs import Run
 
@@ -122,17 +122,17 @@ def make_run(path: Path, classes: list[str], count: int) -> tuple[Run, object]:
     run.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {}})
     run.append_history(make_line(1, validated=False))
     facts = {"dataset": "digits", "recipe": "fast", "split": "test", "epoch": 1, "test_sha256": "0" * 64}
-    metrics = {
+    measured = {
         **facts,
-        **evaluate.measure(logits, logits, labels, classes),
+        **metrics.measure(logits, logits, labels, classes),
         **analysis.scores(probabilities, labels, classes),
         "calibration": {
-            **evaluate.calibrate(logits[:0], labels[:0]),
-            **evaluate.calibration_error(logits, labels, 1.0),
+            **metrics.calibrate(logits[:0], labels[:0]),
+            **metrics.calibration_error(logits, labels, 1.0),
         },
     }
-    run.write("metrics.json", metrics)
-    run.write("analysis.json", analysis.analyse(probabilities, labels, classes, metrics["most_confused"]))
+    run.write("metrics.json", measured)
+    run.write("analysis.json", analysis.analyse(probabilities, labels, classes, measured["most_confused"]))
     predictions.write(run, probabilities, dataset)
     return run, dataset
 
@@ -159,7 +159,7 @@ def test_two_classes_without_mistakes_are_a_page(tmp_path):
     labels = dataset.test.labels.numpy()
     right = np.eye(2)[labels] * 0.8 + 0.1
     logits = np.log(right).astype(np.float32)
-    run.write("metrics.json", {**run.metrics, **evaluate.measure(logits, logits, labels, ["no", "yes"])})
+    run.write("metrics.json", {**run.metrics, **metrics.measure(logits, logits, labels, ["no", "yes"])})
     run.write("analysis.json", analysis.analyse(right, labels, ["no", "yes"], []))
     report.write(run, dataset)
     tables, text = read(run)

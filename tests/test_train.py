@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from cifar import data, datasets, evaluate, train
+from cifar import data, datasets, evaluate, metrics, train
 from cifar.config import Config, UserError
 from cifar.console import TrainingDisplay
 
@@ -115,7 +115,7 @@ def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run,
     network, _ = evaluate.load(run, digits.classes)
     best = max(epoch["val_accuracy"] for epoch in run.history())
     logits = evaluate.infer(network, val.images, precision=run.record["precision"])
-    assert evaluate.accuracy(logits, val.labels) == pytest.approx(best)
+    assert metrics.accuracy(logits, val.labels) == pytest.approx(best)
 
 
 def test_without_validation_all_images_train_and_the_last_weights_are_kept(make_run):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar import checkpoint, evaluate, model, predict, zoo
+from cifar import checkpoint, evaluate, metrics, model, predict, zoo
 from cifar.config import UserError
 from cifar.runs import Run
 
@@ -132,9 +132,9 @@ def test_a_users_network_trains_is_evaluated_and_answers(here, make_run, digits)
     run = make_run(recipe="plain", model="network_of_mine:build", epochs=1, val_size=1200)
     assert run.path.name.endswith("_plain-network_of_mine-build_digits")
     assert checkpoint.load(run.checkpoints / "best.pt")["model"] == "network_of_mine:build"
-    metrics = evaluate.evaluate(run, digits, "cpu")
+    measured = evaluate.evaluate(run, digits, "cpu")
     logits = predict.Predictor(Run(run.path), "cpu").logits(digits.test.images)
-    assert evaluate.accuracy(logits, digits.test.labels) == pytest.approx(metrics["accuracy"])
+    assert metrics.accuracy(logits, digits.test.labels) == pytest.approx(measured["accuracy"])
 
 
 @pytest.mark.parametrize(
