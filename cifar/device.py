@@ -66,7 +66,8 @@ def keep_freed_memory() -> bool:
 
     A training step frees and takes hundreds of megabytes; with glibc's defaults each comes back as
     fresh pages, and faulting them in took over a third of a step's time. Returns whether it was set:
-    elsewhere than on glibc nothing happens. Call it before the first large tensor.
+    elsewhere than on glibc nothing happens. What lies free by then, of the stage or the run before, is
+    returned. Call it before the first large tensor.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -74,4 +75,5 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
+    libc.malloc_trim(0)
     return all(libc.mallopt(parameter, value) for parameter, value in wanted.items())
