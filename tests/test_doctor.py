@@ -202,7 +202,7 @@ def test_too_little_memory_is_a_failure_and_what_is_too_little_depends_on_the_da
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=PROJECT, capture_output=True, text=True)
     cifar10, digits = done.stdout.splitlines()
     assert cifar10.startswith("failure ")
-    assert "of 2.0; the recipe fast takes up to 3.7" in cifar10
+    assert "of 2.0; the recipe fast takes up to 3.0" in cifar10
     assert not digits.startswith("failure ")
 
 
