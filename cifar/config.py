@@ -249,7 +249,12 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 def told(error: Exception) -> str:
     """The error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what the error says: messages of torch and of the system may have many."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def flag(name: str) -> str:

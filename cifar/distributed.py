@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from cifar import console, signals
-from cifar.config import UserError
+from cifar.config import UserError, first_line
 
 # Between two messages: a download, figures, a report. A process that dies ends the others at once.
 _MOST_BETWEEN = datetime.timedelta(hours=6)
@@ -54,7 +54,7 @@ def lead(action: Callable[[], None]) -> None:
     try:
         dist.init_process_group(timeout=_MOST_BETWEEN)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes have not found each other: {_first_line(error)}") from None
+        raise UserError(f"the processes have not found each other: {first_line(error)}") from None
     if dist.get_rank() == 0:
         action()
         _tell(None)
@@ -203,7 +203,3 @@ def _losing() -> Iterator[None]:
         if not isinstance(error, dist.DistBackendError) and not _BROKEN.search(str(error)):
             raise
         raise LostError(f"another of the {count()} processes has ended: torchrun says which and how") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
