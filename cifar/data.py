@@ -99,11 +99,13 @@ class Batches:
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
         together = self.batch_size * max(1, _MOVED_TOGETHER // self.batch_size)
         share = distributed.share(self.batch_size)
+        is_whole = side == self.images.shape[-1]
+        layout = torch.channels_last if is_whole else torch.contiguous_format  # `shrink` is twice as fast on the latter
         for chosen in order[: len(self) * self.batch_size].split(together):
             own = torch.arange(len(chosen), device=chosen.device).view(-1, self.batch_size)[:, share].flatten()
             moved = self._moved(chosen, own, epoch).split(share.stop - share.start)
             for images, labels in zip(moved, self.labels[chosen[own]].split(share.stop - share.start)):
-                images = to_float(images)
+                images = to_float(images, layout)
                 if self.jitter:
                     factors = jitter_factors(self.batch_size, self.jitter, self.generator)
                     images = color_jitter(images, factors[:, share])
@@ -115,7 +117,8 @@ class Batches:
     def _moved(self, chosen: Tensor, own: Tensor, epoch: int) -> Tensor:
         """Of the chosen images this process's `own`, shifted and mirrored; uint8."""
         shifts = random_shifts(len(chosen), self.crop, self.generator)
-        images = shift(self.images[chosen[own]], shifts[:, own], self.crop, self.crop_mode)
+        images = self.images.index_select(0, chosen[own])  # twenty times as fast as by brackets
+        images = shift(images, shifts[:, own], self.crop, self.crop_mode)
         return mirror(images, self._mirrored(chosen, epoch)[own]) if self.flip != "none" else images
 
     def _mirrored(self, chosen: Tensor, epoch: int) -> Tensor:
@@ -125,9 +128,9 @@ class Batches:
         return torch.rand(count, generator=self.generator, device=self.generator.device) < 0.5
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 in 0..1, in the channels-last layout that convolutions are fastest in."""
-    return images.to(dtype=torch.float32, memory_format=torch.channels_last).div_(255)
+def to_float(images: Tensor, layout: torch.memory_format = torch.channels_last) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32 in 0..1; convolutions are fastest in the channels-last layout."""
+    return images.to(dtype=torch.float32, memory_format=layout).div_(255)
 
 
 def random_shifts(count: int, pad: int, generator: torch.Generator) -> Tensor:
