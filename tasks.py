@@ -181,9 +181,9 @@ def _number_of(port: str) -> int:
 
 def _find_run(config: Config, name: str | None):
     """The run that is named, or else the one of the task before, or else the latest."""
-    from cifar import runs
+    from cifar import outputs
 
-    found = runs.find(config.output_dir, name or _chain.get("run"))
+    found = outputs.find(config.output_dir, name or _chain.get("run"))
     _chain["run"] = str(found.path)
     return found
 
@@ -267,9 +267,9 @@ def compare(config, names=(), sort=None, output=None):
     if sort:
         raise UsageError("--sort is for the list of all runs, which `invoke compare` gives without names")
 
-    from cifar import compare, compare_page, runs
+    from cifar import compare, compare_page, outputs
 
-    comparison = compare.compare([run for name in names for run in runs.find_all(config.output_dir, name)])
+    comparison = compare.compare([run for name in names for run in outputs.find_all(config.output_dir, name)])
     page = compare_page.write(comparison, Path(output) if output else compare.folder(config.output_dir, comparison))
     tables.show_comparison(comparison)
     console.say(f"page, figure and numbers: {short(page.parent)}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar.config import UserError
-from cifar.runs import replacing
+from cifar.files import replacing
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}

@@ -7,7 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cifar import compare_figure
-from cifar.runs import replacing, write_json
+from cifar.files import replacing
+from cifar.runs import write_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -74,6 +74,19 @@ footer img, footer .divider { display: none !important; }
 """
 
 
+def _gallery() -> gr.Dataset:
+    """Test images to pick from, hidden until they have been read."""
+    return gr.Dataset(
+        components=[gr.Image(type="filepath", render=False)],
+        type="index",
+        label="Or one of the test images",
+        samples=[],
+        samples_per_page=100,
+        elem_id="examples",
+        visible=False,
+    )
+
+
 def build(runs: DemoRuns, uploads: Path) -> gr.Blocks:
     """The page over the runs; pictures are taken from the folder `uploads` alone."""
     answer, predict = _handlers(runs, uploads)
@@ -87,15 +100,7 @@ def build(runs: DemoRuns, uploads: Path) -> gr.Blocks:
             with gr.Column(min_width=300):
                 picture = gr.Image(type="filepath", label="Picture", height=320, buttons=[], elem_id="picture")
                 picture.example_payload = lambda: _EXAMPLE_FILE
-                examples = gr.Dataset(
-                    components=[gr.Image(type="filepath", render=False)],
-                    type="index",
-                    label="Or one of the test images",
-                    samples=[],
-                    samples_per_page=100,
-                    elem_id="examples",
-                    visible=False,
-                )
+                examples = _gallery()
             with gr.Column(min_width=300):
                 note = gr.HTML(elem_id="note")
                 label = gr.Label(label="Answer", num_top_classes=_TOP)

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar import console, data, datasets
+from cifar import console, data, datasets, outputs
 from cifar.config import UserError, known_name
 from cifar.picture import decode
 from cifar.predict import Predictor
-from cifar.runs import Run, directories
+from cifar.runs import Run
 from cifar.saliency import saliency
 
 THUMBNAILS = "thumbnails"
@@ -41,7 +41,7 @@ class Opinion:
 
 def evaluated(output_dir: str) -> dict[str, Run]:
     """The runs of a folder, and of the groups in it, that can answer, by name, newest first."""
-    found = (Run(place.resolve()) for place in directories(Path(output_dir)))
+    found = (Run(place.resolve()) for place in outputs.directories(Path(output_dir)))
     return {run.path.name: run for run in found if _can_answer(run)}
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cifar.config import UserError, told
+from cifar.files import replacing
 from cifar.predict import Predictor
-from cifar.runs import Run, replacing
+from cifar.runs import Run
 
 ABOUT = "about.json"  # in the .pt2 file, and under this name in the metadata of the .onnx file
 _ONNX_PACKAGES = ("onnx", "onnxscript")

@@ -15,8 +15,8 @@ import torch
 from cifar import console, shapes
 from cifar.config import UserError, some
 from cifar.data import Split
+from cifar.files import replacing
 from cifar.picture import decode_all
-from cifar.runs import replacing
 
 _FORMAT = 1  # of a cache; one that another release wrote is made anew
 _TOGETHER = 500  # pictures decoded at a time

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cifar import runs
+from cifar import outputs, runs
 from cifar.config import UserError, known_name
 from cifar.runs import Run
 
@@ -47,7 +47,7 @@ def table(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
     no run.
     """
     column = known_name("column", sort, COLUMNS) if sort else "start"
-    rows = [_row(Run(place)) for place in runs.directories(Path(output_dir))]
+    rows = [_row(Run(place)) for place in outputs.directories(Path(output_dir))]
     if not rows:
         raise UserError(f"there is no run in {output_dir}: make one with `python main.py`")
     known = [row for row in rows if row[column] is not None]
@@ -97,12 +97,12 @@ _READERS = {
 
 def groups(output_dir: str) -> list[dict[str, Any]]:
     """A row for each group of seeds, newest first: name, status, mean and deviation of both accuracies."""
-    return [{"group": path.name, **_of_summary(path / runs.SUMMARY)} for path in runs.groups(Path(output_dir))]
+    return [{"group": path.name, **_of_summary(path / runs.SUMMARY)} for path in outputs.groups(Path(output_dir))]
 
 
 def _of_summary(file: Path) -> dict[str, Any]:
     try:
-        status, figures = runs.group_status(file.parent), runs.read_json(file).get("figures")
+        status, figures = outputs.group_status(file.parent), runs.read_json(file).get("figures")
         spreads = {
             name: [figures[name][key] for key in ("mean", "standard_deviation")] if figures else None
             for name in ("accuracy", "accuracy_tta")

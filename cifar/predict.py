@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cifar import device, evaluate
 from cifar.config import UserError, known_name
+from cifar.files import writing
 from cifar.picture import FITS, Source, decode_all
-from cifar.runs import Run, writing
+from cifar.runs import Run
 
 _BATCH = 500  # pictures decoded before the network sees them
 

@@ -1,15 +1,11 @@
-"""The run directory: create, find, record and finish it."""
+"""The run directory: create, claim, record and finish it."""
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,24 +13,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cifar import shapes, signals
-from cifar.config import FIELDS, PROJECT, Config, UserError, short
+from cifar import provenance, shapes, signals
+from cifar.config import FIELDS, Config, UserError, short
 from cifar.files import append, lock, parse_json, replacing, writing
 
-_PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
-_RECORD, _CONFIG, _HISTORY, _METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
+RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
 # The settings without which a run would be taken for another: with a default, its validation split might be one that
 # it was trained on.
 _DECISIVE = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")
 _CURES = {  # what makes a file anew
-    **dict.fromkeys((_METRICS, "analysis.json", "predictions.csv", "saliency.npz"), "invoke evaluate"),
+    **dict.fromkeys((METRICS, "analysis.json", "predictions.csv", "saliency.npz"), "invoke evaluate"),
     "corruptions.json": "invoke evaluate --corruptions",
 }
-RESUMABLE = ("interrupted", "failed", "killed")
-# A directory with one of them is, or was, a run's.
-_MARKS = (_RECORD, _CONFIG, _HISTORY, _METRICS)
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ in the seed alone
-_GROUP_LOCK = ".lock"
 _PATIENCE = 1.0  # seconds that a process waits for another's lock, which may be held for a glance
 
 
@@ -55,19 +46,19 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """run.json: status, provenance, seconds per stage."""
-        return self.read(_RECORD)
+        return self.read(RECORD)
 
     @property
     def has_metrics(self) -> bool:
         """Whether it has been evaluated."""
-        return (self.path / _METRICS).exists()
+        return (self.path / METRICS).exists()
 
     @property
     def metrics(self) -> dict[str, Any]:
         """metrics.json. Raises UserError if the run has not been evaluated, or if the file is damaged."""
         if not self.has_metrics:
-            raise UserError(f"{self.path.name} has not been evaluated: `{_remedy(self.path / _METRICS)}` does it")
-        return self.read(_METRICS)
+            raise UserError(f"{self.path.name} has not been evaluated: `{_remedy(self.path / METRICS)}` does it")
+        return self.read(METRICS)
 
     def is_complete(self) -> bool:
         """Whether it has come to its end and been measured, and says so in files that are not damaged."""
@@ -81,7 +72,7 @@ class Run:
         """Name, classes and train_sha256 of what it was trained on. Raises UserError if run.json does not say."""
         record = self.record
         if "dataset" not in record:
-            raise damaged(self.path / _RECORD, "it does not say what the dataset was")
+            raise damaged(self.path / RECORD, "it does not say what the dataset was")
         return record["dataset"]
 
     def check_dataset(self, name: str) -> None:
@@ -93,11 +84,11 @@ class Run:
     @property
     def config(self) -> Config:
         """config.json as a Config. Raises UserError if a setting is unknown, out of range, or missing and needed."""
-        settings = self.read(_CONFIG)
+        settings = self.read(CONFIG)
         if unknown := settings.keys() - set(FIELDS):
-            raise UserError(f"{self.path / _CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
+            raise UserError(f"{self.path / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
         if missing := [name for name in _DECISIVE if settings.get(name) is None]:
-            raise damaged(self.path / _CONFIG, f"it lacks {', '.join(missing)}")
+            raise damaged(self.path / CONFIG, f"it lacks {', '.join(missing)}")
         return Config(**settings)
 
     def read(self, name: str) -> dict[str, Any]:
@@ -119,26 +110,26 @@ class Run:
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
-        self.write(_RECORD, {**self.record, **changes})
+        self.write(RECORD, {**self.record, **changes})
 
     def append_history(self, epoch: dict[str, Any]) -> None:
         """Add one epoch's line to history.jsonl, whole or not at all."""
-        append(self.path / _HISTORY, (json.dumps(epoch, allow_nan=False) + "\n").encode())
+        append(self.path / HISTORY, (json.dumps(epoch, allow_nan=False) + "\n").encode())
 
     def cut_history(self, epochs: int) -> None:
         """Leave nothing in history.jsonl but its first epochs. Raises UserError if it has not so many."""
-        path = self.path / _HISTORY
+        path = self.path / HISTORY
         with writing(path):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = lines[:epochs]
         if [_epoch_of(line) for line in kept] != list(range(1, epochs + 1)):
             raise damaged(path, "it lacks epochs that the checkpoint has")
         if kept != lines:
-            self.write_text(_HISTORY, b"".join(kept).decode())
+            self.write_text(HISTORY, b"".join(kept).decode())
 
     def history(self) -> list[dict[str, Any]]:
         """The epochs of history.jsonl, first to last; empty if none has ended. Raises UserError for a damaged file."""
-        path = self.path / _HISTORY
+        path = self.path / HISTORY
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             history = [parse_json(line) for line in lines]
@@ -146,7 +137,7 @@ class Run:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except ValueError:
             raise damaged(path, "a line is not JSON") from None
-        if problem := shapes.problem(_HISTORY, history):
+        if problem := shapes.problem(HISTORY, history):
             raise damaged(path, problem)
         return history
 
@@ -192,7 +183,7 @@ class Run:
 
     def _open_lock(self) -> BinaryIO:
         """config.json, the one file of the run that is never replaced, open to be locked."""
-        path = self.path / _CONFIG
+        path = self.path / CONFIG
         try:
             return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # network file systems lock what is writable
         except OSError as error:
@@ -247,7 +238,7 @@ class Run:
         record = self.record
         if record["status"] != "running":
             record.pop("error", None)
-            self.write(_RECORD, {**record, "status": "running", "end": None})
+            self.write(RECORD, {**record, "status": "running", "end": None})
         for partial in self.path.rglob("*.partial"):
             with writing(partial):
                 partial.unlink()
@@ -312,8 +303,9 @@ def create(config: Config, **facts: Any) -> Run:
     run = Run(make_directory(config))
     run.checkpoints.mkdir()
     run.figures.mkdir()
-    run.write(_CONFIG, dataclasses.asdict(config))
-    run.write(_RECORD, {"status": "running", "start": now(), "end": None, "seconds": {}, **_provenance(), **facts})
+    run.write(CONFIG, dataclasses.asdict(config))
+    begun = {"status": "running", "start": now(), "end": None, "seconds": {}}
+    run.write(RECORD, {**begun, **provenance.describe(), **facts})
     return run
 
 
@@ -326,98 +318,6 @@ def _point_latest(run: Run) -> None:
         fresh.replace(link)
     with contextlib.suppress(OSError):
         fresh.unlink()
-
-
-def find(output_dir: str, name: str | None = None) -> Run:
-    """The run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
-
-    Raises UserError if there is none, or if the directory is not a run's.
-    """
-    outputs = Path(output_dir)
-    path = locate(output_dir, name) if name else _latest(outputs)
-    if path is None:
-        raise UserError(f"there is no finished run in {outputs}: make one with `python main.py`")
-    if (path / SUMMARY).is_file():
-        raise UserError(f"{path} holds the runs of several seeds: name one of them, `ls {path}` shows which")
-    if missing := [name for name in (_RECORD, _CONFIG) if not (path / name).is_file()]:
-        raise UserError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
-    run = Run(path.resolve())
-    run.status()
-    return run
-
-
-def find_resumable(output_dir: str, name: str | None = None) -> Run:
-    """The run that is named, as `find` finds it; without a name, the newest that did not come to its end."""
-    if name:
-        return find(output_dir, name)
-    for run in map(Run, directories(Path(output_dir))):
-        with contextlib.suppress(UserError):
-            if run.status() in RESUMABLE:
-                return run
-    raise UserError(f"there is no run in {output_dir} that could be resumed")
-
-
-def find_all(output_dir: str, name: str) -> list[Run]:
-    """The run of that name, or the finished runs of the group of that name, oldest first. Raises UserError if none."""
-    path = locate(output_dir, name)
-    if not (path / SUMMARY).is_file():
-        return [find(output_dir, name)]
-    if found := [Run(place.resolve()) for place in reversed(directories(path)) if (place / _METRICS).exists()]:
-        return found
-    raise UserError(f"none of the runs in {path} has been evaluated")
-
-
-def locate(output_dir: str, name: str) -> Path:
-    """The directory at the path `name`, or called so in `output_dir` or a group there. Raises UserError if none is."""
-    outputs = Path(output_dir)
-    places = (Path(name), *(folder / name for folder in (outputs, *groups(outputs))))
-    if found := next((place for place in places if place.exists()), None):
-        return found
-    raise UserError(f"there is no run at {name}: `invoke compare --output-dir {outputs}` lists those that are there")
-
-
-def groups(outputs: Path) -> list[Path]:
-    """The directories with the runs of several seeds, newest first by name; those that lack their summary too."""
-    return sorted({*(path.parent for path in outputs.glob(f"*/{SUMMARY}")), *outputs.glob("*-seeds/")}, reverse=True)
-
-
-@contextlib.contextmanager
-def claim_group(group: Path) -> Iterator[None]:
-    """Keep other processes from working on a group. Raises UserError if one does."""
-    with writing(group), (group / _GROUP_LOCK).open("ab") as file:
-        if not lock(file):
-            raise UserError(f"{group.name} is in use: another process works on it")
-        yield
-
-
-def group_status(group: Path) -> str:
-    """completed, running, or killed where it says running and no process works on it."""
-    status = read_json(group / SUMMARY)["status"]
-    if status != "running":
-        return status
-    try:
-        with (group / _GROUP_LOCK).open("rb") as file:
-            return "killed" if lock(file) else "running"
-    except FileNotFoundError:
-        return "killed"
-
-
-def directories(outputs: Path) -> list[Path]:
-    """The directories of all runs, those in groups too, newest first by name; damaged ones too, and `latest` not."""
-    folders = (place for folder in (outputs, *groups(outputs)) for place in folder.glob("*/") if not place.is_symlink())
-    runs = [place.resolve() for place in folders if any((place / mark).exists() for mark in _MARKS)]
-    return sorted(runs, key=lambda place: place.name, reverse=True)
-
-
-def _latest(outputs: Path) -> Path | None:
-    """The target of the link `latest`, else the newest run by name that has ended."""
-    if (outputs / "latest").exists():
-        return outputs / "latest"
-    for run in map(Run, directories(outputs)):
-        with contextlib.suppress(UserError):
-            if run.status() != "running":
-                return run.path
-    return None
 
 
 def make_directory(config: Config, suffix: str = "") -> Path:
@@ -435,27 +335,6 @@ def make_directory(config: Config, suffix: str = "") -> Path:
     except OSError as error:
         raise UserError(f"cannot write to the output folder {outputs}: {error.strerror}") from None
     raise UserError(f"{outputs} already has 999 runs called {name}")
-
-
-def _provenance() -> dict[str, Any]:
-    """What made the run: command, commit, versions and machine."""
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "platform": platform.platform(),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of git on this project; None where there is no git, or no repository."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def now() -> str:

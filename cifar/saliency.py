@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar import data, device
-from cifar.runs import Run, damaged, replacing
+from cifar.files import replacing
+from cifar.runs import Run, damaged
 
 _COPIES = 8
 _NOISE = 0.1  # standard deviation, of images in 0..1

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cifar import budget, console, datasets, device, headlines, runs, significance, train
+from cifar import budget, console, datasets, device, headlines, outputs, runs, significance, train
 from cifar.config import PLACES, Config, UserError, short
 from cifar.runs import Run
 
@@ -35,11 +35,11 @@ class Group:
 
     def claim(self) -> AbstractContextManager[None]:
         """Keep other processes from working on the group. Raises UserError if one does."""
-        return runs.claim_group(self.path)
+        return outputs.claim_group(self.path)
 
     def finished(self) -> dict[int, Run]:
         """The run of each seed that has one from beginning to end."""
-        found = [Run(place) for place in runs.directories(self.path)]
+        found = [Run(place) for place in outputs.directories(self.path)]
         return {run.config.seed: run for run in found if _is_finished(run)}
 
     def missing(self) -> Iterator[Config]:
@@ -50,7 +50,7 @@ class Group:
 
     def start(self, config: Config) -> tuple[Run, datasets.Dataset]:
         """The run of one of the `missing` and its dataset: what was begun goes on, if it can, or else a new one."""
-        for run in map(Run, runs.directories(self.path)):
+        for run in map(Run, outputs.directories(self.path)):
             try:
                 if run.config.seed == config.seed and run.status() != "running" and not run.is_complete():
                     return train.take_up(str(run.path), {"data_dir": config.data_dir})
@@ -101,11 +101,11 @@ def _most(figure: str) -> float:
 
 
 def _unfinished(config: Config) -> Path | None:
-    for path in runs.groups(Path(config.output_dir)):
+    for path in outputs.groups(Path(config.output_dir)):
         try:
             summary = runs.read_json(path / runs.SUMMARY)
             there, wanted = (_settings(one, config.minutes) for one in (summary["config"], asdict(config)))
-            if summary.get("minutes") == config.minutes and there == wanted and runs.group_status(path) == "killed":
+            if summary.get("minutes") == config.minutes and there == wanted and outputs.group_status(path) == "killed":
                 return path
         except UserError as error:
             console.say(f"{short(path)} cannot be gone on with: {error}")

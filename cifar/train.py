@@ -22,6 +22,7 @@ from cifar import (
     metrics,
     model,
     optim,
+    outputs,
     runs,
     signals,
     whole_batch,
@@ -66,7 +67,7 @@ def take_up(name: str, given: Mapping[str, Any]) -> tuple[Run, datasets.Dataset]
     """
     if others := [flag(field) for field, value in given.items() if value is not None and field not in PLACES]:
         raise UsageError(f"--resume goes on with the settings of the run: leave out {', '.join(others)}")
-    run = runs.find_resumable(Config.create(given).output_dir, name)
+    run = outputs.find_resumable(Config.create(given).output_dir, name)
     run.check_dataset(run.dataset["name"])
     dataset = datasets.of_run(run, given.get("data_dir"))
     record, hardware, processes = run.record, device.describe(device.choose(run.config.device)), distributed.count()

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from cifar import analysis, charts, diagram, mosaics, predictions
 from cifar.config import UserError
 from cifar.datasets import Dataset
-from cifar.runs import Run, replacing
+from cifar.files import replacing
+from cifar.runs import Run
 
 
 def visualize(run: Run, dataset: Dataset) -> list[Path]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
-from cifar import compare, compare_figure, metrics, runs
+from cifar import compare, compare_figure, metrics, outputs
 from cifar.config import Config, UserError
 from cifar.runs import Run
 
@@ -209,12 +209,12 @@ def test_the_name_of_a_group_stands_for_its_runs(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / "group" / f"run {seed}", [seed], seed=seed)
     (tmp_path / "group" / "summary.json").write_text("{}")
-    assert [run.path.name for run in runs.find_all(str(tmp_path), "group")] == ["run 0", "run 1"]
-    assert runs.find_all(str(tmp_path), "run 1") == runs.find_all(str(tmp_path), "group/run 1")
+    assert [run.path.name for run in outputs.find_all(str(tmp_path), "group")] == ["run 0", "run 1"]
+    assert outputs.find_all(str(tmp_path), "run 1") == outputs.find_all(str(tmp_path), "group/run 1")
     shutil.rmtree(tmp_path / "group" / "run 0")
     (tmp_path / "group" / "run 1" / "metrics.json").unlink()
     with pytest.raises(UserError, match="none of the runs in"):
-        runs.find_all(str(tmp_path), "group")
+        outputs.find_all(str(tmp_path), "group")
 
 
 def test_a_comparison_has_a_folder_by_its_runs_whatever_their_number(tmp_path):

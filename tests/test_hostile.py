@@ -21,6 +21,7 @@ from cifar import evaluate as evaluation
 from cifar import train as training
 from cifar import visualize as visualization
 from cifar.config import FIELDS, UserError, flag
+from cifar.outputs import directories, groups
 from cifar.runs import Run
 from cifar.signals import Interrupted
 from cifar.state import State
@@ -280,7 +281,7 @@ def killed_group(tmp_path_factory) -> Path:
         patch.setattr(visualization, "visualize", lambda run, dataset: [])
         patch.setattr(report, "write", lambda run, dataset: None)
         assert main.main([*SEEDS, "--output-dir", str(folder)]) == 0
-    (group,) = runs.groups(folder)
+    (group,) = groups(folder)
     summary = runs.read_json(group / runs.SUMMARY)
     runs.write_json(group / runs.SUMMARY, {**summary, "status": "running"})
     return folder
@@ -295,16 +296,16 @@ def test_several_seeds_come_to_the_same_whatever_file_of_them_was_damaged(
     monkeypatch.setattr(visualization, "visualize", lambda run, dataset: [])
     monkeypatch.setattr(report, "write", lambda run, dataset: None)
     shutil.copytree(killed_group, tmp_path / "outputs", symlinks=True)
-    (group,) = runs.groups(tmp_path / "outputs")
+    (group,) = groups(tmp_path / "outputs")
     whole = runs.read_json(group / runs.SUMMARY)
-    if (place := group / file if file == runs.SUMMARY else runs.directories(group)[-1] / file).exists():
+    if (place := group / file if file == runs.SUMMARY else directories(group)[-1] / file).exists():
         damage(place, kind)
     code, out, err = call(capfd, monkeypatch, "main", *SEEDS, "--output-dir", "outputs")
     if (file, kind) == ("metrics.json", "a folder"):  # in the way of the one that would be made anew
         assert (code, err) == (1, f"error: cannot write {place}: Is a directory\n")
         return
     assert (code, err) == (0, "")
-    newest = runs.groups(tmp_path / "outputs")[0]
+    newest = groups(tmp_path / "outputs")[0]
     figures = runs.read_json(newest / runs.SUMMARY)["figures"]
     assert figures["accuracy"] == whole["figures"]["accuracy"]
     assert figures["loss"] == whole["figures"]["loss"]

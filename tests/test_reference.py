@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cifar import runs
+from cifar import outputs
 from cifar.config import PROJECT
 
 REFERENCE = PROJECT / "outputs" / "reference"
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-(SEEDS,) = runs.groups(REFERENCE)
-MEMBERS = [place for place in runs.directories(REFERENCE) if place.parent == SEEDS.resolve()]
-SINGLE = [place for place in runs.directories(REFERENCE) if place.parent == REFERENCE.resolve()]
+(SEEDS,) = outputs.groups(REFERENCE)
+MEMBERS = [place for place in outputs.directories(REFERENCE) if place.parent == SEEDS.resolve()]
+SINGLE = [place for place in outputs.directories(REFERENCE) if place.parent == REFERENCE.resolve()]
 
 
 def read(place: Path, file: str) -> dict:

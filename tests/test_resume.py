@@ -18,6 +18,7 @@ from test_state import flat
 
 from cifar import checkpoint, console, data, datasets, evaluate, resume, runs, train
 from cifar.config import UserError
+from cifar.outputs import find
 
 TIMES = ("seconds", "images_per_second")
 # A process of it starts in a few hundredths of a second, as it has everything imported that a training needs.
@@ -328,7 +329,7 @@ def test_two_trainers_in_one_outputs_folder_both_finish(outputs, uninterrupted):
     made = [runs.Run(path) for path in outputs.folder.iterdir() if not path.is_symlink()]
     assert len(made) == 2
     assert [results(run) == uninterrupted for run in made] == [True, True]
-    assert runs.find(str(outputs.folder)).path in [run.path for run in made]
+    assert find(str(outputs.folder)).path in [run.path for run in made]
 
 
 def stop_after(updates: int) -> None:

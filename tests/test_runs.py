@@ -7,7 +7,7 @@ import threading
 import pytest
 from test_visualize import make_line
 
-from cifar import files, runs
+from cifar import files, outputs, runs
 from cifar.config import Config, UserError
 
 
@@ -47,13 +47,13 @@ def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, statu
     before = runs.create(config)
     end(before, None)
     run = runs.create(config)
-    assert runs.find(config.output_dir).path == before.path
+    assert outputs.find(config.output_dir).path == before.path
     record = end(run, error)
     assert record["status"] == status
     assert record["end"] >= record["start"]
     assert record["seconds"]["train"] >= 0
     assert record.get("error") == ("disk full" if status == "failed" else None)
-    assert runs.find(config.output_dir).path == run.path
+    assert outputs.find(config.output_dir).path == run.path
     assert os.readlink(run.path.parent / "latest") == run.path.name
 
 
@@ -61,12 +61,12 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
     older, run = runs.create(config), runs.create(config)
     end(run, None)
     end(older, None)
-    assert runs.find(config.output_dir, str(run.path)).path == run.path
-    assert runs.find(config.output_dir, run.path.name).path == run.path
+    assert outputs.find(config.output_dir, str(run.path)).path == run.path
+    assert outputs.find(config.output_dir, run.path.name).path == run.path
     (run.path.parent / "latest").unlink()
-    assert runs.find(config.output_dir).path == run.path
+    assert outputs.find(config.output_dir).path == run.path
     monkeypatch.chdir(tmp_path)
-    assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+    assert outputs.find("outputs", f"outputs/{older.path.name}").path == older.path
 
 
 def test_a_run_that_says_it_runs_while_no_process_does_is_recorded_as_killed(config):
@@ -76,7 +76,7 @@ def test_a_run_that_says_it_runs_while_no_process_does_is_recorded_as_killed(con
         assert run.record["end"] is None
     assert run.status() == "completed"
     killed = runs.create(config)
-    assert runs.find(config.output_dir, killed.path.name).record["status"] == "killed"
+    assert outputs.find(config.output_dir, killed.path.name).record["status"] == "killed"
     assert killed.record["end"] >= killed.record["start"]
 
 
@@ -101,16 +101,16 @@ def test_a_claim_waits_for_one_that_is_held_for_a_glance(config):
 
 def test_the_newest_run_that_did_not_come_to_its_end_is_the_one_to_resume(config):
     with pytest.raises(UserError, match=r"there is no run in .* that could be resumed"):
-        runs.find_resumable(config.output_dir)
+        outputs.find_resumable(config.output_dir)
     failed, killed, interrupted, completed, damaged = (runs.create(config) for _ in range(5))
     end(failed, OSError("disk full"))
     end(completed, None)
     (damaged.path / "run.json").write_text("{")
-    assert runs.find_resumable(config.output_dir).path == interrupted.path
+    assert outputs.find_resumable(config.output_dir).path == interrupted.path
     for run in (interrupted, killed):
         end(run, None)
-    assert runs.find_resumable(config.output_dir).path == failed.path
-    assert runs.find_resumable(config.output_dir, completed.path.name).path == completed.path
+    assert outputs.find_resumable(config.output_dir).path == failed.path
+    assert outputs.find_resumable(config.output_dir, completed.path.name).path == completed.path
 
 
 def test_a_run_that_goes_on_loses_the_marks_of_its_end(config):
@@ -143,11 +143,11 @@ def test_the_history_is_cut_back_to_the_epochs_that_are_known(config, rest):
 
 def test_what_is_no_run_is_told_in_one_sentence(config, tmp_path):
     with pytest.raises(UserError, match="there is no finished run in"):
-        runs.find(config.output_dir)
+        outputs.find(config.output_dir)
     with pytest.raises(UserError, match="there is no run at nowhere"):
-        runs.find(config.output_dir, "nowhere")
+        outputs.find(config.output_dir, "nowhere")
     with pytest.raises(UserError, match="is not a run directory"):
-        runs.find(config.output_dir, str(tmp_path))
+        outputs.find(config.output_dir, str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "{}", "[" * 100_000, '{"status": NaN}', "\x00"])
@@ -212,5 +212,5 @@ def test_runs_are_listed_newest_first_with_those_of_groups_and_the_damaged_and_w
         (tmp_path / file).write_text("")
     (tmp_path / "2026-01-03_group" / "summary.json").write_text("{}")
     (tmp_path / "latest").symlink_to("2026-01-04_c")
-    assert [place.name for place in runs.directories(tmp_path)] == ["2026-01-04_c", "2026-01-02_b", "2026-01-01_a"]
-    assert runs.directories(tmp_path / "nowhere") == []
+    assert [place.name for place in outputs.directories(tmp_path)] == ["2026-01-04_c", "2026-01-02_b", "2026-01-01_a"]
+    assert outputs.directories(tmp_path / "nowhere") == []

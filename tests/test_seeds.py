@@ -16,7 +16,7 @@ from conftest import quick_config
 from test_pipeline import start
 
 import main
-from cifar import demo_runs, runs, seeds
+from cifar import demo_runs, outputs, runs, seeds
 from cifar.config import PROJECT, Config, UserError
 from cifar.runs import Run
 
@@ -38,14 +38,14 @@ def interrupted(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_a_killed_group_goes_on_where_it_stopped(interrupted, capsys):
     folder, flags = interrupted
-    (group,) = runs.groups(folder)
+    (group,) = outputs.groups(folder)
     first, killed = sorted(group.glob("*/"))
     before = (first / "run.json").stat()
     assert (Run(first).status(), Run(killed).status()) == ("completed", "killed")
     assert main.main(flags) == 0
     printed = capsys.readouterr().out
     assert f"going on with {os.path.relpath(group)}: 1 of 2 seeds are there" in printed
-    assert runs.groups(folder) == [group]
+    assert outputs.groups(folder) == [group]
     assert (first / "run.json").stat() == before
     assert {place: Run(place).config.seed for place in group.glob("*/")} == {first: 3, killed: 4}
     last = killed  # the run that was killed goes on, where its last checkpoint is
@@ -59,13 +59,13 @@ def test_a_killed_group_goes_on_where_it_stopped(interrupted, capsys):
     assert f"{statistics.mean(accuracies):.2%}" in printed.rsplit("seeds 3 to 4", 1)[1]
 
     assert (folder / "latest").resolve() == last
-    assert runs.find(str(folder)).path == last
+    assert outputs.find(str(folder)).path == last
     (folder / "latest").unlink()
-    assert runs.find(str(folder)).path == last
-    assert runs.find(str(folder), first.name).path == first
+    assert outputs.find(str(folder)).path == last
+    assert outputs.find(str(folder), first.name).path == first
     assert list(demo_runs.evaluated(str(folder))) == [last.name, first.name]
     with pytest.raises(UserError, match="holds the runs of several seeds"):
-        runs.find(str(folder), group.name)
+        outputs.find(str(folder), group.name)
 
 
 def make_group(folder: Path, **settings) -> Path:
@@ -79,9 +79,9 @@ def make_group(folder: Path, **settings) -> Path:
 HOLDER = """
 import sys
 from pathlib import Path
-from cifar import runs
+from cifar import outputs
 
-with runs.claim_group(Path(sys.argv[1])):
+with outputs.claim_group(Path(sys.argv[1])):
     print(flush=True)
     input()
 """
@@ -93,13 +93,13 @@ def test_a_group_that_another_process_works_on_is_left_alone_and_a_damaged_one_p
     held = make_group(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLDER, held], cwd=PROJECT, **PIPES) as process:
         process.stdout.readline()
-        assert runs.group_status(held) == "running"
-        with pytest.raises(UserError, match="is in use"), runs.claim_group(held):
+        assert outputs.group_status(held) == "running"
+        with pytest.raises(UserError, match="is in use"), outputs.claim_group(held):
             pass
         fresh = seeds.begin(config)
         assert fresh.path != held
         process.kill()
-    assert runs.group_status(held) == "killed"
+    assert outputs.group_status(held) == "killed"
     assert seeds.begin(replace(config, data_dir="elsewhere")).path == fresh.path
     (fresh.path / runs.SUMMARY).write_text("{")
     capsys.readouterr()
