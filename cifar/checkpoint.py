@@ -13,7 +13,7 @@ from cifar.files import replacing
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
-_MOST_BYTES = 4_000_000_000  # of a file: twice that of torchvision's largest with what Adam remembers
+_MOST_BYTES = 16_000_000_000  # of a file: twice that of torchvision's largest with what Adam remembers
 _MOST_PICKLED = 4_000_000  # bytes, of the part that is not tensors
 _MOST_PIXELS = 128  # along a side of an image
 _MOST_CLASSES = 10_000
@@ -60,7 +60,8 @@ def load(path: Path) -> dict[str, Any]:
         _check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: the run ended before its first epoch did") from None
+        why = "the run ended before its first epoch did, or the file was taken away"
+        raise UserError(f"there is no checkpoint {path}: {why}") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged file makes the unpickler stumble in any way there is

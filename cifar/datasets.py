@@ -161,12 +161,9 @@ def _read_cifar(name: str, files: Path, part: str) -> Split:
 
 
 def _check_files(kind: Archive, folder: Path, names: Iterable[str]) -> None:
-    """Raise UserError that names the first of the files that is missing or damaged; torchvision does not say which."""
-    for name in names:
-        if not archive.is_published(kind, folder / name):
-            state = "damaged" if (folder / name).exists() else "missing"
-            cure = f"put back the original, or delete {folder} to fetch it anew"
-            raise UserError(f"{folder / name} is {state}: {cure}")
+    """Raise UserError that names the first of the files that is missing or damaged."""
+    if trouble := archive.trouble(kind, folder, names):
+        raise UserError(": ".join(trouble))
 
 
 # scikit-learn's digits.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from cifar import console, signals
+from cifar import console, limits, signals
 from cifar.config import UserError, first_line
 
 # Between two messages: a download, figures, a report. A process that dies ends the others at once.
@@ -50,7 +50,7 @@ def lead(action: Callable[[], None]) -> None:
     local = int(os.environ.get("LOCAL_RANK", 0))
     os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), local)
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which would leave cores idle
-        torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, limits.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         dist.init_process_group(timeout=_MOST_BETWEEN)
     except (RuntimeError, ValueError) as error:
@@ -80,10 +80,6 @@ def own_gpu(visible: str | None, local: int) -> str:
     return dict(enumerate(gpus)).get(local, "")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _follow() -> None:
     """Do what the first process asks for until it has nothing more. A signal to stop is for that one to act on."""
     with signals.held_back():
@@ -110,7 +106,7 @@ def _working_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def helped(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """While it lasts the others run function(*arguments), and `total`, `gather` and so on join them with this process.
+    """While it lasts the others run function(*arguments), and `add_up`, `gather` and so on join them with this process.
 
     Each has to call these in the same order. Tensors among the arguments arrive on the CPU.
     """

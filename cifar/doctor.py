@@ -5,19 +5,17 @@ torch is imported inside the checks that need it, for it may be what is broken.
 
 import contextlib
 import importlib.metadata
-import math
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar import archive, download
-from cifar.config import PROJECT, Config, UserError, short
+from cifar import archive, download, limits
+from cifar.config import PROJECT, Config, UserError, first_line, short
 from cifar.download import Archive
 
 REQUIREMENTS = PROJECT / "requirements.txt"
@@ -121,7 +119,7 @@ def _hardware(config: Config) -> list[Finding]:
 
         from cifar import device
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error) or type(error).__name__
         cure = f"pip install --force-reinstall -r {short(REQUIREMENTS)}, best in a fresh virtual environment"
         return [Finding("torch", "failure", f"it cannot be imported: {reason}", cure)]
     try:
@@ -141,7 +139,7 @@ def _hardware(config: Config) -> list[Finding]:
 
 
 def _threads(threads: int) -> Finding:
-    cores = _usable_cores()
+    cores = limits.cores()
     if threads > cores:
         says = f"{threads} on the {cores} cores that this process may use: they wait for each other"
         return Finding("threads", "warning", says, f"export OMP_NUM_THREADS={cores}")
@@ -151,58 +149,15 @@ def _threads(threads: int) -> Finding:
     return Finding("threads", "ok", f"{threads} on {cores} cores")
 
 
-def _usable_cores() -> int:
-    """The cores of this process's affinity, or fewer where its control group has a quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [text.split() for text in _group_limits("", "cpu.max")]
-    quotas += zip(_group_limits("cpu", "cpu.cfs_quota_us"), _group_limits("cpu", "cpu.cfs_period_us"))
-    limits = [math.ceil(int(quota) / int(period)) for quota, period in quotas if quota not in ("max", "-1")]
-    return max(1, min([cores, *limits]))
-
-
-def _group_limits(
-    controller: str, name: str, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> Iterator[str]:
-    """What the file `name` says in this process's control group and in those above it.
-
-    controller: of version 1, each of which has a tree of its own; empty for version 2.
-    """
-    with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controller in controllers.split(","):
-                group = root / controller / path.lstrip("/")
-                for folder in (group, *group.parents):
-                    if folder.is_relative_to(root) and (folder / name).is_file():
-                        yield (folder / name).read_text().strip()
-
-
 def _memory(dataset: str) -> Finding:
     needed = _MEMORY.get(dataset, _CIFAR_MEMORY)
-    total, free = _memory_bytes()
+    total, free = limits.memory()
     says = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to {needed / 1e9:.1f}"
     if total < needed:
         return Finding("memory", "failure", says, "give it more memory, or take a smaller network: --recipe convnet")
     if free < needed:
         return Finding("memory", "warning", says, "end other programs first, or the system may end the run")
     return Finding("memory", "ok", says)
-
-
-def _memory_bytes() -> tuple[float, float]:
-    """How much this process may have in all, and how much of that is free; infinity where the system does not say."""
-    total = free = math.inf
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    texts = [*_group_limits("", "memory.max"), *_group_limits("memory", "memory.limit_in_bytes")]
-    limits = [int(text) for text in texts if text != "max"]
-    with contextlib.suppress(ImportError):
-        import resource
-
-        limits += [most for most in resource.getrlimit(resource.RLIMIT_AS)[:1] if most != resource.RLIM_INFINITY]
-    total = min([total, *limits])
-    return total, min(total, free)
 
 
 # Files
@@ -266,9 +221,8 @@ def _dataset(config: Config, reaching: Future | None) -> Finding:
 
 
 def _unpacked(known: Archive, folder: Path) -> Finding:
-    if wrong := archive.wrong_file(known, folder):
-        says = f"{wrong} is {'damaged' if wrong.exists() else 'missing'}"
-        return Finding("dataset", "failure", says, f"put back the original, or delete {folder} to fetch it anew")
+    if trouble := archive.trouble(known, folder):
+        return Finding("dataset", "failure", *trouble)
     return Finding("dataset", "ok", f"in {folder}, each file with its published MD5; a run needs no network")
 
 

@@ -15,6 +15,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+    import msvcrt
+
+    _LOCKED_BYTE = 2**30  # behind the end of any file that is locked: Windows lets nobody read what is
 
 
 @contextlib.contextmanager
@@ -76,8 +79,13 @@ def append(path: Path, line: bytes) -> None:
 
 
 def lock(file: BinaryIO) -> bool:
-    """Whether the file could be locked for this process alone; true where the system has no locks."""
+    """Whether the file could be locked for this process alone, until it is closed; true where there are no locks."""
     if fcntl is None:
+        file.seek(_LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from cifar import data, datasets, device, train
 from cifar.config import Config
 from cifar.console import TrainingDisplay
+from cifar.state import State
 
 _MATRIX_SIDE = 2048
 _FORWARD, _BACKWARD = "aten.convolution", "aten.convolution_backward"
@@ -92,7 +93,9 @@ def matrix_rate(hardware: torch.device, precision: str, repeats: int = 9) -> flo
 
 
 def profile(config: Config, dataset: datasets.Dataset, *, steps: int = 5) -> dict[str, Any]:
-    """Training steps of a recipe at each of its image sizes, beside the matrix rate of the same minute.
+    """Steps from the middle of a recipe's training, at each of its image sizes, beside the matrix rate of that minute.
+
+    By then `fast` has frozen its whitening bias, as in three quarters of its epochs.
 
     Returns plain numbers, per step: seconds, flop, page_faults, seconds of augmentation, and the operators and
     convolutions with their shares and rates, the slowest first.
@@ -118,14 +121,18 @@ def profile(config: Config, dataset: datasets.Dataset, *, steps: int = 5) -> dic
 def _profile_side(config: Config, split: data.Split, classes: int, side: int, precision: str) -> dict[str, Any]:
     """The steps of one epoch on images of one size, after such an epoch that warms up."""
     hardware = device.choose(config.device)
-    network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
+
+    def fresh_state() -> State:
+        network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
+        return train.fresh_state(config, network, split)
 
     def epoch() -> float:
-        state = train.fresh_state(config, network, split)
+        state = fresh_state()
+        state.updates.go_to(config.epochs * steps // 2)
         display = TrainingDisplay(1, steps, [1])
         return train.train_epoch(state, side, config.label_smoothing, precision, display)["seconds"] / steps
 
-    batches = train.fresh_state(config, network, split).batches
+    batches = fresh_state().batches
     steps = len(batches)
     epoch()
     faults = _page_faults()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar.config import FIELDS, UsageError, UserError, check, help_text, known_name, read
+from cifar.config import FIELDS, PLACES, UsageError, UserError, check, help_text, known_name, read
 from cifar.files import parse_json
 
 HELP = {
@@ -17,6 +17,7 @@ HELP = {
 def gather(flags: Mapping[str, Any], file: str | None, assignments: Sequence[str]) -> dict[str, Any]:
     """Field name -> value: the file's, overruled by the assignments, and those by the flags.
 
+    A run's own config.json says what the run was, and not where this one is to be: its places are left out.
     flags: None where one is not given. Raises UserError, with the setting's help, for what a setting does not take,
     and with the nearest name for a setting that there is not.
     """
@@ -40,7 +41,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold settings by their names")
-    return dict(_checked(key, value, str(path)) for key, value in content.items())
+    settings = dict(_checked(key, value, str(path)) for key, value in content.items())
+    is_a_runs = path.name == "config.json" and (path.parent / "run.json").exists()
+    return {name: value for name, value in settings.items() if not (is_a_runs and name in PLACES)}
 
 
 def _from_assignments(texts: Sequence[str]) -> dict[str, Any]:

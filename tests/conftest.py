@@ -15,9 +15,9 @@ from rich.console import Console
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from cifar import console, corruptions, datasets, evaluate, report, train, visualize
+from cifar import archive, console, corruptions, datasets, evaluate, report, train, visualize
 from cifar.archive import ARCHIVES
-from cifar.config import Config
+from cifar.config import PROJECT, Config
 from cifar.runs import Run
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would all that the tests start and interrupt.
@@ -29,7 +29,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR")
+REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR", str(PROJECT / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,8 @@ def digits() -> datasets.Dataset:
 
 @pytest.fixture(scope="session")
 def real_cifar10() -> datasets.Dataset:
-    if not REAL_CIFAR10 or not Path(REAL_CIFAR10).exists():
-        pytest.skip("CIFAR_DATA_DIR names no CIFAR-10")
+    if not (Path(REAL_CIFAR10).is_file() or archive.find(ARCHIVES["cifar10"], Path(REAL_CIFAR10))):
+        pytest.skip("neither data/ nor CIFAR_DATA_DIR has CIFAR-10")
     return datasets.find("cifar10", REAL_CIFAR10)[0]
 
 

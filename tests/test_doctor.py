@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from test_archive import as_nobody
 from test_download import CONTENT, archive_of, fail, send, server  # noqa: F401
 
-from cifar import archive, doctor
+from cifar import archive, doctor, limits
 from cifar.archive import ARCHIVES
 from cifar.config import PROJECT, Config
 
@@ -154,38 +154,11 @@ def test_more_threads_than_the_process_may_use_are_a_warning():
 
 
 def test_fewer_threads_than_cores_are_a_note_where_the_environment_says_so(monkeypatch):
-    monkeypatch.setattr(doctor, "_usable_cores", lambda: 4)
+    monkeypatch.setattr(limits, "cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert doctor._threads(1).level == "note"
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert doctor._threads(2).level == "ok"  # as torch counts cores that share their units once
-
-
-def test_the_limits_of_control_groups_are_read_from_the_process_own_up_to_the_root(tmp_path):
-    """As the kernel's documentation lays them out, cgroup-v2.rst and cgroup-v1/cgroups.rst."""
-    root, own = tmp_path / "cgroup", tmp_path / "own"
-    own.write_text("4:memory:/jobs/one\n3:cpu,cpuacct:/jobs\n0::/jobs/one\n")
-    for folder, name, text in (
-        ("jobs", "cpu.max", "150000 100000"),
-        ("jobs/one", "cpu.max", "max 100000"),
-        ("jobs/other", "cpu.max", "1 1"),
-        ("memory/jobs/one", "memory.limit_in_bytes", "1000"),
-        ("memory", "memory.limit_in_bytes", "2000"),
-        ("cpu/jobs", "cpu.cfs_quota_us", "-1"),
-    ):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        (root / folder / name).write_text(f"{text}\n")
-    assert list(doctor._group_limits("", "cpu.max", root, own)) == ["max 100000", "150000 100000"]
-    assert list(doctor._group_limits("memory", "memory.limit_in_bytes", root, own)) == ["1000", "2000"]
-    assert list(doctor._group_limits("cpu", "cpu.cfs_quota_us", root, own)) == ["-1"]
-    assert list(doctor._group_limits("", "memory.max", root, tmp_path / "nowhere")) == []
-
-
-def test_a_quota_counts_in_whole_cores(monkeypatch):
-    texts = {"cpu.max": ["max 100000", "150000 100000"], "cpu.cfs_quota_us": ["-1"], "cpu.cfs_period_us": ["100000"]}
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(doctor, "_group_limits", lambda _, name: iter(texts.get(name, [])))
-    assert doctor._usable_cores() == 2
 
 
 MEMORY = """
@@ -207,7 +180,7 @@ def test_too_little_memory_is_a_failure_and_what_is_too_little_depends_on_the_da
 
 
 def test_memory_that_others_take_is_a_warning(monkeypatch):
-    monkeypatch.setattr(doctor, "_memory_bytes", lambda: (8e9, 1e9))
+    monkeypatch.setattr(limits, "memory", lambda: (8e9, 1e9))
     assert doctor._memory("auto").level == "warning"
 
 
@@ -275,9 +248,9 @@ def test_a_dataset_is_checked_file_by_file_without_a_connection(known, server, t
 
 def test_a_file_that_is_missing_beside_others_is_named(tmp_path):
     (tmp_path / "batches.meta").write_bytes(b"")
-    assert archive.wrong_file(ARCHIVES["cifar10"], tmp_path) == tmp_path / "batches.meta"
+    assert archive.trouble(ARCHIVES["cifar10"], tmp_path)[0] == f"{tmp_path / 'batches.meta'} is damaged"
     known = dataclasses.replace(ARCHIVES["cifar10"], files={"gone": "x", "batches.meta": "y"})
-    assert archive.wrong_file(known, tmp_path) == tmp_path / "gone"
+    assert archive.trouble(known, tmp_path)[0] == f"{tmp_path / 'gone'} is missing"
 
 
 def test_an_archive_is_checked_without_a_connection(known, server, tmp_path):  # noqa: F811

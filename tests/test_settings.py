@@ -27,8 +27,11 @@ def test_json_and_toml_say_the_same(tmp_path):
 
 
 def test_a_run_is_repeated_by_its_config_json_or_its_directory_with_the_same_weights(evaluated_run, digits, tmp_path):
+    here = {"data_dir": "nowhere", "output_dir": str(tmp_path)}
     for given in (evaluated_run.path / "config.json", evaluated_run.path):
-        assert Config.create(settings.gather({}, str(given), [])) == evaluated_run.config
+        gathered = settings.gather({}, str(given), [])
+        assert gathered.keys().isdisjoint(here)  # where that run was is not where this one is to be
+        assert Config.create(gathered | here) == dataclasses.replace(evaluated_run.config, **here)
     config = Config.create(settings.gather({"output_dir": str(tmp_path)}, str(evaluated_run.path), []))
     again = train.create(config, digits)
     train.fit(again, digits)
