@@ -178,7 +178,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
         "fast": {},
-        # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU or a night.
+        # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU, or an hour and a half.
         "best": {
             "model": "whitened_deep",
             "epochs": 40,

@@ -78,8 +78,8 @@ def _bytes(leaf: Any) -> int:
     return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
 
 
-def matrix_rate(hardware: torch.device, precision: str, repeats: int = 9) -> float:
-    """FLOP a second of a product of two square matrices of 2048: the median, after one product that warms up."""
+def matrix_rate(hardware: torch.device, precision: str, repeats: int = 100) -> float:
+    """FLOP a second of a product of two square matrices of 2048: the median over some seconds, after one to warm up."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left, right = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=hardware, dtype=dtype) for _ in range(2))
     seconds = []
