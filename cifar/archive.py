@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import shutil
 import tarfile
 import time
@@ -59,7 +60,9 @@ ARCHIVES = {
 
 
 def find(archive: Archive, path: Path) -> Path | None:
-    """The folder of the archive's files that `path` is or holds; None if there is none."""
+    """The folder of the archive's files that `path` is or holds; None if there is none. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.scandir(path).close()  # raises PermissionError, which `is_file` does no more from Python 3.14 on
     folders = (path / archive.folder, path)
     return next((folder for folder in folders if any((folder / file).is_file() for file in archive.files)), None)
 
