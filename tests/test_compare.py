@@ -205,6 +205,11 @@ def test_a_mistake_is_one_sentence(tmp_path):
         compare.compare([first, second])
 
 
+def test_there_are_as_many_letters_as_runs_can_be_compared(tmp_path):
+    with pytest.raises(UserError, match="at most 26 runs can be compared at once, not 27"):
+        compare.compare([Run(tmp_path / str(number)) for number in range(27)])
+
+
 def test_the_name_of_a_group_stands_for_its_runs(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / "group" / f"run {seed}", [seed], seed=seed)

@@ -141,3 +141,12 @@ def test_corruptions_are_shown_the_mildest_first_with_their_means(capsys):
     assert printed.index("shift") < printed.index("noise")
     assert "mean over all 45.0%, of the same images unharmed 90.0%" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_speeds_are_shown_with_the_ratio_to_the_fastest_way(capsys):
+    speed = {"suite_images_per_second": 4965.1, "loader_images_per_second": {0: 1714.0, 2: 1522.4}, "ratio": 2.8967}
+    tables.show_speeds("my [bold] cats", {"convnet": speed})
+    printed = capsys.readouterr().out
+    assert "images of my [bold] cats a second in training" in printed
+    (row,) = re.findall(r"convnet.*", printed)
+    assert re.findall(r"[\d,.]+", row) == ["4,965", "1,714", "1,522", "2.90"]
