@@ -110,8 +110,10 @@ def show_answers(answers: Sequence[Any], predictor: Any) -> None:
 def _share(name: str, share: float, bar: bool) -> Table:
     """A class with its probability in percent, and as a bar."""
     cell = Table.grid(padding=(0, 1))
-    cell.add_column(no_wrap=True)
     parts = [ProgressBar(total=1.0, completed=float(share), width=6)] if bar else []
+    cell.add_column(overflow="fold")  # where it is narrow the name is folded, and the share stays whole
+    for _ in [*parts, share]:
+        cell.add_column(no_wrap=True)
     cell.add_row(Text(name), *parts, f"{share:.1%}")
     return cell
 

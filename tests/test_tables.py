@@ -1,5 +1,8 @@
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import test_compare
 from rich.console import Console
@@ -150,3 +153,15 @@ def test_speeds_are_shown_with_the_ratio_to_the_fastest_way(capsys):
     assert "images of my [bold] cats a second in training" in printed
     (row,) = re.findall(r"convnet.*", printed)
     assert re.findall(r"[\d,.]+", row) == ["4,965", "1,714", "1,522", "2.90"]
+
+
+def test_long_names_of_classes_hide_no_probability(terminal, monkeypatch):
+    monkeypatch.setattr(console.out, "width", 60)
+    predictor = SimpleNamespace(
+        run=SimpleNamespace(path=Path("run")),
+        classes=[f"a class with a long name, number {number}" for number in range(3)],
+        is_probably_none=lambda probabilities: False,
+    )
+    answer = SimpleNamespace(source="cat.png", refusal=None, probabilities=np.array([0.123, 0.456, 0.421]))
+    tables.show_answers([answer], predictor)
+    assert all(share in terminal.getvalue() for share in ("45.6%", "42.1%", "12.3%"))
