@@ -253,8 +253,8 @@ def told(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what the error says: messages of torch and of the system may have many."""
-    return (str(error).splitlines() or [""])[0]
+    """The first line of what the error says; messages of torch, NumPy and the system may have many, and blank ones."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def flag(name: str) -> str:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import flop_registry
 from cifar import data, datasets, device, train
 from cifar.config import Config
 from cifar.console import TrainingDisplay
-from cifar.state import State
 
 _MATRIX_SIDE = 2048
 _FORWARD, _BACKWARD = "aten.convolution", "aten.convolution_backward"
@@ -121,23 +120,21 @@ def profile(config: Config, dataset: datasets.Dataset, *, steps: int = 5) -> dic
 def _profile_side(config: Config, split: data.Split, classes: int, side: int, precision: str) -> dict[str, Any]:
     """The steps of one epoch on images of one size, after such an epoch that warms up."""
     hardware = device.choose(config.device)
+    batches = train.make_batches(config, split, hardware)
+    steps = len(batches)
 
-    def fresh_state() -> State:
+    def epoch() -> tuple[float, float]:
+        """Seconds and page faults a step, without those of making the network."""
         network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
-        return train.fresh_state(config, network, split)
-
-    def epoch() -> float:
-        state = fresh_state()
+        state = train.fresh_state(config, network, split)
         state.updates.go_to(config.epochs * steps // 2)
         display = TrainingDisplay(1, steps, [1])
-        return train.train_epoch(state, side, config.label_smoothing, precision, display)["seconds"] / steps
+        before = _page_faults()
+        record = train.train_epoch(state, side, config.label_smoothing, precision, display)
+        return record["seconds"] / steps, (_page_faults() - before) / steps
 
-    batches = fresh_state().batches
-    steps = len(batches)
     epoch()
-    faults = _page_faults()
-    seconds = epoch()
-    faults = _page_faults() - faults
+    seconds, faults = epoch()
     started = time.perf_counter()
     for _ in batches.epoch(1, side):
         pass
@@ -148,7 +145,7 @@ def _profile_side(config: Config, split: data.Split, classes: int, side: int, pr
     return {
         "seconds": seconds,
         "augmentation_seconds": augmentation,
-        "page_faults": faults / steps,
+        "page_faults": faults,
         "flop": flop,
         "flop_per_second": flop / seconds,
         "operators": _rows(costs.by_operator, steps),

@@ -15,7 +15,7 @@ from rich.console import Console
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from cifar import archive, console, corruptions, datasets, evaluate, report, train, visualize
+from cifar import archive, console, corruptions, datasets, evaluate, limits, report, train, visualize
 from cifar.archive import ARCHIVES
 from cifar.config import PROJECT, Config
 from cifar.runs import Run
@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The workers of `invoke test` share the cores: if all their threads waited for each other, they would take many times
 # as long.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, limits.cores() // int(workers)))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR", str(PROJECT / "data"))
