@@ -35,19 +35,18 @@ def test_products_are_computed_in_the_precision(precision, dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
+# The allocator takes a few uses to settle: small blocks that fall between the large ones part the freed memory
+# at first, by chance in another way each time. Hence the median of twenty uses.
 FAULTS = """
-import resource, sys, torch
+import resource, statistics, sys, torch
 from cifar import device
 if sys.argv[1] == "keep" and not device.keep_freed_memory():
     sys.exit(3)
-def use():
-    return torch.ones(25_000_000).sum()
-for _ in range(5):
-    use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults_of_a_use():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000).sum()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(round(statistics.median(faults_of_a_use() for _ in range(20))))
 """
 
 
@@ -59,4 +58,4 @@ def test_kept_memory_is_reused_without_page_faults():
     )
     if kept.returncode == 3:
         pytest.skip("not on glibc")
-    assert int(kept.stdout) < 0.3 * int(returned.stdout)
+    assert int(kept.stdout) < 0.1 * int(returned.stdout)
