@@ -10,7 +10,8 @@ from pathlib import Path
 from invoke import Argument, Exit, Task, task
 
 from cifar import console, settings, tables
-from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, UsageError, UserError, help_text, short
+from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, help_text
+from cifar.errors import UsageError, UserError, short
 
 
 class _Words(Argument):

@@ -70,18 +70,24 @@ def pictures(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from content["suspected_labels"]
 
 
+def highest(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
+    """The indices of the highest values where `chosen`, the highest first, the earlier of equals first."""
+    indices = np.flatnonzero(chosen)
+    return indices[np.argsort(-values[indices], kind="stable")][:most]
+
+
 def _confused_pair(
     pair: dict[str, Any], probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any]:
     """A pair of metrics.json with its surest pictures."""
     true, other = classes.index(pair["true"]), classes.index(pair["predicted"])
     inside = (labels == true) & (probabilities.argmax(1) == other)
-    shown = _highest(probabilities.max(1), inside, _PAIR_PICTURES)
+    shown = highest(probabilities.max(1), inside, _PAIR_PICTURES)
     return {**pair, "pictures": [_picture(index, probabilities, labels, classes) for index in shown]}
 
 
 def _confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    shown = _highest(probabilities.max(1), probabilities.argmax(1) != labels, _MISTAKES)
+    shown = highest(probabilities.max(1), probabilities.argmax(1) != labels, _MISTAKES)
     return [_picture(index, probabilities, labels, classes) for index in shown]
 
 
@@ -93,14 +99,8 @@ def _suspected_labels(probabilities: np.ndarray, labels: np.ndarray, classes: Se
     """
     given = probabilities[np.arange(len(labels)), labels]
     log_odds = np.log(probabilities.max(1)) - np.log(np.maximum(given, np.finfo(float).tiny))
-    shown = _highest(log_odds, probabilities.argmax(1) != labels, _SUSPECTS)
+    shown = highest(log_odds, probabilities.argmax(1) != labels, _SUSPECTS)
     return [{**_picture(index, probabilities, labels, classes), "log_odds": float(log_odds[index])} for index in shown]
-
-
-def _highest(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
-    """The indices of the highest values where `chosen`, the highest first, the earlier of equals first."""
-    indices = np.flatnonzero(chosen)
-    return indices[np.argsort(-values[indices], kind="stable")][:most]
 
 
 def _picture(index: int, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

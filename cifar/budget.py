@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from cifar import console, data, datasets, device, evaluate, train
-from cifar.config import MOST_EPOCHS, Config, UserError, most_small_epochs
+from cifar.config import MOST_EPOCHS, Config, most_small_epochs
 from cifar.console import TrainingDisplay
+from cifar.errors import UserError
 
 _TIMED_SECONDS = 3.0  # of steps of each image size
 _MOST_STEPS = 100

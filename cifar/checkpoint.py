@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.files import replacing
 
 FORMAT = 1

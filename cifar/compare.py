@@ -4,7 +4,6 @@ What is compared class by class and picture by picture is without test-time augm
 predictions.
 """
 
-import csv
 import hashlib
 import string
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from cifar import headlines, significance
-from cifar.config import PLACES, UserError, short
+from cifar import headlines, predictions, significance
+from cifar.config import PLACES
+from cifar.errors import UserError, short
 from cifar.runs import Run
 
 LETTERS = string.ascii_uppercase
@@ -113,18 +113,10 @@ def _answers(found: Sequence[Run], rows: list[dict[str, Any]], notes: list[str])
 
 
 def _read_answers(run: Run, row: dict[str, Any]) -> _Answers:
-    path = run.path / "predictions.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = [(line["true"], line["predicted"]) for line in csv.DictReader(file, strict=True)]
-    except OSError as error:
-        raise UserError(f"cannot read {short(path)}: {error.strerror}") from None
-    except (KeyError, ValueError, csv.Error):
-        lines = []
-    true, predicted = np.array(lines, dtype=str).reshape(-1, 2).T
+    true, predicted = predictions.read_names(run)
     right = true == predicted
-    if not lines or abs(right.sum() - row["accuracy"] * row["n"]) > 0.5:
-        raise UserError(f"{short(path)} is damaged, or not what its metrics.json was computed from")
+    if not len(right) or abs(right.sum() - row["accuracy"] * row["n"]) > 0.5:
+        raise UserError(f"{short(run.path / 'predictions.csv')} is not what its metrics.json was computed from")
     return _Answers(true, right, row["test_sha256"])
 
 

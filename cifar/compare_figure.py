@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from cifar import charts
 
 # Okabe and Ito 2008: safe when colour-blind. Runs beyond the seventh repeat them with another line.
-_COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666"
+_COLORS = charts.BLUE, charts.ORANGE, charts.GREEN, "#CC79A7", "#56B4E9", "#E69F00", charts.GREY
 _LINES = "-", "--", ":", "-."
 _TALLEST = 16  # inches
 _CURVES = {  # title, label of the x axis, and what is over what

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cifar import signals
-from cifar.config import UserError, told
+from cifar.errors import UserError, told
 
 _REFRESH_SECONDS = 0.25
 out = Console(highlight=False)

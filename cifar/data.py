@@ -14,7 +14,7 @@ from torch import Tensor
 from cifar import distributed
 
 _MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
-_ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
+ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
 @dataclass(frozen=True)
@@ -222,5 +222,5 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor(_ITU_GREY).view(1, 3, 1, 1)
+    weights = images.new_tensor(ITU_GREY).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from cifar import archive, folder
 from cifar.archive import ARCHIVES
-from cifar.config import A_FOLDER, DATASETS, Config, UserError, known_name, most_small_epochs
+from cifar.config import A_FOLDER, DATASETS, Config, most_small_epochs
 from cifar.data import Split
 from cifar.download import Archive, UnavailableError
+from cifar.errors import UserError, known_name
 from cifar.runs import Run
 
 _LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge

@@ -19,8 +19,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from cifar import console, demo_page
-from cifar.config import UsageError, UserError
 from cifar.demo_runs import DemoRuns
+from cifar.errors import UsageError, UserError
 from cifar.runs import Run
 
 AUTH_VARIABLE = "CIFAR_DEMO_AUTH"

@@ -12,8 +12,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from cifar.config import UserError
 from cifar.demo_runs import THUMBNAILS, DemoRuns, Opinion
+from cifar.errors import UserError
 from cifar.picture import read_rgb
 from cifar.runs import Run
 from cifar.saliency import overlay

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar import console, data, datasets, outputs
-from cifar.config import UserError, known_name
+from cifar.errors import UserError, known_name
 from cifar.picture import decode
 from cifar.predict import Predictor
 from cifar.runs import Run

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from cifar.config import UserError
+from cifar.errors import UserError
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from cifar import console, limits, signals
-from cifar.config import UserError, first_line
+from cifar.errors import UserError, first_line
 
 # Between two messages: a download, figures, a report. A process that dies ends the others at once.
 _MOST_BETWEEN = datetime.timedelta(hours=6)

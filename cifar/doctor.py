@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar import archive, download, limits
-from cifar.config import PROJECT, Config, UserError, first_line, short
+from cifar.config import PROJECT, Config
 from cifar.download import Archive
+from cifar.errors import UserError, first_line, short
 
 REQUIREMENTS = PROJECT / "requirements.txt"
 _FOR_TESTS = ("pytest", "pytest-xdist", "selenium")

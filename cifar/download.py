@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cifar import console
-from cifar.config import UsageError, UserError
+from cifar.errors import UsageError, UserError
 from cifar.files import writing
 
 MIRROR_VARIABLE = "CIFAR_MIRROR"

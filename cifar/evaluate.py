@@ -12,7 +12,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from cifar import analysis, checkpoint, data, datasets, device, distributed, metrics, model, predictions, saliency
-from cifar.config import UserError, some
+from cifar.errors import UserError, some
 from cifar.runs import Run
 
 _BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more leave the processor's caches

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar.config import UserError, told
+from cifar.errors import UserError, told
 from cifar.files import replacing
 from cifar.predict import Predictor
 from cifar.runs import Run

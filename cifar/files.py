@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cifar.config import UserError
+from cifar.errors import UserError
 
 try:
     import fcntl

@@ -13,8 +13,8 @@ import PIL
 import torch
 
 from cifar import console, shapes
-from cifar.config import UserError, some
 from cifar.data import Split
+from cifar.errors import UserError, some
 from cifar.files import replacing
 from cifar.picture import decode_all
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar import outputs, runs
-from cifar.config import UserError, known_name
+from cifar.errors import UserError, known_name
 from cifar.runs import Run
 
 COLUMNS = "run", "status", "accuracy", "views", "seconds", "seed", "epochs", "loss", "calibration", "recipe", "dataset"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from cifar import analysis
 from cifar.charts import BLUE, ORANGE, PLAIN, canvas
 from cifar.datasets import Dataset
 from cifar.predictions import Predictions
@@ -20,9 +21,9 @@ _LINE = 23  # characters that fit below an image
 
 def misclassified(predictions: Predictions, dataset: Dataset, subject: str) -> Figure:
     """The wrong predictions with the highest confidence, highest first, the earlier image first of equals."""
-    wrong = np.flatnonzero(predictions.true != predictions.predicted)
-    shown = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:_SHOWN]
-    which = f"the {len(shown)} most confident of {len(wrong):,}" if len(shown) < len(wrong) else f"{len(wrong)}"
+    wrong = predictions.true != predictions.predicted
+    shown = analysis.highest(predictions.confidence, wrong, _SHOWN)
+    which = f"the {len(shown)} most confident of {wrong.sum():,}" if len(shown) < wrong.sum() else f"{len(shown)}"
     title = (
         f"Misclassified images, {which} among {len(predictions.true):,}: {subject},\n{PLAIN}; calibrated confidence, "
         "and the image's index in the split"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar import runs
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.files import lock, writing
 
 RESUMABLE = ("interrupted", "failed", "killed")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from cifar.config import UserError
+from cifar.errors import UserError
 
 FITS = ("crop", "letterbox")
 _MOST_PIXELS = 25_000_000

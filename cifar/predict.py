@@ -16,7 +16,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 from cifar import device, evaluate
-from cifar.config import UserError, known_name
+from cifar.errors import UserError, known_name
 from cifar.files import writing
 from cifar.picture import FITS, Source, decode_all
 from cifar.runs import Run

@@ -3,14 +3,17 @@
 import csv
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from cifar.config import UserError
 from cifar.datasets import Dataset
+from cifar.errors import UserError, short
 from cifar.runs import Run, damaged
 
 _NAME = "predictions.csv"
+_COLUMNS = ["index", "true", "predicted", "confidence"]  # then the classes' probabilities
+_NOT_AS_WRITTEN = "a line is not as it was written"
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,46 @@ def read(run: Run, dataset: Dataset) -> Predictions | None:
     if not path.exists():
         return None
     numbers = {name: number for number, name in enumerate(dataset.classes)}
-    columns = _columns(dataset)
+    header, rows = _lines(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        table = [(float(row[0]), numbers[row[1]], numbers[row[2]], float(row[3])) for row in rows]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, csv.Error):
-        header, rows, table = [], [], []
+        table = [(int(index), numbers[true], numbers[said], float(sure)) for index, true, said, sure, *_ in rows]
+    except (ValueError, KeyError):
+        header, table = [], []
     index, true, predicted, confidence = np.array(table).reshape(-1, 4).T
-    whole = header == columns and all(len(row) == len(columns) for row in rows)
-    if not (whole and ((confidence >= 0) & (confidence <= 1)).all()):
-        raise damaged(path, "a line is not as it was written")
+    if header != _columns(dataset) or not ((confidence >= 0) & (confidence <= 1)).all():
+        raise damaged(path, _NOT_AS_WRITTEN)
     labels = dataset.test.labels.numpy()
     if not (np.array_equal(index, np.arange(len(labels))) and np.array_equal(true, labels)):
         raise damaged(path, f"it does not fit the test split of {dataset.name}")
     return Predictions(true.astype(int), predicted.astype(int), confidence)
 
 
+def read_names(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The true and the predicted class of each test image by name, (N,) and (N,), of a run without its dataset.
+
+    Raises UserError if the file cannot be read or is damaged.
+    """
+    path = run.path / _NAME
+    header, rows = _lines(path)
+    if header[1:3] != _COLUMNS[1:3]:
+        raise damaged(path, _NOT_AS_WRITTEN)
+    true, predicted = np.array([row[1:3] for row in rows], dtype=str).reshape(-1, 2).T
+    return true, predicted
+
+
+def _lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header, and the rows, which are as long as it is. Raises UserError if the file has no such lines."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file, strict=True)
+    except OSError as error:
+        raise UserError(f"cannot read {short(path)}: {error.strerror}") from None
+    except (ValueError, csv.Error):
+        raise damaged(path, _NOT_AS_WRITTEN) from None
+    if any(len(row) != len(header) for row in rows):
+        raise damaged(path, _NOT_AS_WRITTEN)
+    return header, rows
+
+
 def _columns(dataset: Dataset) -> list[str]:
-    return ["index", "true", "predicted", "confidence", *dataset.classes]
+    return [*_COLUMNS, *dataset.classes]

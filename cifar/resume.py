@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from cifar import checkpoint, console, device
-from cifar.config import FIELDS, PLACES, PROJECT, Config, UserError, short
+from cifar.config import FIELDS, PLACES, PROJECT, Config
 from cifar.datasets import Dataset
+from cifar.errors import UserError, short
 from cifar.runs import Run
 from cifar.signals import Interrupted
 from cifar.state import State

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cifar import provenance, shapes, signals
-from cifar.config import FIELDS, Config, UserError, short
+from cifar.config import FIELDS, Config
+from cifar.errors import UserError, short
 from cifar.files import append, lock, parse_json, replacing, writing
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
@@ -188,11 +189,6 @@ class Run:
             return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # network file systems lock what is writable
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-    def is_claimed(self) -> bool:
-        """Whether a process, this one included, has claimed it."""
-        with self._open_lock() as file:
-            return not lock(file)
 
     def status(self) -> str:
         """running, completed, interrupted, failed or killed.

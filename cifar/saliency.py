@@ -14,7 +14,6 @@ from cifar.runs import Run, damaged
 _COPIES = 8
 _NOISE = 0.1  # standard deviation, of images in 0..1
 _BLUR = 3  # pixels
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _ORANGE = np.array([0xD5, 0x5E, 0x00])  # as in the figures
 _FILE = "saliency.npz"
 _MOST_BYTES = 100_000_000  # unpacked: it holds a hundred pictures, of 16 KB at most
@@ -40,7 +39,7 @@ def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """The picture (S, S, 3) in greys, with the heat (S, S) over it in orange; squared, so that the peaks stand out."""
-    grey = (image @ _GREY)[..., None]
+    grey = (image @ data.ITU_GREY)[..., None]
     share = heat[..., None] ** 2 * 0.9
     return (grey * (1 - share) + _ORANGE * share).astype(np.uint8)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar import budget, console, datasets, device, headlines, outputs, runs, significance, train
-from cifar.config import PLACES, Config, UserError, short
+from cifar.config import PLACES, Config
+from cifar.errors import UserError, short
 from cifar.runs import Run
 
 _BY_BUDGET = ("epochs", "small_epochs", "minutes")  # the settings that a budget of minutes chooses, and itself

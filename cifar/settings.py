@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar.config import FIELDS, PLACES, UsageError, UserError, check, help_text, known_name, read
+from cifar.config import FIELDS, PLACES, check, help_text, read
+from cifar.errors import UsageError, UserError, known_name
 from cifar.files import parse_json
 
 HELP = {

@@ -8,7 +8,7 @@ from torch import nn
 
 from cifar import data, device
 from cifar.checkpoint import check_tensor
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.optim import Updates
 
 # The numbers of a state: type and least value.

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar import console
-from cifar.config import short, some
+from cifar.errors import short, some
 
 _ROWS = 100  # of a table of pictures
 _SHOWN_SHARE = 0.005  # of a step, from which an operator is shown

@@ -27,8 +27,9 @@ from cifar import (
     signals,
     whole_batch,
 )
-from cifar.config import PLACES, Config, UsageError, UserError, flag
+from cifar.config import PLACES, Config, flag
 from cifar.console import TrainingDisplay
+from cifar.errors import UsageError, UserError
 from cifar.resume import Keeper, premises, require_same
 from cifar.runs import Run
 from cifar.state import State

@@ -7,8 +7,8 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from cifar import analysis, charts, diagram, mosaics, predictions
-from cifar.config import UserError
 from cifar.datasets import Dataset
+from cifar.errors import UserError
 from cifar.files import replacing
 from cifar.runs import Run
 

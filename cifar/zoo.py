@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.config import MODELS, OTHER_MODELS, UserError, known_name, told
+from cifar.config import MODELS, OTHER_MODELS
+from cifar.errors import UserError, known_name, told
 
 _SMALL = 64  # pixels, to which the stems are adapted
 _PATCHES = 8  # of a vision transformer, along each side

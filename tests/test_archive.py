@@ -15,8 +15,9 @@ import pytest
 from test_download import archive_of, send, server  # noqa: F401
 
 from cifar import archive
-from cifar.config import PROJECT, UserError
+from cifar.config import PROJECT
 from cifar.download import Archive, UnavailableError
+from cifar.errors import UserError
 
 FILES = {"data/one": b"1" * 100_000, "data/two/three": os.urandom(200_000)}
 

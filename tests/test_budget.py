@@ -5,7 +5,7 @@ import pytest
 from conftest import quick_config
 
 from cifar import budget, datasets, evaluate, seeds, train
-from cifar.config import UserError
+from cifar.errors import UserError
 
 SECONDS = {24: 10.0, 32: 20.0}
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cifar import checkpoint, model
-from cifar.config import PROJECT, UserError
+from cifar.config import PROJECT
+from cifar.errors import UserError
 
 CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
 
@@ -218,7 +219,7 @@ LOAD = """
 import resource, sys, time
 from pathlib import Path
 import test_checkpoint
-from cifar.config import UserError
+from cifar.errors import UserError
 test_checkpoint.network()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).glob("*.pt")):

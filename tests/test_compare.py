@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
 from cifar import compare, compare_figure, metrics, outputs
-from cifar.config import Config, UserError
+from cifar.config import Config
+from cifar.errors import UserError
 from cifar.runs import Run
 
 RUBBISH = ("", "{", "[1]", "null", '{"seconds": [1], "accuracy": "high", "recipe": 3}', "\0\xff")
@@ -44,7 +45,9 @@ def make_run(folder: Path, wrong, *, classes=CLASSES, images=300, history=3, tes
     with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "true", "predicted", "confidence", *classes])
-        writer.writerows([i, classes[true[i]], classes[predicted[i]], 0.9] for i in range(images))
+        writer.writerows(
+            [i, classes[true[i]], classes[predicted[i]], 0.9, *([0.1] * len(classes))] for i in range(images)
+        )
     for epoch in range(1, history + 1):
         shares = {
             "train_loss": 1 / epoch,

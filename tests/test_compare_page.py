@@ -8,7 +8,7 @@ from PIL import Image
 from test_compare import make_run
 
 from cifar import compare, compare_page
-from cifar.config import UserError
+from cifar.errors import UserError
 
 
 @pytest.fixture(scope="module")

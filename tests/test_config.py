@@ -4,7 +4,8 @@ import os
 import pytest
 
 from cifar import config
-from cifar.config import RECIPES, Config, UsageError, UserError
+from cifar.config import RECIPES, Config
+from cifar.errors import UsageError, UserError
 
 
 def test_the_defaults_are_the_recipe_fast():
@@ -109,8 +110,3 @@ def test_every_setting_has_a_help_text_with_its_defaults(name):
     text = config.help_text(name)
     assert len(text) > 10
     assert "default" in text or name in ("val_size", "mirror", "minutes")
-
-
-def test_the_first_line_of_an_error_is_the_first_that_says_something():
-    assert config.first_line(ImportError("\n\nIMPORTANT: read\nmore")) == "IMPORTANT: read"
-    assert config.first_line(ValueError()) == ""

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from cifar import console
-from cifar.config import UsageError, UserError
+from cifar.errors import UsageError, UserError
 
 RECORD = {
     "epoch": 1,

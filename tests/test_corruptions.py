@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cifar import corruptions
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.runs import Run
 
 

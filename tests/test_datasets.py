@@ -12,7 +12,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from cifar import data, datasets
 from cifar.archive import ARCHIVES
-from cifar.config import Config, UserError
+from cifar.config import Config
+from cifar.errors import UserError
 
 
 def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):

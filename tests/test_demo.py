@@ -26,8 +26,9 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from cifar import demo, demo_page, visualize
-from cifar.config import PROJECT, UserError
+from cifar.config import PROJECT
 from cifar.demo_runs import DemoRuns
+from cifar.errors import UserError
 from cifar.picture import decode
 from cifar.predict import Predictor
 from cifar.runs import Run

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from cifar import device
-from cifar.config import PROJECT, UserError
+from cifar.config import PROJECT
+from cifar.errors import UserError
 
 
 def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):

@@ -17,8 +17,9 @@ from test_resume import SERVER, Outputs, results, slow_steps, slowly, wait_until
 from torch import nn
 
 from cifar import checkpoint, console, datasets, distributed, evaluate, model, train, whole_batch
-from cifar.config import PROJECT, Config, UserError
+from cifar.config import PROJECT, Config
 from cifar.console import TrainingDisplay
+from cifar.errors import UserError
 from cifar.runs import Run
 
 BATCH = 20  # images, which three processes cannot share evenly

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from cifar import download
-from cifar.config import PROJECT, UsageError, UserError
+from cifar.config import PROJECT
 from cifar.download import Archive, UnavailableError
+from cifar.errors import UsageError, UserError
 
 CONTENT = random.Random(0).randbytes(600_000)
 OTHER = CONTENT[::-1]

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from torch import nn
 
 from cifar import data, evaluate, model
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.runs import Run
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cifar import evaluate, export, predict
-from cifar.config import UserError
+from cifar.errors import UserError
 
 
 @pytest.fixture(scope="module")

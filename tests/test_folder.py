@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cifar import folder
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.picture import decode
 
 SIZE = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cifar import headlines, runs
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.runs import Run
 
 

@@ -20,7 +20,8 @@ from cifar import bench, budget, compare, corruptions, demo_page, export, headli
 from cifar import evaluate as evaluation
 from cifar import train as training
 from cifar import visualize as visualization
-from cifar.config import FIELDS, UserError, flag
+from cifar.config import FIELDS, flag
+from cifar.errors import UserError
 from cifar.outputs import directories, groups
 from cifar.runs import Run
 from cifar.signals import Interrupted

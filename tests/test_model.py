@@ -5,7 +5,8 @@ import torchvision
 from torch import nn
 
 from cifar import model
-from cifar.config import MODELS, UserError
+from cifar.config import MODELS
+from cifar.errors import UserError
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 
-from cifar.config import PROJECT, UserError
+from cifar.config import PROJECT
+from cifar.errors import UserError
 from cifar.picture import FITS, decode
 
 SIZE = 32

@@ -8,7 +8,7 @@ from PIL import Image
 from test_picture import SIZE, saved
 
 from cifar import data, evaluate, predict
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.picture import decode
 
 

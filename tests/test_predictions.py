@@ -2,7 +2,7 @@ import pytest
 from test_visualize import make_dataset, make_run
 
 from cifar import visualize
-from cifar.config import UserError
+from cifar.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from conftest import quick_config
 from test_state import flat
 
 from cifar import checkpoint, console, data, datasets, evaluate, resume, runs, train
-from cifar.config import UserError
+from cifar.errors import UserError
+from cifar.files import lock
 from cifar.outputs import find
 
 TIMES = ("seconds", "images_per_second")
@@ -306,9 +307,14 @@ def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outpu
     assert outputs.finish() == uninterrupted
 
 
+def is_claimed(run: runs.Run) -> bool:
+    with run._open_lock() as file:
+        return not lock(file)
+
+
 def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(outputs, uninterrupted):
     first = outputs.start()
-    wait_until(lambda: any(outputs.folder.glob("*/run.json")) and outputs.run.is_claimed())
+    wait_until(lambda: any(outputs.folder.glob("*/run.json")) and is_claimed(outputs.run))
     os.kill(first.pid, signal.SIGSTOP)
     second = outputs.start(name=outputs.run.path.name)
     second.join(60)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cifar import analysis, saliency
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.runs import Run
 
 

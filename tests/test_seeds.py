@@ -17,7 +17,8 @@ from test_pipeline import start
 
 import main
 from cifar import demo_runs, outputs, runs, seeds
-from cifar.config import PROJECT, Config, UserError
+from cifar.config import PROJECT, Config
+from cifar.errors import UserError
 from cifar.runs import Run
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from cifar import datasets, settings, train
-from cifar.config import RECIPES, Config, UsageError, UserError
+from cifar.config import RECIPES, Config
+from cifar.errors import UsageError, UserError
 
 
 def file(tmp_path, content: str, name: str = "run.toml") -> str:

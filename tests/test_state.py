@@ -6,8 +6,8 @@ import torch
 from conftest import quick_config
 
 from cifar import checkpoint, data, datasets, train
-from cifar.config import UserError
 from cifar.console import TrainingDisplay
+from cifar.errors import UserError
 from cifar.state import State
 
 STEPS = 20  # of an epoch

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cifar import data, datasets, evaluate, metrics, train
-from cifar.config import Config, UserError
+from cifar.config import Config
 from cifar.console import TrainingDisplay
+from cifar.errors import UserError
 
 TIMES = ("seconds", "images_per_second")
 

@@ -12,9 +12,10 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from cifar import analysis, visualize
-from cifar.config import Config, UserError
+from cifar.config import Config
 from cifar.data import Split
 from cifar.datasets import Dataset
+from cifar.errors import UserError
 from cifar.runs import Run
 
 CLASSES = ("cat", "dog", "ship")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from cifar import checkpoint, evaluate, metrics, model, predict, zoo
-from cifar.config import UserError
+from cifar.errors import UserError
 from cifar.runs import Run
 
 
