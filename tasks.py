@@ -99,8 +99,7 @@ def data(config):
     from cifar import datasets
 
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
-    if note:
-        console.banner(note)
+    console.banner(note)
     tables.show_dataset(dataset)
 
 
@@ -195,8 +194,7 @@ def bench(config):
 
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
-    if note:
-        console.banner(note)
+    console.banner(note)
     own = {"device": "cpu", "image_size": config.image_size}
     recipes = {recipe: Config.create({"recipe": recipe, **own}) for recipe in ("fast", "simple", "convnet")}
     profile = profiling.profile(recipes.pop("fast"), dataset)

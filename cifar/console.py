@@ -68,9 +68,10 @@ def fail(message: str) -> None:
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
-def banner(message: str) -> None:
-    """A sentence that must not be overlooked."""
-    out.print(Panel(Text(message), border_style="yellow", title="note"))
+def banner(message: str | None) -> None:
+    """A sentence that must not be overlooked, if there is one."""
+    if message:
+        out.print(Panel(Text(message), border_style="yellow", title="note"))
 
 
 @contextlib.contextmanager

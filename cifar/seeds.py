@@ -82,8 +82,7 @@ def begin(config: Config) -> Group:
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     config = datasets.settle(config, dataset)
-    if note:
-        console.banner(note)
+    console.banner(note)
     if path := _unfinished(config):
         there = runs.read_json(path / runs.SUMMARY)["config"]
         group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET if name in there}))

@@ -136,8 +136,7 @@ def show_seeds(group: Any) -> None:
         table.add_row(title, mean, deviation, f"{low} to {high}")
     console.out.print(table)
     console.say(f"directory of the {config.seeds} runs: {short(group.path)}")
-    if summary["note"]:
-        console.banner(summary["note"])
+    console.banner(summary["note"])
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:
@@ -340,5 +339,4 @@ def show_run(run: Any) -> None:
     console.say(f"run directory: {short(run.path)}")
     if (run.path / "report.html").exists():
         console.say(f"all of it on one page: {short(run.path / 'report.html')}")
-    if note:
-        console.banner(note)
+    console.banner(note)

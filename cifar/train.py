@@ -48,8 +48,7 @@ def begin(config: Config) -> tuple[Run, datasets.Dataset]:
     model.require(config.model)
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
-    if note:
-        console.banner(note)
+    console.banner(note)
     if config.minutes is not None:
         from cifar import budget
 

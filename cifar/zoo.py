@@ -135,9 +135,6 @@ class Enlarge(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return F.interpolate(images, size=(self.side, self.side), mode="bilinear")
 
-    def extra_repr(self) -> str:
-        return str(self.side)
-
 
 @torch.no_grad()
 def _try(network: nn.Module, side: int) -> Tensor:
@@ -153,12 +150,10 @@ def _try(network: nn.Module, side: int) -> Tensor:
 
 
 def _own(name: str, classes: int, image_size: int) -> nn.Module:
-    call = f"{name}(num_classes={classes})"
+    factory, call = _factory(name), f"{name}(num_classes={classes})"
     try:
         with _importing_from_here():
-            network = _factory(name)(num_classes=classes)
-    except UserError:
-        raise
+            network = factory(num_classes=classes)
     except Exception as error:
         raise UserError(f"{call} fails: {told(error)}") from None
     if not isinstance(network, nn.Module):

@@ -1,5 +1,6 @@
 """What several test modules start from: datasets on disk and runs that were really made."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -45,6 +46,18 @@ def terminal(monkeypatch) -> io.StringIO:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(console, "out", Console(file=written, force_terminal=True, width=120, highlight=False))
     return written
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Give up for a while what root may do anyway."""
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.fixture(scope="session")

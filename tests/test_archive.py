@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import io
 import os
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import as_nobody
 from test_download import archive_of, send, server  # noqa: F401
 
 from cifar import archive
@@ -213,18 +213,6 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_cure(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the data folder .*Not a directory; name a folder that can"):
         archive.obtain(ARCHIVE, tmp_path / "file" / "folder")
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Give up for a while what root may do anyway."""
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_a_read_only_folder_with_the_data_is_read_and_without_it_told():

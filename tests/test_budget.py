@@ -39,6 +39,12 @@ def test_the_epochs_and_the_schedule_fit_the_minutes(digits, tmp_path, monkeypat
     assert capsys.readouterr().out == expected
 
 
+def test_a_run_of_some_minutes_has_the_epochs_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
+    run, _ = train.begin(quick_config(tmp_path, epochs=9, minutes=1))
+    assert (run.config.epochs, run.config.minutes) == (2, None)  # of 20 seconds each in 0.97 * 60
+
+
 def test_too_few_minutes_are_told_with_those_that_it_takes(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
     with pytest.raises(UserError, match=r"--minutes 0\.2 is too little for one epoch, which takes 0\.34"):

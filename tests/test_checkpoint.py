@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import as_nobody
 
 from cifar import checkpoint, model
 from cifar.config import PROJECT
@@ -60,6 +61,13 @@ def test_the_one_before_is_kept_under_the_name_that_is_given(tmp_path):
 
 def test_a_missing_checkpoint_is_told(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load(tmp_path / "best.pt")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_told(tmp_path):
+    save(tmp_path / "best.pt")
+    (tmp_path / "best.pt").chmod(0)
+    with as_nobody(), pytest.raises(UserError, match=r"cannot read the checkpoint .*best\.pt: Permission denied$"):
         checkpoint.load(tmp_path / "best.pt")
 
 

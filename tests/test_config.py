@@ -110,3 +110,9 @@ def test_every_setting_has_a_help_text_with_its_defaults(name):
     text = config.help_text(name)
     assert len(text) > 10
     assert "default" in text or name in ("val_size", "mirror", "minutes")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_a_text_that_no_file_can_be_called_is_refused(text):
+    with pytest.raises(UserError, match="--data-dir takes no"):
+        Config.create({"data_dir": text})

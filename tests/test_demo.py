@@ -1,5 +1,6 @@
 """The demo as its visitors meet it: a real server on the loopback address, a client and a browser."""
 
+import contextlib
 import gc
 import io
 import itertools
@@ -15,6 +16,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote, urlparse
 
 import gradio as gr
@@ -441,3 +443,29 @@ def test_a_run_that_is_damaged_after_the_start_is_a_sentence_on_the_page(outputs
         with pytest.raises(gr.Error, match=rf"/{file} is damaged: it does not hold a JSON object.*\.") as caught:
             page()
         assert not caught.value.print_exception
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("192.168.1.2", False),
+        ("cat", False),
+    ],
+)
+def test_who_serves_to_others_without_a_password_is_warned(host, here, monkeypatch, capsys):
+    page = SimpleNamespace(share_url=None, local_url="http://it:1/", auth=None, is_running=False)
+    monkeypatch.setattr(demo, "running", lambda *_, **__: contextlib.nullcontext(page))
+    demo.serve(host=host)
+    printed = capsys.readouterr().out
+    assert "the demo is at http://it:1/, Ctrl-C ends it" in printed
+    assert (f"Whoever reaches {host} can use the demo" in printed) != here
+
+
+def test_without_a_public_address_the_demo_ends_with_a_sentence(outputs, monkeypatch):
+    launch = demo._launch
+    monkeypatch.setattr(demo, "_launch", lambda *given, share, **named: launch(*given, share=False, **named))
+    assert "no public address could be had" in refusal(output_dir=str(outputs), port=free_port(), share=True)

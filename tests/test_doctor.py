@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_nobody
 from packaging.requirements import Requirement
-from test_archive import as_nobody
 from test_download import CONTENT, archive_of, fail, send, server  # noqa: F401
 
 from cifar import archive, doctor, limits
@@ -68,6 +68,13 @@ def test_a_package_that_is_too_old_too_new_missing_or_unsafe_is_named_with_its_c
     assert {finding.cure for finding in (old, missing, unsafe)} == {
         f"pip install -r {os.path.relpath(tmp_path)}/requirements.txt"
     }
+
+
+def test_without_packaging_nothing_can_be_compared_and_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    (found,) = packages(tmp_path, "numpy>=1")
+    assert (found.level, found.cure) == ("failure", f"pip install -r {os.path.relpath(tmp_path)}/requirements.txt")
+    assert found.says == "packaging is missing, so that no version can be compared"
 
 
 def test_packages_as_they_should_be_are_one_line(tmp_path):
@@ -271,6 +278,14 @@ def test_who_would_send_a_missing_dataset_is_asked_and_nothing_fetched(known, se
     assert "HTTP 503" in dataset(tmp_path).says
     assert "would train on scikit-learn's digits" in dataset(tmp_path, "auto").says
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_without_room_to_unpack_it_is_a_failure(known, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(known, unpacked=2**60))
+    (tmp_path / "data.tar.gz").write_bytes(CONTENT)
+    found = dataset(tmp_path)
+    assert (found.level, found.cure) == ("failure", "copy it to another folder, and name that with --data-dir")
+    assert "has the published SHA-256 and cannot be unpacked: " in found.says
 
 
 # What a run does without

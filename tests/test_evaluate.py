@@ -141,6 +141,11 @@ def test_weights_of_another_network_are_refused(make_run):
         evaluate.load(run, "0123456789")
 
 
+def test_weights_for_other_classes_are_refused(evaluated_run):
+    with pytest.raises(UserError, match="is for other classes: 0, 1, 2 and 7 more"):
+        evaluate.load(evaluated_run, "abcdefghij")
+
+
 def test_a_checkpoint_that_names_another_network_imports_nothing(evaluated_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.py").write_text("from pathlib import Path\nPath('imported').touch()\nbuild = dict\n")

@@ -1,11 +1,13 @@
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import as_nobody
 from PIL import Image
 
 from cifar import folder
@@ -180,6 +182,26 @@ def test_up_to_a_hundredth_of_other_files_is_named_and_left_out(tmp_path):
     assert "b/empty.png (the file is empty)" in pictures.note
     assert everything(load(tmp_path / "level")) == everything(pictures)
     assert load(tmp_path / "level").note == pictures.note
+
+
+def test_a_file_that_may_not_be_read_is_left_out_like_one_that_is_no_picture(tmp_path):
+    with tempfile.TemporaryDirectory() as name:  # as pytest's own folders are closed to others
+        level = Path(name) / "level"
+        for seed, label in enumerate("ab"):
+            fill(level / label, 50, seed)
+        (level / "a" / "0-007.png").chmod(0)
+        Path(name).chmod(0o777)
+        with as_nobody():
+            pictures = load(level)
+    assert len(pictures.all) == 99
+    assert pictures.note.startswith("1 of 100 files could not be read as pictures and were left out: a/0-007.png (")
+
+
+def test_a_folder_that_may_not_be_read_is_told(root):
+    root.chmod(0)
+    with as_nobody(), pytest.raises(UserError, match=r"^cannot read .*pets.*: Permission denied$"):
+        load(root)
+    root.chmod(0o755)
 
 
 def test_the_same_picture_in_train_and_test_is_reported_with_both_names(root):

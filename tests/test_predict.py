@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_picture import SIZE, saved
 from cifar import data, evaluate, predict
 from cifar.errors import UserError
 from cifar.picture import decode
+from cifar.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,15 @@ def test_the_threshold_is_what_all_but_a_twentieth_of_the_validation_images_reac
 def test_a_run_that_was_not_evaluated_says_what_to_do(make_run):
     with pytest.raises(UserError, match="has not been evaluated: `invoke evaluate"):
         predict.Predictor(make_run(epochs=1))
+
+
+def test_a_run_without_a_threshold_says_what_to_do(evaluated_run, tmp_path):
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "early"))
+    metrics = run.metrics
+    del metrics["calibration"]["threshold"]
+    run.write("metrics.json", metrics)
+    with pytest.raises(UserError, match=r"early has no threshold in its metrics\.json: evaluate it anew"):
+        predict.Predictor(run)
 
 
 def test_files_folders_and_globs_are_found_in_order_and_hidden_files_passed_over(tmp_path):

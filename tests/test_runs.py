@@ -3,6 +3,8 @@ import fcntl
 import json
 import os
 import threading
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from test_visualize import make_line
@@ -161,6 +163,34 @@ def test_a_damaged_file_of_a_run_is_named(config, damage):
 def test_a_missing_file_of_a_run_is_named(config):
     with pytest.raises(UserError, match=r"cannot read .*metrics\.json"):
         runs.create(config).read("metrics.json")
+
+
+def test_a_run_that_ends_while_one_looks_is_as_it_ended(config, monkeypatch):
+    run = runs.create(config)
+
+    def ends(_) -> bool:
+        run.update(status="completed")
+        return True
+
+    monkeypatch.setattr(runs, "lock", ends)
+    assert run.status() == "completed"
+
+
+def test_a_run_without_its_configuration_or_its_dataset_says_so(config):
+    run = runs.create(config)
+    with pytest.raises(UserError, match=r"run\.json is damaged: it does not say what the dataset was"):
+        _ = run.dataset
+    (run.path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*config\.json: No such file"), run.claim():
+        pass
+
+
+def test_a_thousandth_run_in_one_second_is_refused(config, monkeypatch):
+    monkeypatch.setattr(runs, "datetime", SimpleNamespace(now=lambda: datetime(2026, 5, 4, 3, 2, 1)))
+    made = {runs.make_directory(config).name for _ in range(999)}
+    assert {"2026-05-04_03-02-01_fast_digits", "2026-05-04_03-02-01_fast_digits_999"} < made
+    with pytest.raises(UserError, match="already has 999 runs called 2026-05-04_03-02-01_fast_digits"):
+        runs.make_directory(config)
 
 
 def test_a_configuration_with_an_unknown_setting_is_refused(config):

@@ -134,6 +134,19 @@ def test_only_a_whole_run_counts_as_finished(evaluated_run, tmp_path):
         (whole / name).write_text(kept, encoding="utf-8")
 
 
+def test_a_run_that_cannot_go_on_is_begun_anew_and_a_lost_one_is_named(evaluated_run, tmp_path, capsys):
+    config = replace(evaluated_run.config, seeds=2, output_dir=str(tmp_path))
+    group = seeds.Group(tmp_path, config)
+    begun = Run(shutil.copytree(evaluated_run.path, tmp_path / "begun"))
+    begun.update(status="interrupted", premises={"code": "another"})
+    run, _ = group.start(next(group.missing()))
+    assert run.path.name != "begun"
+    assert run.config.seed == evaluated_run.config.seed
+    assert "begun is begun anew: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="lacks the run of seed 0, 1: the same command makes it"):
+        group.summarize()
+
+
 @pytest.mark.parametrize("given", [{"seeds": "0"}, {"seeds": "2", "seed": str(2**32 - 1)}])
 def test_seeds_that_do_not_exist_are_refused(given):
     with pytest.raises(UserError, match="--seeds"):

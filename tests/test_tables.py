@@ -155,6 +155,22 @@ def test_speeds_are_shown_with_the_ratio_to_the_fastest_way(capsys):
     assert re.findall(r"[\d,.]+", row) == ["4,965", "1,714", "1,522", "2.90"]
 
 
+def test_of_many_answers_the_first_are_shown_and_the_others_counted(capsys):
+    predictor = SimpleNamespace(
+        classes=("cat", "dog"),
+        run=SimpleNamespace(path=Path("my-run")),
+        is_probably_none=lambda probabilities: False,
+    )
+    answers = [
+        SimpleNamespace(source=f"{n:02}.png", refusal=None, probabilities=np.array([0.9, 0.1]))
+        for n in range(tables._ROWS + 1001)
+    ]
+    tables.show_answers(answers, predictor)
+    printed = capsys.readouterr().out
+    assert printed.count(".png") == tables._ROWS
+    assert "and 1,001 more, all of which --output keeps" in printed
+
+
 def test_long_names_of_classes_hide_no_probability(terminal, monkeypatch):
     monkeypatch.setattr(console.out, "width", 60)
     predictor = SimpleNamespace(

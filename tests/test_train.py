@@ -125,6 +125,20 @@ def test_without_validation_all_images_train_and_the_last_weights_are_kept(make_
     assert torch.load(run.checkpoints / "best.pt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    ("begun", "said"),
+    [
+        ({"hardware": "an abacus"}, "begun on an abacus: on "),
+        ({"processes": 2}, "begun with 2 processes: with 1 the last digits come out differently"),
+    ],
+)
+def test_going_on_elsewhere_is_said_to_change_the_last_digits(make_run, begun, said, capsys):
+    run = make_run(epochs=1)
+    run.update(status="interrupted", **begun)
+    train.take_up(str(run.path), {})
+    assert said in capsys.readouterr().out
+
+
 def test_training_stops_when_validation_has_not_improved_for_the_patience(make_run):
     # With a rate of zero no weight changes; only BatchNorm's statistics do, so mlp's accuracy stays what it is.
     run = make_run(recipe="mlp", lr=0.0, epochs=9, patience=2)
