@@ -12,6 +12,7 @@ from test_visualize import make_dataset, make_line
 
 from cifar import analysis, metrics, predictions, report, visualize
 from cifar.config import FIELDS, Config
+from cifar.errors import UserError
 from cifar.runs import Run
 
 
@@ -191,6 +192,35 @@ def test_what_is_missing_is_left_out(corrupted_run, digits, tmp_path):
     assert "This run has not been evaluated: invoke evaluate --run trained measures it." in text
     assert "broken off by an error: the loss is not finite at epoch 2, step 1: lower --lr" in text
     assert "Not CIFAR-10." in text
+
+
+def a_row_short(content: dict) -> None:
+    content["confusion_matrix"].pop()
+
+
+def a_curve_short(content: dict) -> None:
+    del content["precision_recall"]["7"]
+
+
+def beyond_the_split(content: dict) -> None:
+    content["suspected_labels"] = [{**content["confident_mistakes"][0], "index": 360, "log_odds": 9.0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("metrics.json", a_row_short, "metrics.json is damaged: it contradicts itself"),
+        ("analysis.json", a_curve_short, "analysis.json is damaged: it does not fit metrics.json"),
+        ("analysis.json", beyond_the_split, "analysis.json is damaged: it names pictures that are not in the test"),
+    ],
+)
+def test_files_that_contradict_each_other_are_named(corrupted_run, digits, tmp_path, name, change, sentence):
+    run = without(corrupted_run, tmp_path / "run")
+    content = run.read(name)
+    change(content)
+    run.write(name, content)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        report.write(run, digits)
 
 
 def test_a_run_of_before_the_analysis_is_a_page(corrupted_run, digits, tmp_path):

@@ -434,15 +434,35 @@ def without_premises(run: runs.Run, monkeypatch) -> None:
 
 
 def with_another_checkpoint(run: runs.Run, monkeypatch) -> None:
+    change_checkpoints(run, lambda content: content["training"]["premises"].update(seed=5))
+
+
+def change_checkpoints(run: runs.Run, change) -> None:
     for path in run.checkpoints.glob("[lp]*.pt"):
         content = torch.load(path, weights_only=True)
-        content["training"]["premises"]["seed"] = 5
+        change(content)
         torch.save(content, path)
+
+
+def without_training(run: runs.Run, monkeypatch) -> None:
+    change_checkpoints(run, lambda content: content.pop("training"))
+
+
+def with_a_damaged_state(run: runs.Run, monkeypatch) -> None:
+    change_checkpoints(run, lambda content: content["training"]["state"].update(step=-1))
+
+
+def with_an_older_best(run: runs.Run, monkeypatch) -> None:
+    path = run.checkpoints / "best.pt"
+    torch.save({**torch.load(path, weights_only=True), "epoch": 0}, path)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (without_training, r"last.pt holds no training that could go on; `.*` begins it anew$"),
+        (with_a_damaged_state, r"the checkpoint .*last.pt is damaged: .*; `.*` begins it anew$"),
+        (with_an_older_best, r"best.pt is not of epoch \d+, as .*last.pt wants it; `.*` begins it anew$"),
         (with_epochs, r"was made with something else, so that it cannot go on: epochs was 2 and is 9$"),
         (with_images, r"training images was [0-9a-f]{64} and is 0{64}$"),
         (with_pytorch, r"PyTorch was \d.* and is 9.0$"),
