@@ -95,7 +95,9 @@ def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
 
 
 def _curves(run: Run) -> dict[str, list[float | None]]:
-    history = run.history()
+    """What the history has by epoch, and the seconds since the start; nothing where there is none."""
+    if not (history := run.history()):
+        return {}
     keys = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
     curves = {key: [line[key] for line in history] for key in keys}
     return {**curves, "seconds": list(accumulate(line["seconds"] for line in history))}

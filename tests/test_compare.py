@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
+from test_visualize import make_line
 
 from cifar import compare, compare_figure, metrics, outputs
 from cifar.config import Config
@@ -177,6 +178,21 @@ def test_predictions_that_do_not_fit_the_metrics_are_not_paired(tmp_path):
     first, second = make_run(tmp_path / "a", [0]), make_run(tmp_path / "b", [0])
     shutil.copy(make_run(tmp_path / "c", range(9)).path / "predictions.csv", second.path)
     assert "not what its metrics.json was computed from" in compare.compare([first, second])["notes"][0]
+
+
+def test_runs_that_held_nothing_out_have_their_loss_drawn_alone(tmp_path):
+    found = [make_run(tmp_path / name, [0], history=0) for name in "ab"]
+    for run in found:
+        run.append_history(make_line(1, validated=False))
+    axes = panels(compare_figure.draw(compare.compare(found)))
+    assert axes.keys() == {"accuracy", "loss", "classes"}
+    assert len(curves(axes["loss"])) == 2
+
+
+def test_runs_without_any_history_have_a_figure_that_says_so(tmp_path):
+    found = [make_run(tmp_path / name, [0], history=0) for name in "ab"]
+    axes = panels(compare_figure.draw(compare.compare(found)))
+    assert [text.get_text() for text in axes["loss"].texts] == ["nothing was recorded"]
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1}\n', "[1]\n", '"rubbish"\n', None])

@@ -60,3 +60,16 @@ def test_kept_memory_is_reused_without_page_faults():
     if kept.returncode == 3:
         pytest.skip("not on glibc")
     assert int(kept.stdout) < 0.1 * int(returned.stdout)
+
+
+@pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())])
+def test_elsewhere_than_on_glibc_nothing_is_tuned(platform, library, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: library)
+    assert not device.keep_freed_memory()
+
+
+def test_apples_gpu_computes_in_float32_and_is_called_by_its_type():
+    mps = torch.device("mps")
+    assert device.resolve_precision("auto", mps) == "float32"
+    assert device.describe(mps) == "mps"

@@ -335,3 +335,17 @@ def test_a_signal_to_torchrun_interrupts_the_run(tmp_path, number):
     (run,) = [Run(path) for path in tmp_path.iterdir() if not path.is_symlink()]
     assert run.record["status"] == "interrupted"
     assert f"`{run.resume_command}` goes on with it" in said
+
+
+def test_processes_that_are_not_told_where_to_meet_end_with_a_sentence(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="the processes have not found each other: "):
+        distributed.lead(lambda: None)
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_lost_process():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$") as error, distributed._losing():
+        raise RuntimeError("shapes differ")
+    assert not isinstance(error.value, distributed.LostError)

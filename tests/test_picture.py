@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from cifar.config import PROJECT
 from cifar.errors import UserError
-from cifar.picture import FITS, decode
+from cifar.picture import FITS, decode, read_rgb
 
 SIZE = 32
 
@@ -318,3 +318,10 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         decode(tmp_path / "none.png", SIZE)
     with pytest.raises(UserError, match="the folder holds no pictures"):
         decode(tmp_path, SIZE)
+
+
+def test_a_picture_that_is_too_large_to_be_shown_is_none(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "cat.png")
+    assert read_rgb(tmp_path / "cat.png").size == (20, 10)
+    monkeypatch.setattr("cifar.picture._MOST_PIXELS", 199)
+    assert read_rgb(tmp_path / "cat.png") is None

@@ -30,6 +30,11 @@ def test_a_run_records_its_configuration_and_what_made_it(config):
     assert {"commit", "dirty", "command", "start", "end", "seconds"} <= record.keys()
 
 
+def test_without_git_a_run_names_no_commit(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs.create(config).record["commit"] is None
+
+
 def test_two_runs_in_one_second_get_directories_of_their_own(config):
     paths = {runs.create(config).path for _ in range(5)}
     assert len(paths) == 5
