@@ -34,7 +34,8 @@ def test_the_matrix_rate_is_that_of_the_product_it_times():
     assert rate / 5 < profiling.matrix_rate(torch.device("cpu"), "float32", repeats=1) < rate * 5
 
 
-def test_a_profile_covers_both_image_sizes_and_adds_up(digits, capsys):
+def test_a_profile_covers_both_image_sizes_and_adds_up(digits, capsys, monkeypatch):
+    monkeypatch.setattr(profiling, "_MATRIX_SIDE", 256)
     config = Config.create({"device": "cpu", "batch_size": "64", "precision": "float32"})
     profile = profiling.profile(config, digits, steps=2)
     assert list(profile["sides"]) == [32, 24]
