@@ -22,8 +22,8 @@ _LINE = 23  # characters that fit below an image
 def misclassified(predictions: Predictions, dataset: Dataset, subject: str) -> Figure:
     """The wrong predictions with the highest confidence, highest first, the earlier image first of equals."""
     wrong = predictions.true != predictions.predicted
-    shown = analysis.highest(predictions.confidence, wrong, _SHOWN)
-    which = f"the {len(shown)} most confident of {wrong.sum():,}" if len(shown) < wrong.sum() else f"{len(shown)}"
+    shown, total = analysis.highest(predictions.confidence, wrong, _SHOWN), wrong.sum()
+    which = f"the {len(shown)} most confident of {total:,}" if len(shown) < total else f"{total}"
     title = (
         f"Misclassified images, {which} among {len(predictions.true):,}: {subject},\n{PLAIN}; calibrated confidence, "
         "and the image's index in the split"

@@ -46,7 +46,7 @@ def read(run: Run, dataset: Dataset) -> Predictions | None:
     numbers = {name: number for number, name in enumerate(dataset.classes)}
     header, rows = _lines(path)
     try:
-        table = [(int(index), numbers[true], numbers[said], float(sure)) for index, true, said, sure, *_ in rows]
+        table = [(float(index), numbers[true], numbers[said], float(sure)) for index, true, said, sure, *_ in rows]
     except (ValueError, KeyError):
         header, table = [], []
     index, true, predicted, confidence = np.array(table).reshape(-1, 4).T

@@ -16,6 +16,7 @@ from cifar.errors import UserError
         (lambda text: text.replace("0.95", "nan"), "is damaged"),
         (lambda text: text.replace("0.95", "1.95"), "is damaged"),
         (lambda text: text.replace("0.95", "high"), "is damaged"),
+        (lambda text: text.replace("\n3,cat", "\n" + "9" * 400 + ",cat"), "does not fit the test split"),
         (lambda text: "".join(text.splitlines(keepends=True)[:-1]), "does not fit the test split"),
         (lambda text: text.splitlines()[0], "does not fit the test split"),
         (lambda text: text.replace("3,cat,dog", "3,dog,dog"), "does not fit the test split"),
