@@ -40,11 +40,12 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
 
 def pipeline(given: dict[str, Any], resume: str | None) -> None:
     """One run, or with --seeds several in a directory of their own, or the rest of the run to resume."""
+    config = Config.create(given)  # a mistake is told before the import of torch, which takes seconds
+
     from cifar import train
 
     if resume is not None:
         return go_through(*train.take_up(resume, given))
-    config = Config.create(given)
     if config.seeds == 1:
         return go_through(*train.begin(config))
 

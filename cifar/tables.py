@@ -238,7 +238,7 @@ def show_speeds(dataset: str, speeds: dict[str, dict[str, Any]]) -> None:
     table.add_column("this suite", justify="right")
     workers = list(next(iter(speeds.values()))["loader_images_per_second"])
     for count in workers:
-        table.add_column(f"DataLoader, {count} workers", justify="right")
+        table.add_column(f"DataLoader, {count} worker{'s' * (count != 1)}", justify="right")
     table.add_column("times the fastest", justify="right")
     for recipe, speed in speeds.items():
         loader = (f"{speed['loader_images_per_second'][count]:,.0f}" for count in workers)
@@ -259,7 +259,7 @@ def show_profile(profile: dict[str, Any]) -> None:
             f"{side}x{side} pixels: {step['seconds']:.3g} s a step, {reached / 1e12:.2f} TFLOP/s, {reached / rate:.0%}"
         )
         table = Table(title=title, caption=_profile_caption(step))
-        table.add_column("operator, or convolution")
+        table.add_column("operator, or convolution", overflow="fold")  # cut short, the ways there and back look alike
         for column in ("calls", "ms", "of the step", "TFLOP/s", "of the rate", "GB/s"):
             table.add_column(column, justify="right")
         for part in ("operators", "convolutions"):

@@ -215,8 +215,10 @@ def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(t
     assert first < out.index("epoch 1/1") < last
 
 
-@pytest.mark.parametrize("command", ["import main; main.parse([])", "import tasks"])
-def test_help_and_list_load_no_torch(command):
+@pytest.mark.parametrize(
+    "command", ["import main; main.parse([])", "import main; main.main(['--epochs', '0'])", "import tasks"]
+)
+def test_help_list_and_a_mistake_load_no_torch(command):
     code, out, _ = run("-c", f"{command}; import sys; print('torch' in sys.modules, 'matplotlib' in sys.modules)")
     assert (code, out.strip()) == (0, "False False")
 

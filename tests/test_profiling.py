@@ -48,4 +48,5 @@ def test_a_profile_covers_both_image_sizes_and_adds_up(digits, capsys, monkeypat
     tables.show_profile(profile)
     shown = capsys.readouterr().out
     assert "24 to 64, 3x3" in shown
+    assert "…" not in shown
     assert "page faults" in shown
