@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from conftest import as_nobody
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -80,6 +81,13 @@ def test_without_a_network_auto_takes_digits_and_cifar10_says_where_to_put_the_a
     assert "not CIFAR-10" in note
     with pytest.raises(UserError, match="put the archive into"):
         datasets.find("cifar10", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+def test_a_data_folder_that_may_not_be_read_is_told(tmp_path, name):
+    (tmp_path / "data").mkdir(mode=0)
+    with as_nobody(), pytest.raises(UserError, match=r"^cannot read .*data: Permission denied$"):
+        datasets.find(name, str(tmp_path / "data"))
 
 
 def test_a_folder_with_a_damaged_cifar10_is_not_replaced_by_digits(small_cifar10):
