@@ -159,5 +159,5 @@ def test_fast_learns_real_pictures_in_a_short_training(real_cifar10, make_run):
     few = dataclasses.replace(real_cifar10)
     vars(few)["train"] = real_cifar10.train[:10_000]
     vars(few)["test"] = real_cifar10.test[:2500]
-    run = make_run(dataset=few, recipe="fast", epochs=2, batch_size=250)
+    run = make_run(dataset=few, recipe="fast", epochs=2, batch_size=250, small_size=16)
     assert evaluate.evaluate(run, few, "cpu")["accuracy"] > 0.55
