@@ -48,7 +48,7 @@ def read(run: Run, dataset: Dataset) -> Predictions | None:
     try:
         table = [(float(index), numbers[true], numbers[said], float(sure)) for index, true, said, sure, *_ in rows]
     except (ValueError, KeyError):
-        header, table = [], []
+        raise damaged(path, _NOT_AS_WRITTEN) from None
     index, true, predicted, confidence = np.array(table).reshape(-1, 4).T
     if header != _columns(dataset) or not ((confidence >= 0) & (confidence <= 1)).all():
         raise damaged(path, _NOT_AS_WRITTEN)
@@ -63,16 +63,13 @@ def read_names(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError if the file cannot be read or is damaged.
     """
-    path = run.path / _NAME
-    header, rows = _lines(path)
-    if header[1:3] != _COLUMNS[1:3]:
-        raise damaged(path, _NOT_AS_WRITTEN)
+    _, rows = _lines(run.path / _NAME)
     true, predicted = np.array([row[1:3] for row in rows], dtype=str).reshape(-1, 2).T
     return true, predicted
 
 
 def _lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header, and the rows, which are as long as it is. Raises UserError if the file has no such lines."""
+    """The header, which begins as it is written, and the rows, which are as long. Raises UserError if it is not so."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file, strict=True)
@@ -80,7 +77,7 @@ def _lines(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"cannot read {short(path)}: {error.strerror}") from None
     except (ValueError, csv.Error):
         raise damaged(path, _NOT_AS_WRITTEN) from None
-    if any(len(row) != len(header) for row in rows):
+    if header[: len(_COLUMNS)] != _COLUMNS or any(len(row) != len(header) for row in rows):
         raise damaged(path, _NOT_AS_WRITTEN)
     return header, rows
 
