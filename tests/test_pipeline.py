@@ -81,11 +81,24 @@ def call(command: Callable[[], int | None], words: list[str], cwd: Path = PROJEC
     return code or 0, out.getvalue(), err.getvalue()
 
 
-def test_one_command_fills_the_run_directory(tmp_path):
-    code, out, err = run(MAIN, *QUICK, "--output-dir", str(tmp_path))
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> tuple[Path, str]:
+    """What the command does and prints where there is neither CIFAR-10 nor a network: its output folder, its output."""
+    folder = tmp_path_factory.mktemp("offline")
+    address = (
+        "import dataclasses; from cifar.archive import ARCHIVES; "
+        "ARCHIVES['cifar10'] = dataclasses.replace(ARCHIVES['cifar10'], urls=('http://127.0.0.1:9/x',)); "
+    )
+    flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(folder / "data"), "--output-dir", str(folder)]
+    code, out, err = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
     assert (code, err) == (0, "")
-    made = next(tmp_path.glob("*_convnet_digits"))
-    assert (tmp_path / "latest").resolve() == made
+    return folder, out
+
+
+def test_one_command_fills_the_run_directory(offline):
+    folder, out = offline
+    made = next(folder.glob("*_convnet_digits"))
+    assert (folder / "latest").resolve() == made
     assert {path.name for path in made.iterdir()} == {
         *("config.json", "run.json", "history.jsonl", "metrics.json", "classification_report.txt", "predictions.csv"),
         *("analysis.json", "saliency.npz", "report.html", "checkpoints", "figures"),
@@ -96,6 +109,12 @@ def test_one_command_fills_the_run_directory(tmp_path):
     assert "accuracy with test-time augmentation" in out
     assert str(Path(made.name, "report.html")) in out
     assert "\x1b" not in out
+
+
+def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(offline):
+    _, out = offline
+    first, last = out.index("This is not CIFAR-10"), out.rindex("This is not CIFAR-10")
+    assert first < out.index("epoch 1/1") < last
 
 
 def test_a_chain_of_tasks_works_from_a_subfolder_each_on_the_run_before_it(tmp_path):
@@ -201,18 +220,6 @@ def test_an_unknown_flag_is_a_usage_error():
     code, _, err = main("--epoch", "3")
     assert code == 2
     assert "unrecognized arguments: --epoch 3" in err
-
-
-def test_without_cifar10_and_network_a_banner_at_the_start_and_the_end_says_so(tmp_path):
-    address = (
-        "import dataclasses; from cifar.archive import ARCHIVES; "
-        "ARCHIVES['cifar10'] = dataclasses.replace(ARCHIVES['cifar10'], urls=('http://127.0.0.1:9/x',)); "
-    )
-    flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
-    code, out, _ = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
-    assert code == 0
-    first, last = out.index("This is not CIFAR-10"), out.rindex("This is not CIFAR-10")
-    assert first < out.index("epoch 1/1") < last
 
 
 @pytest.mark.parametrize(
@@ -395,7 +402,7 @@ bench.compare = lambda config, dataset: {"suite_images_per_second": 1, "loader_i
 visualize._save = lambda figure, path: path  # main.py has drawn them
 outputs, quick = places[2:], ["--recipe", "convnet", "--epochs", "1", "--device", "cpu"]
 for command in (
-    ["data", *places[:2]], ["doctor", *places], ["evaluate", *places], ["visualize", *places],
+    ["data", *places[:2]], ["doctor", *places], ["visualize", *places],
     ["predict", picture, *outputs], ["export", *outputs], ["compare", *outputs], ["bench", *places],
     ["train", *quick, *places], ["evaluate", *places],
 ):
