@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cifar import archive, console, corruptions, datasets, evaluate, limits, rep
 from cifar.archive import ARCHIVES
 from cifar.config import PROJECT, Config
 from cifar.runs import Run
+from server import Server, serving
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +60,15 @@ def as_nobody():
         yield
     finally:
         os.seteuid(user)
+
+
+def flat(content) -> list:
+    """The leaves of dicts and lists, times aside, with the bytes of tensors."""
+    if isinstance(content, dict):
+        return [(key, *flat(value)) for key, value in content.items() if key not in ("seconds", "epoch_seconds")]
+    if isinstance(content, list):
+        return [flat(value) for value in content]
+    return [content.contiguous().numpy().tobytes() if isinstance(content, torch.Tensor) else content]
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +163,12 @@ def corrupted_run(evaluated_run, digits, tmp_path_factory):
     visualize.visualize(run, digits)
     report.write(run, digits)
     return run
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import as_nobody
-from test_download import archive_of, send, server  # noqa: F401
 
 from cifar import archive
 from cifar.config import PROJECT
 from cifar.download import Archive, UnavailableError
 from cifar.errors import UserError
+from conftest import as_nobody
+from server import archive_of, send
 
 FILES = {"data/one": b"1" * 100_000, "data/two/three": os.urandom(200_000)}
 
@@ -51,7 +51,7 @@ def held(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): content for path, content in found.items()}
 
 
-def test_an_archive_is_fetched_and_unpacked_once(server, tmp_path):  # noqa: F811
+def test_an_archive_is_fetched_and_unpacked_once(server, tmp_path):
     known = dataclasses.replace(ARCHIVE, urls=(server.play("a", send(PACKED)),))
     for _ in range(2):
         assert archive.obtain(known, tmp_path) == tmp_path / "data"
@@ -60,7 +60,7 @@ def test_an_archive_is_fetched_and_unpacked_once(server, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("name", ["with spaces", "данные 数据 é", "-rf", "a'b\"c$HOME;%s"])
-def test_a_folder_may_have_any_name_and_need_not_be_there(server, tmp_path, name):  # noqa: F811
+def test_a_folder_may_have_any_name_and_need_not_be_there(server, tmp_path, name):
     folder = tmp_path / name / name
     archive.obtain(ARCHIVE, folder, server.play("a", send(PACKED)))
     assert held(folder) == FILES
@@ -91,7 +91,7 @@ def start(known: Archive, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_four_processes_that_need_the_same_archive_one_fetches_it_and_all_have_it(server, tmp_path):  # noqa: F811
+def test_of_four_processes_that_need_the_same_archive_one_fetches_it_and_all_have_it(server, tmp_path):
     def slowly(handler):
         time.sleep(1)
         send(PACKED)(handler)
@@ -108,7 +108,7 @@ def test_of_four_processes_that_need_the_same_archive_one_fetches_it_and_all_hav
     assert held(tmp_path) == FILES
 
 
-def test_a_process_that_is_killed_lets_the_next_one_go_on_with_its_part(server, tmp_path):  # noqa: F811
+def test_a_process_that_is_killed_lets_the_next_one_go_on_with_its_part(server, tmp_path):
     half = len(PACKED) // 2
 
     def half_of_it(handler):
@@ -154,7 +154,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_archive_is_never_opened_as_it_is_not_the_known_one(server, tmp_path, kind, monkeypatch):  # noqa: F811
+def test_a_hostile_archive_is_never_opened_as_it_is_not_the_known_one(server, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(tarfile, "open", lambda *_: pytest.fail("opened"))
     content = HOSTILE[kind]
     folder = tmp_path / "inner" / "folder"

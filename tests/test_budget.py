@@ -2,10 +2,10 @@ import json
 import time
 
 import pytest
-from conftest import quick_config
 
 from cifar import budget, datasets, evaluate, seeds, train
 from cifar.errors import UserError
+from conftest import quick_config
 
 SECONDS = {24: 10.0, 32: 20.0}
 

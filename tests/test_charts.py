@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
-from test_visualize import CLASSES, HARMED, MATRIX, boxes, make_line, make_metrics, texts
 
 from cifar import charts
+from drawn import boxes, texts
+from handmade import CLASSES, HARMED, MATRIX, make_line, make_metrics
 
 
 def test_the_history_is_drawn_as_saved_from_epoch_one():

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_nobody
 
 from cifar import checkpoint, model
 from cifar.config import PROJECT
 from cifar.errors import UserError
+from conftest import as_nobody
 
 CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
 

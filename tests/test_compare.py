@@ -1,7 +1,5 @@
-import csv
 import json
 import shutil
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,55 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
-from test_visualize import make_line
 
-from cifar import compare, compare_figure, metrics, outputs
-from cifar.config import Config
+from cifar import compare, compare_figure, outputs
 from cifar.errors import UserError
 from cifar.runs import Run
+from handmade import ESCAPED, erring_run, make_line
 
 RUBBISH = ("", "{", "[1]", "null", '{"seconds": [1], "accuracy": "high", "recipe": 3}', "\0\xff")
-CLASSES = ("cat", "dog", "<ship>")
-
-
-def make_run(folder: Path, wrong, *, classes=CLASSES, images=300, history=3, test_sha256="same", **settings) -> Run:
-    """An evaluated run whose image i is of class i modulo the classes, and which errs on the images `wrong`."""
-    folder.mkdir(parents=True)
-    run, count = Run(folder), len(classes)
-    wrong = np.isin(np.arange(images), list(wrong))
-    true = np.arange(images) % count
-    predicted = np.where(wrong, (true + 1) % count, true)
-    logits = 9 * np.eye(count, dtype=np.float32)[predicted]
-    calibration = metrics.calibrate(logits[:0], true[:0]) | metrics.calibration_error(logits, true, 1.0)
-    calibration["after"]["expected_calibration_error"] = 0.02
-    run.write("config.json", asdict(Config(dataset="digits", val_size=10, **settings)))
-    run.write("run.json", {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {"train": 9.5}})
-    run.write(
-        "metrics.json",
-        {
-            **{"dataset": "digits", "recipe": "fast", "split": "test", "test_sha256": test_sha256},
-            **metrics.measure(logits, logits, true, classes),
-            "loss": 0.5,
-            "calibration": calibration,
-        },
-    )
-    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "true", "predicted", "confidence", *classes])
-        writer.writerows(
-            [i, classes[true[i]], classes[predicted[i]], 0.9, *([0.1] * len(classes))] for i in range(images)
-        )
-    for epoch in range(1, history + 1):
-        shares = {
-            "train_loss": 1 / epoch,
-            "train_accuracy": 0.5,
-            "val_loss": 1 / epoch,
-            "val_accuracy": 1 - 0.5 / epoch,
-        }
-        run.append_history(
-            {"epoch": epoch, **shares, "image_size": 32, "lr": 0.1, "images_per_second": 9, "seconds": 2}
-        )
-    return run
 
 
 def panels(figure: Figure) -> dict[str, Axes]:
@@ -72,8 +28,8 @@ def curves(axes: Axes) -> list[Line2D]:
 
 
 def test_the_better_of_two_is_told_with_mcnemars_p(tmp_path):
-    first = make_run(tmp_path / "first", range(20))  # wrong on 20
-    second = make_run(tmp_path / "second", range(18, 24), seed=1)  # on 6 of which both have 2: 18 against 4
+    first = erring_run(tmp_path / "first", range(20))  # wrong on 20
+    second = erring_run(tmp_path / "second", range(18, 24), seed=1)  # on 6 of which both have 2: 18 against 4
     (pair,) = compare.compare([first, second])["pairs"]
     assert (pair["only_first"], pair["only_second"], pair["n"]) == (4, 18, 300)
     # Twice the chance of at most 4 heads in 22 throws: (1 + 22 + 231 + 1540 + 7315) / 2**22.
@@ -89,7 +45,10 @@ def test_the_better_of_two_is_told_with_mcnemars_p(tmp_path):
 
 
 def test_a_difference_that_may_be_chance_is_called_not_significant(tmp_path):
-    pair = [make_run(tmp_path / "first", range(10)), make_run(tmp_path / "second", range(8, 20))]  # 8 against 10
+    pair = [
+        erring_run(tmp_path / "first", range(10)),
+        erring_run(tmp_path / "second", range(8, 20)),
+    ]  # 8 against 10
     (pair,) = compare.compare(pair)["pairs"]
     assert pair["better"] is None
     assert pair["verdict"].startswith(
@@ -100,7 +59,11 @@ def test_a_difference_that_may_be_chance_is_called_not_significant(tmp_path):
 
 def test_of_more_than_two_runs_the_p_values_are_corrected(tmp_path):
     # 1 against 8 is 20 / 512 = 0.039, which three comparisons make 0.117.
-    runs = [make_run(tmp_path / "a", range(8)), make_run(tmp_path / "b", [20]), make_run(tmp_path / "c", [20])]
+    runs = [
+        erring_run(tmp_path / "a", range(8)),
+        erring_run(tmp_path / "b", [20]),
+        erring_run(tmp_path / "c", [20]),
+    ]
     assert compare.compare(runs[:2])["pairs"][0]["better"] == "B"
     made = compare.compare(runs)
     assert [pair["p_corrected"] for pair in made["pairs"]] == pytest.approx([60 / 512, 60 / 512, 1])
@@ -111,11 +74,11 @@ def test_of_more_than_two_runs_the_p_values_are_corrected(tmp_path):
 def test_runs_of_other_test_sets_are_not_paired_but_have_their_figures(tmp_path):
     made = compare.compare(
         [
-            make_run(tmp_path / "a", range(8)),
-            make_run(tmp_path / "b", range(9), test_sha256="other"),
-            make_run(tmp_path / "c", range(30), test_sha256="other"),
-            make_run(tmp_path / "d", range(9), images=200, test_sha256=None),
-            make_run(tmp_path / "e", range(8), test_sha256=None),
+            erring_run(tmp_path / "a", range(8)),
+            erring_run(tmp_path / "b", range(9), test_sha256="other"),
+            erring_run(tmp_path / "c", range(30), test_sha256="other"),
+            erring_run(tmp_path / "d", range(9), images=200, test_sha256=None),
+            erring_run(tmp_path / "e", range(8), test_sha256=None),
         ]
     )
     pairs = [pair["first"] + pair["second"] for pair in made["pairs"]]
@@ -127,13 +90,13 @@ def test_runs_of_other_test_sets_are_not_paired_but_have_their_figures(tmp_path)
 
 
 def test_classes_are_compared_where_they_are_the_same(tmp_path):
-    first, second = make_run(tmp_path / "a", [0, 3, 6, 1]), make_run(tmp_path / "b", [0])
+    first, second = erring_run(tmp_path / "a", [0, 3, 6, 1]), erring_run(tmp_path / "b", [0])
     cat, dog, ship = compare.compare([first, second])["classes"]
     assert (cat["class"], cat["recall"]) == ("cat", pytest.approx([0.97, 0.99]))
     assert cat["difference"] == pytest.approx([0.02])
     assert dog["difference"] == pytest.approx([0.01])
     assert (ship["difference"], ship["interval_95"]) == ([0], [[0, 0]])
-    other = make_run(tmp_path / "c", [0], classes=("a", "b"))
+    other = erring_run(tmp_path / "c", [0], classes=("a", "b"))
     made = compare.compare([first, other])
     assert (made["classes"], made["pairs"], len(made["notes"])) == ([], [], 1)
 
@@ -142,15 +105,18 @@ def test_of_many_classes_those_are_shown_that_differ_most(tmp_path):
     classes = [f"class {number}" for number in range(30)]
     # The first errs on classes 0 to 9, the second on 25 to 28; of equals the earlier ones are shown.
     made = compare.compare(
-        [make_run(tmp_path / "a", range(10), classes=classes), make_run(tmp_path / "b", range(85, 89), classes=classes)]
+        [
+            erring_run(tmp_path / "a", range(10), classes=classes),
+            erring_run(tmp_path / "b", range(85, 89), classes=classes),
+        ]
     )
     assert len(made["classes"]) == 30
     assert [row["class"] for row in made["classes_shown"]] == [*classes[:16], *classes[25:29]]
 
 
 def test_only_the_settings_that_differ_are_told_and_no_places(tmp_path):
-    first = make_run(tmp_path / "a", [0])
-    second = make_run(
+    first = erring_run(tmp_path / "a", [0])
+    second = erring_run(
         tmp_path / "b", [0], recipe="mlp", model="resnet18", optimizer="sgd", data_dir="x", output_dir="y"
     )
     second.update(threads=4)
@@ -164,7 +130,7 @@ def test_only_the_settings_that_differ_are_told_and_no_places(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "index,true\n", "\0", 'index,true,predicted\n0,"cat', None])
 def test_without_predictions_a_run_is_told_apart_and_still_tabulated(tmp_path, content):
-    first, second = make_run(tmp_path / "a", [0]), make_run(tmp_path / "b", [0])
+    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     path = second.path / "predictions.csv"
     path.unlink() if content is None else path.write_text(content)
     made = compare.compare([first, second])
@@ -175,13 +141,13 @@ def test_without_predictions_a_run_is_told_apart_and_still_tabulated(tmp_path, c
 
 
 def test_predictions_that_do_not_fit_the_metrics_are_not_paired(tmp_path):
-    first, second = make_run(tmp_path / "a", [0]), make_run(tmp_path / "b", [0])
-    shutil.copy(make_run(tmp_path / "c", range(9)).path / "predictions.csv", second.path)
+    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
+    shutil.copy(erring_run(tmp_path / "c", range(9)).path / "predictions.csv", second.path)
     assert "not what its metrics.json was computed from" in compare.compare([first, second])["notes"][0]
 
 
 def test_runs_that_held_nothing_out_have_their_loss_drawn_alone(tmp_path):
-    found = [make_run(tmp_path / name, [0], history=0) for name in "ab"]
+    found = [erring_run(tmp_path / name, [0], history=0) for name in "ab"]
     for run in found:
         run.append_history(make_line(1, validated=False))
     axes = panels(compare_figure.draw(compare.compare(found)))
@@ -190,14 +156,14 @@ def test_runs_that_held_nothing_out_have_their_loss_drawn_alone(tmp_path):
 
 
 def test_runs_without_any_history_have_a_figure_that_says_so(tmp_path):
-    found = [make_run(tmp_path / name, [0], history=0) for name in "ab"]
+    found = [erring_run(tmp_path / name, [0], history=0) for name in "ab"]
     axes = panels(compare_figure.draw(compare.compare(found)))
     assert [text.get_text() for text in axes["loss"].texts] == ["nothing was recorded"]
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1}\n', "[1]\n", '"rubbish"\n', None])
 def test_without_a_history_there_is_a_figure_without_curves(tmp_path, content):
-    first, second = make_run(tmp_path / "a", [0]), make_run(tmp_path / "b", [0])
+    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     path = second.path / "history.jsonl"
     path.unlink() if content is None else path.write_text(content)
     made = compare.compare([first, second])
@@ -207,7 +173,7 @@ def test_without_a_history_there_is_a_figure_without_curves(tmp_path, content):
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
-    first, second = make_run(tmp_path / "a", [0]), make_run(tmp_path / "b", [0])
+    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     with pytest.raises(UserError, match="a is given twice"):
         compare.compare([first, second, first])
     with pytest.raises(UserError, match="takes two runs or more"):
@@ -231,7 +197,7 @@ def test_there_are_as_many_letters_as_runs_can_be_compared(tmp_path):
 
 def test_the_name_of_a_group_stands_for_its_runs(tmp_path):
     for seed in (0, 1):
-        make_run(tmp_path / "group" / f"run {seed}", [seed], seed=seed)
+        erring_run(tmp_path / "group" / f"run {seed}", [seed], seed=seed)
     (tmp_path / "group" / "summary.json").write_text("{}")
     assert [run.path.name for run in outputs.find_all(str(tmp_path), "group")] == ["run 0", "run 1"]
     assert outputs.find_all(str(tmp_path), "run 1") == outputs.find_all(str(tmp_path), "group/run 1")
@@ -252,7 +218,7 @@ def test_a_comparison_has_a_folder_by_its_runs_whatever_their_number(tmp_path):
 
 
 def test_the_figure_draws_the_saved_numbers(tmp_path):
-    made = compare.compare([make_run(tmp_path / "a", range(9)), make_run(tmp_path / "b", [0], history=2, seed=1)])
+    made = compare.compare([erring_run(tmp_path / "a", range(9)), erring_run(tmp_path / "b", [0], history=2, seed=1)])
     figure = compare_figure.draw(json.loads(json.dumps(made)))
     axes = panels(figure)
     dots = [line.get_xdata()[0] for line in curves(axes["accuracy"]) if line.get_marker() == "o"]
@@ -260,7 +226,7 @@ def test_the_figure_draws_the_saved_numbers(tmp_path):
     assert [list(line.get_ydata()) for line in curves(axes["loss"])] == [[1, 1 / 2, 1 / 3], [1, 1 / 2]]
     assert [list(line.get_ydata()) for line in curves(axes["epochs"])] == [[0.5, 0.75, 1 - 0.5 / 3], [0.5, 0.75]]
     assert [list(line.get_xdata()) for line in curves(axes["seconds"])] == [[2, 4, 6], [2, 4]]
-    assert [label.get_text() for label in axes["classes"].get_yticklabels()] == [*CLASSES]
+    assert [label.get_text() for label in axes["classes"].get_yticklabels()] == [*ESCAPED]
     differences = [line.get_xdata()[0] for line in curves(axes["classes"]) if line.get_marker() == "o"]
     assert differences == pytest.approx([0.02, 0.03, 0.03])
     (legend,) = figure.legends
@@ -272,7 +238,7 @@ def test_the_figure_draws_the_saved_numbers(tmp_path):
 
 def test_a_class_may_be_called_like_a_formula(tmp_path):
     classes = [f"$\\x{number}$" for number in range(10)]
-    found = [make_run(tmp_path / name, wrong, classes=classes) for name, wrong in (("a", range(9)), ("b", range(5)))]
+    found = [erring_run(tmp_path / name, wrong, classes=classes) for name, wrong in (("a", range(9)), ("b", range(5)))]
     figure = compare_figure.draw(compare.compare(found))
     figure.draw_without_rendering()
     shown = {label.get_text() for label in panels(figure)["classes"].get_yticklabels()}
@@ -282,7 +248,7 @@ def test_a_class_may_be_called_like_a_formula(tmp_path):
 
 def test_no_label_of_the_figure_is_cut_with_many_runs_and_classes(tmp_path):
     classes = [f"a class with a long name, {number}" for number in range(100)]
-    found = [make_run(tmp_path / f"run {n}", range(n, 60), classes=classes, seed=n) for n in range(9)]
+    found = [erring_run(tmp_path / f"run {n}", range(n, 60), classes=classes, seed=n) for n in range(9)]
     figure = compare_figure.draw(compare.compare(found))
     figure.draw_without_rendering()
     whole = figure.bbox

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_compare import make_run
 
 from cifar import compare, compare_page
 from cifar.errors import UserError
+from handmade import erring_run
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +16,9 @@ def page(tmp_path_factory) -> Path:
     """The page of two runs of which one is better, and one of another test set."""
     folder = tmp_path_factory.mktemp("runs")
     found = [
-        make_run(folder / "a", range(30)),
-        make_run(folder / "b", range(3), seed=1),
-        make_run(folder / "<b>c", range(7), test_sha256="other"),
+        erring_run(folder / "a", range(30)),
+        erring_run(folder / "b", range(3), seed=1),
+        erring_run(folder / "<b>c", range(7), test_sha256="other"),
     ]
     return compare_page.write(compare.compare(found), folder / "compare" / "a page")
 

@@ -7,7 +7,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import as_nobody
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -15,6 +14,7 @@ from cifar import data, datasets
 from cifar.archive import ARCHIVES
 from cifar.config import Config
 from cifar.errors import UserError
+from conftest import as_nobody
 
 
 def test_digits_are_scikit_learns_1797_pictures_as_rgb(digits):

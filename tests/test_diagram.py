@@ -3,10 +3,11 @@ import json
 from dataclasses import asdict
 
 import pytest
-from test_visualize import LAYERS, boxes, figures, make_dataset, make_run
 
 from cifar import diagram, model
 from cifar.config import MODELS
+from drawn import boxes, figures
+from handmade import LAYERS, make_dataset, make_run
 
 
 @pytest.mark.parametrize("name", MODELS)

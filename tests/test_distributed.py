@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import quick_config
-from test_resume import SERVER, Outputs, results, slow_steps, slowly, wait_until
 from torch import nn
 
 from cifar import checkpoint, console, datasets, distributed, evaluate, model, train, whole_batch
@@ -21,6 +19,8 @@ from cifar.config import PROJECT, Config
 from cifar.console import TrainingDisplay
 from cifar.errors import UserError
 from cifar.runs import Run
+from conftest import quick_config
+from processes import SERVER, Outputs, results, slow_steps, slowly, wait_until
 
 BATCH = 20  # images, which three processes cannot share evenly
 RECIPES = ("fast", "simple", "convnet")  # BatchNorm of both kinds, both dropouts, jitter, label smoothing

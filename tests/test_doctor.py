@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_nobody
 from packaging.requirements import Requirement
-from test_download import CONTENT, archive_of, fail, send, server  # noqa: F401
 
 from cifar import archive, doctor, limits
 from cifar.archive import ARCHIVES
 from cifar.config import PROJECT, Config
+from commands import INVOKE
+from conftest import as_nobody
+from server import CONTENT, archive_of, fail, send
 
-INVOKE = "import sys; from invoke.main import program; sys.exit(program.run())"
 DIGITS = ("--dataset", "digits")
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_or_read_is_a_failure(tmp_path):
 
 
 @pytest.fixture
-def known(monkeypatch, server):  # noqa: F811
+def known(monkeypatch, server):
     """A small archive that stands for CIFAR-10's, and the server that it is on."""
     files = {"one": "c4ca4238a0b923820dcc509a6f75849b"}  # md5 of b"1", as RFC 1321's tools give it
     known = archive_of(CONTENT, files=files, urls=(server.play("a", send()),))
@@ -242,7 +242,7 @@ def dataset(folder: Path, name: str = "cifar10") -> doctor.Finding:
     return next(finding for finding in findings if finding.subject == "dataset")
 
 
-def test_a_dataset_is_checked_file_by_file_without_a_connection(known, server, tmp_path):  # noqa: F811
+def test_a_dataset_is_checked_file_by_file_without_a_connection(known, server, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "one").write_bytes(b"1")
     assert dataset(tmp_path).level == dataset(tmp_path / "data").level == "ok"
@@ -260,7 +260,7 @@ def test_a_file_that_is_missing_beside_others_is_named(tmp_path):
     assert archive.trouble(known, tmp_path)[0] == f"{tmp_path / 'gone'} is missing"
 
 
-def test_an_archive_is_checked_without_a_connection(known, server, tmp_path):  # noqa: F811
+def test_an_archive_is_checked_without_a_connection(known, server, tmp_path):
     (tmp_path / "data.tar.gz").write_bytes(CONTENT)
     assert "the next run unpacks it" in dataset(tmp_path).says
     (tmp_path / "data.tar.gz").write_bytes(CONTENT[:-1])
@@ -269,7 +269,7 @@ def test_an_archive_is_checked_without_a_connection(known, server, tmp_path):  #
     assert server.asked == []
 
 
-def test_who_would_send_a_missing_dataset_is_asked_and_nothing_fetched(known, server, tmp_path):  # noqa: F811
+def test_who_would_send_a_missing_dataset_is_asked_and_nothing_fetched(known, server, tmp_path):
     found = dataset(tmp_path)
     host = server.url.removeprefix("http://")
     assert (found.level, found.says) == ("note", f"not in {tmp_path}: the next run fetches its 1 MB from {host}")

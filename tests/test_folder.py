@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_nobody
 from PIL import Image
 
 from cifar import folder
 from cifar.errors import UserError
 from cifar.picture import decode
+from conftest import as_nobody
 
 SIZE = 32
 

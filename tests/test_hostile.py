@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import quick_config
 from invoke import Collection, Program
 from PIL import Image
 
@@ -26,6 +25,7 @@ from cifar.outputs import directories, groups
 from cifar.runs import Run
 from cifar.signals import Interrupted
 from cifar.state import State
+from conftest import quick_config
 
 DOORS = ("data", "doctor", "train", "evaluate", "visualize", "predict", "export", "compare", "demo", "bench")
 

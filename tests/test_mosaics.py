@@ -1,8 +1,8 @@
 import itertools
 
-from test_visualize import TRUE, block, figures, make_dataset, make_run, texts
-
 from cifar import mosaics
+from drawn import block, figures, texts
+from handmade import TRUE, make_dataset, make_run
 
 
 def test_misclassified_are_ordered_by_confidence(tmp_path):

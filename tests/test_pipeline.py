@@ -4,9 +4,7 @@ In a process of its own goes what is about the process: its start, its signals, 
 which spares each command two seconds of imports.
 """
 
-import contextlib
 import csv
-import io
 import json
 import os
 import re
@@ -16,20 +14,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_picture
-from invoke.main import program
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-import main as main_module
+import picture_files
 from cifar.config import FIELDS, PROJECT, flag
+from commands import INVOKE, MAIN, invoke, main, run, start
 
-INVOKE = "import sys; from invoke.main import program; sys.exit(program.run())"
-MAIN = str(PROJECT / "main.py")
 QUICK = ("--recipe", "convnet", "--dataset", "digits", "--epochs", "1")
 FIGURES = {
     "training_history",
@@ -43,42 +37,6 @@ FIGURES = {
     "calibration",
     "risk_coverage",
 }
-
-
-def start(*arguments: str, cwd: Path = PROJECT, **options) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, **pipes, **options)
-
-
-def run(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
-    process = start(*arguments, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def main(*arguments: str) -> tuple[int, str, str]:
-    return call(lambda: main_module.main(list(arguments)), ["main.py", *arguments])
-
-
-def invoke(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
-    return call(program.run, ["invoke", *arguments], cwd)
-
-
-def call(command: Callable[[], int | None], words: list[str], cwd: Path = PROJECT) -> tuple[int, str, str]:
-    """What a command returns or exits with, and prints."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(sys, "argv", words)
-        try:
-            code = command()
-        except SystemExit as end:
-            code = end.code
-    return code or 0, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -356,18 +314,18 @@ def test_predict_answers_or_refuses_every_odd_and_hostile_file(evaluated_run, di
     clearest = int(max(csv.DictReader(saved), key=lambda row: float(row["confidence"]))["index"])
     pixels = digits.test.images[clearest].permute(1, 2, 0).numpy()
     digit = Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)
-    monkeypatch.setattr(test_picture, "picture", lambda side=64: digit.resize((side, side)))
-    for kind, (make, _) in (test_picture.GOOD | test_picture.REFUSED).items():
+    monkeypatch.setattr(picture_files, "picture", lambda side=64: digit.resize((side, side)))
+    for kind, (make, _) in (picture_files.GOOD | picture_files.REFUSED).items():
         (tmp_path / kind).write_bytes(make())
     output = tmp_path.parent / "answers.json"
     code, _, err = invoke("predict", str(tmp_path), "--run", str(evaluated_run.path), "--output", str(output))
     answers = {Path(row["picture"]).name: row for row in json.loads(output.read_text(encoding="utf-8"))}
-    total = len(test_picture.GOOD) + len(test_picture.REFUSED)
-    assert (code, err) == (1, f"error: {len(test_picture.REFUSED)} of {total} pictures were refused\n")
+    total = len(picture_files.GOOD) + len(picture_files.REFUSED)
+    assert (code, err) == (1, f"error: {len(picture_files.REFUSED)} of {total} pictures were refused\n")
     hides = ("PNG 1 bit", "PNG RGBA", "PNG LA")  # greys, or the lower half, as do those called transparent
-    whole = [kind for kind in test_picture.GOOD if kind not in hides and "transparent" not in kind]
+    whole = [kind for kind in picture_files.GOOD if kind not in hides and "transparent" not in kind]
     assert {kind: answers[kind]["predicted"] for kind in whole} == dict.fromkeys(whole, answers["PNG RGB"]["predicted"])
-    for kind, (_, sentence) in test_picture.REFUSED.items():
+    for kind, (_, sentence) in picture_files.REFUSED.items():
         assert re.search(sentence, answers[kind]["refusal"])
 
 

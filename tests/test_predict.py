@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_picture import SIZE, saved
 
 from cifar import data, evaluate, predict
 from cifar.errors import UserError
 from cifar.picture import decode
 from cifar.runs import Run
+from picture_files import SIZE, saved
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import pytest
-from test_visualize import make_dataset, make_run
 
 from cifar import visualize
 from cifar.errors import UserError
+from handmade import make_dataset, make_run
 
 
 @pytest.mark.parametrize(

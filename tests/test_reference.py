@@ -12,6 +12,7 @@ from cifar.config import PROJECT
 
 REFERENCE = PROJECT / "outputs" / "reference"
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+EXPERIMENTS = (PROJECT / "docs" / "experiments.md").read_text(encoding="utf-8")
 (SEEDS,) = outputs.groups(REFERENCE)
 MEMBERS = [place for place in outputs.directories(REFERENCE) if place.parent == SEEDS.resolve()]
 SINGLE = [place for place in outputs.directories(REFERENCE) if place.parent == REFERENCE.resolve()]
@@ -57,6 +58,12 @@ def test_the_readme_has_the_figures_of_the_runs(recipe, places):
     assert of_recipes[3:] == [said["accuracy"], said["accuracy_tta"], said["seconds"]]
     if recipe == "fast":
         assert first[0][0] == said["accuracy_tta"]
+
+
+def test_the_experiments_start_from_the_figures_of_fast():
+    said = expected(MEMBERS)
+    assert f"test split: {said['accuracy_tta']}, {len(MEMBERS)} seeds" in EXPERIMENTS
+    assert f"## Where the {said['seconds'].removesuffix(' s')} seconds of `fast` go" in EXPERIMENTS
 
 
 def test_they_were_made_by_the_commits_that_the_readme_names_without_changes():

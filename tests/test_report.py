@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.special import softmax
-from test_visualize import make_dataset, make_line
 
 from cifar import analysis, metrics, predictions, report, visualize
 from cifar.config import FIELDS, Config
 from cifar.errors import UserError
 from cifar.runs import Run
+from handmade import make_dataset, make_line
 
 
 class Tables(HTMLParser):

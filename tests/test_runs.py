@@ -7,11 +7,11 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
-from test_visualize import make_line
 
 from cifar import files, outputs, runs
 from cifar.config import Config
 from cifar.errors import UserError
+from handmade import make_line
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import quick_config
-from test_pipeline import start
 
 import main
 from cifar import demo_runs, outputs, runs, seeds
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
+from commands import start
+from conftest import quick_config
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import quick_config
 
 from cifar import checkpoint, data, datasets, train
 from cifar.console import TrainingDisplay
 from cifar.errors import UserError
 from cifar.state import State
+from conftest import flat, quick_config
 
 STEPS = 20  # of an epoch
-TIMES = ("seconds", "epoch_seconds")
 
 
 @pytest.fixture
@@ -51,15 +50,6 @@ def advance(state: State, steps: int) -> State:
 def save(state: State, path: Path) -> None:
     description = {"model": "mlp", "classes": ("a",), "image_size": 32, "epoch": 0}
     checkpoint.save(path, **description, weights=state.network.state_dict(), training=state.state_dict())
-
-
-def flat(content) -> list:
-    """The leaves of dicts and lists, times aside, with the bytes of tensors."""
-    if isinstance(content, dict):
-        return [(key, *flat(value)) for key, value in content.items() if key not in TIMES]
-    if isinstance(content, list):
-        return [flat(value) for value in content]
-    return [content.contiguous().numpy().tobytes() if isinstance(content, torch.Tensor) else content]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_compare
 from rich.console import Console
 from scipy.stats import binomtest
 
 from cifar import compare, console, headlines, tables
 from cifar.doctor import Finding
+from handmade import erring_run
 
 
 def metrics_of(per_class: dict, dataset: str = "digits") -> dict:
@@ -110,7 +110,7 @@ def test_groups_of_seeds_are_listed_with_mean_and_deviation(capsys):
 
 
 def test_a_comparison_ends_with_what_it_comes_to(capsys, tmp_path):
-    found = [test_compare.make_run(tmp_path / "a", range(20)), test_compare.make_run(tmp_path / "b", [1], seed=7)]
+    found = [erring_run(tmp_path / "a", range(20)), erring_run(tmp_path / "b", [1], seed=7)]
     comparison = compare.compare(found)
     tables.show_comparison({**comparison, "notes": ["a [note]"]})
     printed = capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Trainings in processes of their own, and what they leave."""
+
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar import console, evaluate, resume, runs, train
+from conftest import flat, quick_config
+
+TIMES = ("seconds", "images_per_second")
+# A process of it starts in a few hundredths of a second, as it has everything imported that a training needs.
+SERVER = multiprocessing.get_context("forkserver")
+IMPORTED = ("torch._dynamo", "sklearn.metrics", "sklearn.model_selection", "sklearn.datasets", __name__)
+SERVER.set_forkserver_preload(list(IMPORTED))
+
+
+def slowly(values) -> list:
+    """Parameters of a test that only `invoke test --slow` tries."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
+    """A process: train and evaluate a new run or, if it has a name, go on with it; `hinder` is called first."""
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+    torch.set_num_threads(1)
+
+    def train_and_evaluate():
+        settings = quick_config(outputs, recipe="mlp", epochs=2, val_size=137)
+        run, dataset = train.begin(settings) if name is None else train.take_up(name, {"output_dir": str(outputs)})
+        with run.lifetime():
+            train.fit(run, dataset)
+            evaluate.evaluate(run, dataset, "cpu")
+
+    if hinder:
+        hinder()
+    console.out.file = console.err.file = sys.stdout
+    sys.exit(console.exit_code(train_and_evaluate))
+
+
+class Outputs:
+    """A folder of one run that processes work on, one after the other."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder / "outputs", folder / "log"
+
+    @property
+    def run(self) -> runs.Run:
+        return runs.Run(next(path.parent for path in self.folder.glob("[!l]*/run.json")))
+
+    def said(self) -> str:
+        """What the processes have printed."""
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def has_an_epoch(self) -> bool:
+        return any(self.folder.glob("*/history.jsonl")) and len(self.run.history()) > 0
+
+    def start(self, hinder=None, name: str | None = None):
+        process = SERVER.Process(target=work, args=(self.folder, name, hinder, self.log))
+        process.start()
+        return process
+
+    def begin_or_go_on(self, hinder=None):
+        """Start a process as a user would: a new run only if there is none that could go on."""
+        has_run = any(self.folder.glob("*/run.json"))
+        return self.start(hinder, "" if has_run else None)
+
+    def finish(self) -> dict:
+        """What the run has come to, after a last process that nothing hinders, unless it has ended already."""
+        if any(self.folder.glob("*/run.json")) and self.run.status() == "completed":
+            return results(self.run)
+        process = self.begin_or_go_on()
+        process.join(60)
+        assert process.exitcode == 0, self.said()
+        return results(self.run)
+
+
+def results(run: runs.Run) -> dict:
+    """All that must be the same however often the run was interrupted."""
+    names = ("checkpoints/best.pt", "metrics.json", "predictions.csv", "classification_report.txt")
+    assert run.record["status"] == "completed"
+    assert not list(run.path.rglob("*.partial"))
+    history = [{key: value for key, value in line.items() if key not in TIMES} for line in run.history()]
+    return {
+        **{name: (run.path / name).read_bytes() for name in names},
+        "last.pt": flat(torch.load(run.checkpoints / "last.pt", weights_only=True)),
+        "history": history,
+    }
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come so far in a minute"
+        time.sleep(0.01)
+
+
+def slow_steps(seconds: float) -> None:
+    """Have this process say each step and wait after it."""
+    pause = resume.Keeper.pause
+
+    def wait(*arguments):
+        print("a step")
+        time.sleep(seconds)
+        pause(*arguments)
+
+    resume.Keeper.pause = wait
