@@ -12,9 +12,6 @@ _BIAS_LR = 0.053 * 2000
 _HEAD_LR = 0.67 * 2000
 _SGD_MOMENTUM = 0.85
 _WHITEN_BIAS_EPOCHS = 3  # then it stays as it is, and no gradient has to reach the first layer
-# The shares of the training after which the groups of convolutions stay as they are, one after the other, so that
-# no gradient has to pass the largest features at the end (Brock et al. 2017, arXiv:1706.04983).
-_GROUP_SHARES = (0.75, 0.95, 1.0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -108,38 +105,35 @@ def build(
     precision: str,
 ) -> Updates:
     """The optimizers and schedules of a recipe, for parameters that require a gradient."""
-    steps = epochs * steps_per_epoch
+    decay = _factor(schedule, epochs * steps_per_epoch)
     if optimizer == "muon":
-        decays = [_factor(schedule, round(share * steps)) for share in _GROUP_SHARES]
-        whiten_decay = _factor("linear", _WHITEN_BIAS_EPOCHS * steps_per_epoch)
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        return _muon(network, lr, momentum, weight_decay, decays, whiten_decay, dtype)
+        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch, dtype)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if optimizer == "adam":
         rule = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     else:
         rule = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-    return Updates([rule], [[_factor(schedule, steps)]])
+    return Updates([rule], [[decay]])
 
 
-def _muon(network, lr, momentum, weight_decay, decays, whiten_decay, dtype) -> Updates:
-    """For the network `whitened`: Muon on the hidden layers' weights; SGD on the head and on what is a vector.
-
-    decays: of the groups of convolutions, from the first to the last.
-    """
-    groups = [[p for p in group.parameters() if p.requires_grad] for group in network.groups]
-    parts = list(zip(groups, decays))[::-1]  # the largest, which trains to the end, stands for all in Updates.lr
-    muon = Muon([{"params": [p for p in group if p.ndim > 1]} for group, _ in parts], lr, momentum, dtype)
-    others = [([p for p in group if p.ndim == 1], _BIAS_LR, decay) for group, decay in parts]
-    others += [([network.head.weight], _HEAD_LR, decays[-1]), ([network.whiten.bias], _BIAS_LR, whiten_decay)]
+def _muon(network, lr, momentum, weight_decay, decay, whiten_steps, dtype) -> Updates:
+    """For the network `whitened`: Muon on the hidden layers' weights; SGD on the head and on what is a vector."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    whiten_bias = [trained.pop("whiten.bias")]
+    head = [trained.pop("head.weight")]
+    vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
+    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
+    whiten_decay = _factor("linear", whiten_steps)
+    groups = [(vectors, _BIAS_LR, decay), (head, _HEAD_LR, decay), (whiten_bias, _BIAS_LR, whiten_decay)]
     # SGD multiplies weight_decay by the rate, so a decay of the same share of each weight is divided by it.
     sgd = torch.optim.SGD(
-        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in others],
+        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in groups],
         momentum=_SGD_MOMENTUM,
         nesterov=True,
         fused=True,
     )
-    return Updates([muon, sgd], [[decay for _, decay in parts], [decay for _, _, decay in others]])
+    return Updates([Muon(matrices, lr, momentum, dtype), sgd], [[decay], [factor for _, _, factor in groups]])
 
 
 def _factor(schedule: str, steps: int) -> Callable[[int], float]:

@@ -94,7 +94,7 @@ def matrix_rate(hardware: torch.device, precision: str, repeats: int = 100) -> f
 def profile(config: Config, dataset: datasets.Dataset, *, steps: int = 5) -> dict[str, Any]:
     """Steps from the middle of a recipe's training, at each of its image sizes, beside the matrix rate of that minute.
 
-    By then `fast` has frozen its whitening bias, as in three quarters of its epochs, and no group yet.
+    By then `fast` has frozen its whitening bias, as in three quarters of its epochs.
 
     Returns plain numbers, per step: seconds, flop, page_faults, seconds of augmentation, and the operators and
     convolutions with their shares and rates, the slowest first.

@@ -87,22 +87,16 @@ def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
     assert len(trained_by[0] + trained_by[1]) == sum(p.requires_grad for p in network.parameters())
 
 
-def test_the_whitening_bias_and_the_groups_stop_one_after_the_other_and_ask_for_no_more_gradients():
+def test_the_whitening_bias_stops_after_three_epochs_and_asks_for_no_more_gradients():
     network = model.build("whitened", 10, 32)
-    updates = optim.build(network, optimizer="muon", schedule="linear", **{**COMMON, "epochs": 8})
-    weights = [group.conv2.weight for group in network.groups]
-    ends = (30, 38, 40)  # three quarters and 95% of the steps, and all
-    for step in range(40):
+    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+    for step in range(16):
+        assert network.whiten.bias.requires_grad == (step < 15)
         network(torch.rand(4, 3, 32, 32)).square().sum().backward()
-        has_gradient = [tensor.grad is not None for tensor in (network.whiten.bias, *weights)]
-        assert has_gradient == [step < 15, *(step < end for end in ends)]
-        before = [weight.detach().clone() for weight in weights]
         updates.step()
-        moved = [not torch.equal(old, new) for old, new in zip(before, weights)]
-        assert moved == [step < end for end in ends]
+    assert network.groups[0].conv1.weight.requires_grad
     updates.go_to(1)  # as where the last checkpoint is damaged and the one before is taken up
     assert network.whiten.bias.requires_grad
-    assert all(weight.requires_grad for weight in weights)
 
 
 def test_adam_is_torchs_with_the_given_rate_and_decay():
