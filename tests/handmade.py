@@ -100,11 +100,8 @@ def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED,
         run.write("metrics.json", make_metrics(classes, matrix) | analysis.scores(probabilities, labels, classes))
         run.write("analysis.json", analysis.analyse(probabilities, labels, classes, []))
         run.write("corruptions.json", HARMED)
-        with (path / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", "true", "predicted", "confidence", *classes])
-            for index, (label, winner, share) in enumerate(zip(true, predicted, confidence)):
-                writer.writerow([index, classes[label], classes[winner], share, *[0] * len(classes)])
+        rows = enumerate(zip(true, predicted, confidence))
+        write_predictions(path, classes, ([i, t, p, share, *[0] * len(classes)] for i, (t, p, share) in rows))
     return run
 
 
@@ -129,20 +126,17 @@ def erring_run(folder: Path, wrong, *, classes=ESCAPED, images=300, history=3, t
             "calibration": calibration,
         },
     )
+    write_predictions(folder, classes, ([i, true[i], predicted[i], 0.9, *[0.1] * count] for i in range(images)))
+    for epoch in range(1, history + 1):
+        losses = dict.fromkeys(("train_loss", "val_loss"), 1 / epoch)
+        accuracies = {"train_accuracy": 0.5, "val_accuracy": 1 - 0.5 / epoch}
+        run.append_history(make_line(epoch, **losses, **accuracies, lr=0.1, images_per_second=9, seconds=2))
+    return run
+
+
+def write_predictions(folder: Path, classes, rows) -> None:
+    """rows: the index, the numbers of the true and the predicted class, the confidence, the probabilities."""
     with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "true", "predicted", "confidence", *classes])
-        writer.writerows(
-            [i, classes[true[i]], classes[predicted[i]], 0.9, *([0.1] * len(classes))] for i in range(images)
-        )
-    for epoch in range(1, history + 1):
-        shares = {
-            "train_loss": 1 / epoch,
-            "train_accuracy": 0.5,
-            "val_loss": 1 / epoch,
-            "val_accuracy": 1 - 0.5 / epoch,
-        }
-        run.append_history(
-            {"epoch": epoch, **shares, "image_size": 32, "lr": 0.1, "images_per_second": 9, "seconds": 2}
-        )
-    return run
+        writer.writerows([index, classes[true], classes[said], *shares] for index, true, said, *shares in rows)

@@ -43,12 +43,13 @@ FIGURES = {
 def offline(tmp_path_factory) -> tuple[Path, str]:
     """What the command does and prints where there is neither CIFAR-10 nor a network: its output folder, its output."""
     folder = tmp_path_factory.mktemp("offline")
-    address = (
-        "import dataclasses; from cifar.archive import ARCHIVES; "
+    script = (
+        "import dataclasses, runpy; from cifar.archive import ARCHIVES; "
         "ARCHIVES['cifar10'] = dataclasses.replace(ARCHIVES['cifar10'], urls=('http://127.0.0.1:9/x',)); "
+        "runpy.run_path('main.py', run_name='__main__')"
     )
-    flags = ["--recipe", "convnet", "--epochs", "1", "--data-dir", str(folder / "data"), "--output-dir", str(folder)]
-    code, out, err = run("-c", f"{address}import sys, main; sys.exit(main.main({flags!r}))")
+    flags = ("--recipe", "convnet", "--epochs", "1", "--data-dir", str(folder / "data"), "--output-dir", str(folder))
+    code, out, err = run("-c", script, *flags)
     assert (code, err) == (0, "")
     return folder, out
 

@@ -18,7 +18,7 @@ from cifar import demo_runs, outputs, runs, seeds
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
-from commands import start
+from commands import MAIN, start
 from conftest import quick_config
 
 
@@ -28,7 +28,7 @@ def interrupted(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("outputs")
     flags = ["--recipe", "convnet", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--seed", "3"]
     flags += ["--seeds", "2", "--output-dir", str(folder)]
-    with start(str(PROJECT / "main.py"), *flags) as process:
+    with start(MAIN, *flags) as process:
         deadline = time.monotonic() + 100
         while len(list(folder.glob("*/*/run.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
