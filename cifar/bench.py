@@ -54,7 +54,7 @@ def _suite_speed(config: Config, split: data.Split, classes: int) -> float:
     warm = _WARM_STEPS * config.batch_size
     for part in (split[:warm], split[warm:]):
         state = train.fresh_state(config, network, part)
-        display = TrainingDisplay(1, len(state.batches), [1])
+        display = TrainingDisplay([state.steps], [1])
         record = train.train_epoch(state, size, config.label_smoothing, precision, display)
     return record["images_per_second"]
 
@@ -66,7 +66,7 @@ def _loader_speed(config: Config, split: data.Split, classes: int, workers: int)
     pictures = _Pictures(split, config)
     order = RandomSampler(pictures)
     loader = DataLoader(pictures, config.batch_size, sampler=order, num_workers=workers, drop_last=True)
-    updates = train.make_updates(config, network, len(loader))
+    updates = train.make_updates(config, network, [len(loader)] * config.epochs)
     for step, (images, labels) in enumerate(loader):
         if step == _WARM_STEPS:
             started = time.perf_counter()

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from cifar import console, data, datasets, device, evaluate, train
-from cifar.config import MOST_EPOCHS, Config, most_small_epochs
+from cifar.config import MOST_EPOCHS, Config, most_hard_epochs, most_small_epochs
 from cifar.console import TrainingDisplay
 from cifar.errors import UserError
 
@@ -31,21 +31,31 @@ def fit(config: Config, dataset: datasets.Dataset) -> Config:
     sides = sorted({config.small_size, side} if config.small_epochs else {side})
     seconds = {side: epoch_seconds(config, dataset, side) for side in sides}
     taken = time.perf_counter() - started
-    epochs, small = choose(config.minutes * 60 * _PLANNED_SHARE - taken, seconds, config.small_epochs / config.epochs)
+    left_out = (1 - config.hard_share) * seconds[side]
+
+    def saved(epochs: int) -> float:
+        return left_out * min(config.hard_epochs, most_hard_epochs(epochs))
+
+    left = config.minutes * 60 * _PLANNED_SHARE - taken
+    epochs, small = choose(left, seconds, config.small_epochs / config.epochs, saved)
     if not epochs:
         least = (seconds[side] + taken) / _PLANNED_SHARE / 60
         raise UserError(f"--minutes {config.minutes:g} is too little for one epoch, which takes {least:.2g}")
     counts = {side: epochs - small} | ({config.small_size: small} if small else {})
     parts = [f"{count} at {side}x{side} of {seconds[side]:.1f} s" for side, count in sorted(counts.items())]
+    if hard := min(config.hard_epochs, most_hard_epochs(epochs)):
+        parts.append(f"of which the last {hard} take {config.hard_share:.0%} of the images")
     console.say(f"{config.minutes:g} minutes are enough for {epochs} epochs: {', '.join(parts)}")
-    return dataclasses.replace(config, epochs=epochs, small_epochs=small, minutes=None)
+    return dataclasses.replace(config, epochs=epochs, small_epochs=small, hard_epochs=hard, minutes=None)
 
 
-def choose(budget: float, seconds: Mapping[int, float], small_share: float) -> tuple[int, int]:
+def choose(
+    budget: float, seconds: Mapping[int, float], small_share: float, saved: Callable[[int], float]
+) -> tuple[int, int]:
     """The epochs, and how many of them small, that come nearest to the budget and not over it; zeros if none do.
 
     budget: in seconds. seconds: of an epoch, by the side of its images. small_share: of the epochs, in 0..1, to which
-    the small ones are rounded, up or down.
+    the small ones are rounded, up or down. saved: epochs -> the seconds that the last of them take less.
     """
     small_seconds, whole_seconds = seconds[min(seconds)], seconds[max(seconds)]
     plans = [
@@ -53,7 +63,7 @@ def choose(budget: float, seconds: Mapping[int, float], small_share: float) -> t
         for epochs in range(1, min(MOST_EPOCHS, int(max(0.0, budget) // small_seconds)) + 1)
         for round_to_whole in (math.floor, math.ceil)
     ]
-    costs = {plan: plan[1] * small_seconds + (plan[0] - plan[1]) * whole_seconds for plan in plans}
+    costs = {(n, small): small * small_seconds + (n - small) * whole_seconds - saved(n) for n, small in plans}
     return max((plan for plan in plans if costs[plan] <= budget), key=costs.__getitem__, default=(0, 0))
 
 
@@ -67,9 +77,9 @@ def epoch_seconds(config: Config, dataset: datasets.Dataset, side: int) -> float
 
     def step_seconds(steps: int) -> float:
         state = train.fresh_state(config, network, train_split[: steps * config.batch_size])
-        display = TrainingDisplay(1, steps, [1])
+        display = TrainingDisplay([steps], [1])
         record = train.train_epoch(state, side, config.label_smoothing, precision, display)
-        return record["seconds"] / len(state.batches)
+        return record["seconds"] / state.steps
 
     warm = step_seconds(2)
     steps = step_seconds(max(2, min(_MOST_STEPS, round(_TIMED_SECONDS / warm)))) * (

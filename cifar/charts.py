@@ -1,5 +1,6 @@
 """Numbers to charts: curves, bars and matrices, and the look that all figures share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,21 @@ def training_history(history: list[dict[str, Any]], subject: str) -> Figure:
     epochs = [line["epoch"] for line in history]
     validated = history[0]["val_loss"] is not None
     best = max(history, key=lambda line: line["val_accuracy"])["epoch"] if validated else epochs[-1]
-    small = [line for line in history if line["image_size"] < history[-1]["image_size"]]
+    small = [line["epoch"] for line in history if line["image_size"] < history[-1]["image_size"]]
+    images = [line.get("images", 0) for line in history]
+    hard = [epoch for epoch, count in zip(epochs, images) if count < images[0]]
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
         _plot(axes, epochs, [line[f"train_{key}"] for line in history], "o-", BLUE, "training (augmented)")
         if validated:
             _plot(axes, epochs, [line[f"val_{key}"] for line in history], "s--", ORANGE, "validation")
     _plot(rate, epochs, [line["lr"] for line in history], "o-", GREEN, None)
-    if small:  # validation is on images of the full size, so until then it lags
-        label = f"trained at {small[0]['image_size']}x{small[0]['image_size']}"
-        for axes in (loss, accuracy, rate):
-            axes.axvspan(epochs[0] - 0.5, small[-1]["epoch"] + 0.5, color=GREY, alpha=0.12, linewidth=0, label=label)
+    for axes in (loss, accuracy, rate):
+        if small:  # validation is on images of the full size, so until then it lags
+            side = history[0]["image_size"]
+            _shade(axes, small, 0.12, f"trained at {side}x{side}")
+        if hard:
+            _shade(axes, hard, 0.3, f"trained on the hardest {images[-1] / images[0]:.0%}")
     for axes, title in ((loss, "cross-entropy"), (accuracy, "accuracy"), (rate, "learning rate at the epoch's start")):
         axes.axvline(best, color=GREY, linestyle=":", label=f"{'best' if validated else 'last'} epoch {best}, kept")
         axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
@@ -67,6 +72,10 @@ def training_history(history: list[dict[str, Any]], subject: str) -> Figure:
     rate.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
+
+
+def _shade(axes: Axes, epochs: Sequence[int], alpha: float, label: str) -> None:
+    axes.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=GREY, alpha=alpha, linewidth=0, label=label)
 
 
 def _plot(axes: Axes, epochs: list[int], values: list[float], style: str, color: str, label: str | None) -> None:

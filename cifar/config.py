@@ -113,6 +113,11 @@ class Config:
         None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
     )
 
+    hard_epochs: int = _option(
+        3, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
+    )
+    hard_share: float = _option(0.64, "share of the training images that these epochs take", least=0.05, most=1.0)
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name))
@@ -160,18 +165,20 @@ _CONVNET = {
     "crop_mode": "zeros",
     "flip": "random",
     "small_epochs": 0,
+    "hard_epochs": 0,
 }
 
 # A recipe is what it changes of Config's defaults. README.md has what each was measured to reach.
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
+        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first and hard ones last.
         "fast": {},
         # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU, or an hour and a half.
         "best": {
             "model": "whitened_deep",
             "epochs": 40,
             "small_epochs": 16,
+            "hard_epochs": 0,
             "crop": 4,
             "cutout": 12,
         },
@@ -210,6 +217,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def most_small_epochs(epochs: int) -> int:
     """How many of them may train on shrunken images, as the last ones have to show what is judged."""
     return epochs * 2 // 3
+
+
+def most_hard_epochs(epochs: int) -> int:
+    """How many of them may leave out what is easy, as all images have to be learned before."""
+    return epochs // 4
 
 
 def flag(name: str) -> str:

@@ -107,10 +107,10 @@ def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 class TrainingDisplay:
     """The live line of a training, and a lasting line for each epoch."""
 
-    def __init__(self, epochs: int, steps: int, costs: Sequence[float]):
+    def __init__(self, steps: Sequence[int], costs: Sequence[float]):
         """steps: in each epoch. costs: of one step of each epoch, in any unit that is proportional to time."""
-        self.epochs, self.steps, self.costs = epochs, steps, costs
-        self.work, self.done = steps * sum(costs), 0.0
+        self.epochs, self.steps, self.costs = len(steps), steps, costs
+        self.work, self.done = self._work_until(len(steps) + 1, 0), 0.0
         self.started = time.monotonic()
         self.drawn = 0.0
         self.begun = 0.0  # the work that was done before
@@ -143,10 +143,11 @@ class TrainingDisplay:
     def resume(self, epoch: int, step: int) -> None:
         """Say from where a training goes on, and take the work up to that step of the epoch as done before."""
         self.begun = self.done = self._work_until(epoch, step)
-        say(f"going on after epoch {epoch - 1}" + (f" and {step} of {self.steps} steps" if step else ""))
+        say(f"going on after epoch {epoch - 1}" + (f" and {step} of {self.steps[epoch - 1]} steps" if step else ""))
 
     def _work_until(self, epoch: int, step: int) -> float:
-        return self.steps * sum(self.costs[: epoch - 1]) + step * sum(self.costs[epoch - 1 : epoch])
+        before = sum(steps * cost for steps, cost in zip(self.steps[: epoch - 1], self.costs))
+        return before + step * sum(self.costs[epoch - 1 : epoch])
 
     def is_due(self) -> bool:
         """Whether the live line is old enough to be drawn anew, so that the caller need not compute it each step."""
@@ -157,7 +158,7 @@ class TrainingDisplay:
         self.drawn = time.monotonic()
         self.done = self._work_until(epoch, step)
         if self.progress:
-            status = f"batch {step}/{self.steps} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} images/s"
+            status = f"batch {step}/{self.steps[epoch - 1]} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} images/s"
             self.progress.update(
                 self.task, completed=self.done, description=f"epoch {epoch}/{self.epochs}", status=status
             )

@@ -88,23 +88,27 @@ class Batches:
         self.first_flip = self._coins(len(split))
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Steps of an epoch of all images."""
         return len(self.labels) // self.batch_size
 
-    def epoch(self, epoch: int, side: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the epoch, counted from 1: images (B, 3, side, side) and labels (B,).
+    def epoch(self, epoch: int, side: int, taken: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of the epoch, counted from 1: images (B, 3, side, side), labels (B,), places in the split (B,).
 
-        Of several processes each draws for the whole batches, and gets its share of each.
+        taken: the images that the epoch has, bool (N,); default all.
+        Of several processes each draws for the whole batches, and gets its share of each batch's images and labels.
         """
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
+        if taken is not None:
+            order = order[taken[order]]
         together = self.batch_size * max(1, _MOVED_TOGETHER // self.batch_size)
         share = distributed.share(self.batch_size)
         is_whole = side == self.images.shape[-1]
         layout = torch.channels_last if is_whole else torch.contiguous_format  # `shrink` is twice as fast on the latter
-        for chosen in order[: len(self) * self.batch_size].split(together):
+        for chosen in order[: len(order) // self.batch_size * self.batch_size].split(together):
             own = torch.arange(len(chosen), device=chosen.device).view(-1, self.batch_size)[:, share].flatten()
             moved = self._moved(chosen, own, epoch).split(share.stop - share.start)
-            for images, labels in zip(moved, self.labels[chosen[own]].split(share.stop - share.start)):
+            answers = self.labels[chosen[own]].split(share.stop - share.start)
+            for images, labels, places in zip(moved, answers, chosen.split(self.batch_size)):
                 images = to_float(images, layout)
                 if self.jitter:
                     factors = jitter_factors(self.batch_size, self.jitter, self.generator)
@@ -112,7 +116,7 @@ class Batches:
                 if self.cutout:
                     corners = random_corners(self.batch_size, self.cutout, images.shape[-2:], self.generator)
                     images = cut_out(images, corners[:, share], self.cutout, self.mean)
-                yield shrink(images, side), labels
+                yield shrink(images, side), labels, places
 
     def _moved(self, chosen: Tensor, own: Tensor, epoch: int) -> Tensor:
         """Of the chosen images this process's `own`, shifted and mirrored; uint8."""

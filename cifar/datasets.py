@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from cifar import archive, folder
 from cifar.archive import ARCHIVES
-from cifar.config import A_FOLDER, DATASETS, Config, most_small_epochs
+from cifar.config import A_FOLDER, DATASETS, Config, most_hard_epochs, most_small_epochs
 from cifar.data import Split
 from cifar.download import Archive, UnavailableError
 from cifar.errors import UserError, known_name
@@ -108,6 +108,7 @@ def settle(config: Config, dataset: Dataset) -> Config:
         dataset=dataset.key,
         val_size=val_size,
         small_epochs=min(config.small_epochs, most_small_epochs(config.epochs)),
+        hard_epochs=min(config.hard_epochs, most_hard_epochs(config.epochs)),
         small_size=min(config.small_size or size * 3 // 4, size),
         batch_size=min(batch_size, _STEP_PIXELS // size**2) if size > 32 else batch_size,
         flip=config.flip if dataset.mirrors else "none",

@@ -133,7 +133,7 @@ def add_up(tensor: Tensor) -> Tensor:
 
 
 def add_up_gradients(network: nn.Module, *numbers: Tensor) -> list[Tensor]:
-    """Add up the gradients of the network; returns the numbers (), added up with them in one message."""
+    """Add up the gradients of the network; returns the numbers, of any shape, added up with them in one message."""
     if size() == 1:
         return list(numbers)
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
@@ -142,7 +142,16 @@ def add_up_gradients(network: nn.Module, *numbers: Tensor) -> list[Tensor]:
     sums = whole.split([part.numel() for part in parts])
     for gradient, added in zip(gradients, sums):
         gradient.copy_(added.view_as(gradient))
-    return [added.squeeze() for added in sums[len(gradients) :]]
+    return [added.view_as(number).type_as(number) for added, number in zip(sums[len(gradients) :], numbers)]
+
+
+def spread(own: Tensor, total: int) -> Tensor:
+    """This process's share of `total` numbers, (B,), at its place among zeros, (total,), to add up with the others'."""
+    if size() == 1:
+        return own
+    whole = own.new_zeros(total)
+    whole[share(total)] = own
+    return whole
 
 
 def gather(things: list[Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,15 +100,14 @@ def build(
     momentum: float,
     weight_decay: float,
     schedule: str,
-    epochs: int,
-    steps_per_epoch: int,
+    steps: Sequence[int],
     precision: str,
 ) -> Updates:
-    """The optimizers and schedules of a recipe, for parameters that require a gradient."""
-    decay = _factor(schedule, epochs * steps_per_epoch)
+    """The optimizers and schedules of a recipe, for parameters that require a gradient. steps: of each epoch."""
+    decay = _factor(schedule, sum(steps))
     if optimizer == "muon":
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps_per_epoch, dtype)
+        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps[0], dtype)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if optimizer == "adam":
         rule = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)

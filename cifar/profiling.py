@@ -128,7 +128,7 @@ def _profile_side(config: Config, split: data.Split, classes: int, side: int, pr
         network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
         state = train.fresh_state(config, network, split)
         state.updates.go_to(config.epochs * steps // 2)
-        display = TrainingDisplay(1, steps, [1])
+        display = TrainingDisplay([steps], [1])
         before = _page_faults()
         record = train.train_epoch(state, side, config.label_smoothing, precision, display)
         return record["seconds"] / steps, (_page_faults() - before) / steps

@@ -86,6 +86,7 @@ RECORD = {
 _EPOCH = {
     "epoch": count,
     "image_size": count,
+    "images?": count,
     "lr": number,
     "train_loss": number,
     "train_accuracy": share,

@@ -1,10 +1,11 @@
 """A training as it stands: what a checkpoint has to hold so that the training goes on as if it had never stopped."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar import data, device
 from cifar.checkpoint import check_tensor
@@ -32,9 +33,12 @@ class State:
     are the rates, which are a function of the steps.
     """
 
-    def __init__(self, network: nn.Module, updates: Updates, batches: data.Batches):
-        self.network, self.updates, self.batches = network, updates, batches
+    def __init__(self, network: nn.Module, updates: Updates, batches: data.Batches, epoch_steps: Sequence[int]):
+        """epoch_steps: of each epoch; one of fewer steps than there are batches takes the hardest images alone."""
+        self.network, self.updates, self.batches, self.epoch_steps = network, updates, batches, epoch_steps
         self.hardware = batches.images.device
+        # Of each image, when it was last trained on; one that was not yet is as hard as can be.
+        self.image_losses = torch.full((len(batches.labels),), torch.finfo(torch.float32).max, device=self.hardware)
         self.best_epoch, self.best_accuracy = 0, -1.0
         self.seconds = 0.0  # that the training has taken
         self._begin_epoch(1)
@@ -46,8 +50,22 @@ class State:
         self.losses = torch.zeros(len(self.batches), device=self.hardware)
         self.correct = torch.zeros((), device=self.hardware)
         self.epoch_seconds = 0.0
+        self.taken = self._hardest(self.steps * self.batches.batch_size)
         # The epoch's order and augmentation follow from this state, so that one that is resumed draws them anew.
         self.order = self.batches.generator.get_state()
+
+    @property
+    def steps(self) -> int:
+        """Of the epoch that is under way; none after the last one."""
+        return sum(self.epoch_steps[self.epoch - 1 : self.epoch])
+
+    def _hardest(self, count: int) -> Tensor:
+        """Which images the epoch takes, bool (N,): all, or so many of the highest loss if it has fewer steps."""
+        if self.steps >= len(self.batches):
+            return torch.ones_like(self.image_losses, dtype=torch.bool)
+        hardest = torch.zeros_like(self.image_losses, dtype=torch.bool)
+        hardest[self.image_losses.topk(count).indices] = True
+        return hardest
 
     def end_epoch(self, val_accuracy: float | None) -> bool:
         """Go on to the next epoch; whether the one that ended is the best so far or, without validation, the last."""
@@ -90,6 +108,8 @@ class State:
             **{name: getattr(self, name) for name in _NUMBERS},
             "losses": self.losses,
             "correct": self.correct,
+            "image_losses": self.image_losses,
+            "taken": self.taken,
             "order": self.order,
             "dropout": device.random_module(self.hardware).get_rng_state(),
             "updates": self.updates.steps,
@@ -102,9 +122,10 @@ class State:
         if not isinstance(content, dict) or content.keys() != own.keys():
             raise ValueError("the state of the training has other parts")
         _check_numbers(content)
-        if content["step"] > len(self.batches) or content["updates"] != self._updates_at(content):
+        steps = sum(self.epoch_steps[content["epoch"] - 1 : content["epoch"]])
+        if content["step"] > steps or content["updates"] != self._updates_at(content):
             raise ValueError("its numbers of steps do not fit")
-        for name in ("losses", "correct", "order", "dropout"):
+        for name in ("losses", "correct", "image_losses", "taken", "order", "dropout"):
             check_tensor(name, content[name], own[name])
         self._remember(content["memory"])
         for name in _NUMBERS:
@@ -112,6 +133,8 @@ class State:
         self.updates.go_to(content["updates"])
         self.losses.copy_(content["losses"])
         self.correct.copy_(content["correct"])
+        self.image_losses.copy_(content["image_losses"])
+        self.taken.copy_(content["taken"])
         self.order = content["order"]
         try:
             self.batches.generator.set_state(self.order)
@@ -120,7 +143,7 @@ class State:
             raise ValueError("a state of a random generator is none") from None
 
     def _updates_at(self, content: dict[str, Any]) -> int:
-        return (content["epoch"] - 1) * len(self.batches) + content["step"]
+        return sum(self.epoch_steps[: content["epoch"] - 1]) + content["step"]
 
     def _remember(self, memory: Any) -> None:
         """Give the optimizers what they remembered: for each its parameters' numbers -> names -> tensors."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -164,7 +164,7 @@ def _help(
 
 def _display(config: Config, state: State) -> TrainingDisplay:
     costs = [_side(config, state.batches, epoch) ** 2 for epoch in range(1, config.epochs + 1)]
-    return TrainingDisplay(config.epochs, len(state.batches), costs)
+    return TrainingDisplay(state.epoch_steps, costs)
 
 
 def _go_on(
@@ -195,7 +195,7 @@ def train_epoch(
     display: TrainingDisplay,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One pass over the training images, or what is left of it; returns its part of the history's line.
+    """One pass over the epoch's training images, or what is left of it; returns its part of the history's line.
 
     The losses stay on the device until the display is due, so that no step waits for them.
     """
@@ -203,7 +203,8 @@ def train_epoch(
     network.train()
     hardware = batches.images.device
     started = time.perf_counter() - state.epoch_seconds
-    for images, labels in itertools.islice(batches.epoch(state.epoch, side), state.step, None):
+    steps = batches.epoch(state.epoch, side, state.taken)
+    for images, labels, places in itertools.islice(steps, state.step, None):
         with device.autocast(hardware, precision):
             logits = network(images)
         log_probabilities = logits.float().log_softmax(1)
@@ -211,12 +212,14 @@ def train_epoch(
         loss = F.nll_loss(log_probabilities, labels) * share
         (loss * (1 - label_smoothing) - log_probabilities.mean() * share * label_smoothing).backward()
         correct = (logits.argmax(1) == labels).sum()
-        loss, correct = distributed.add_up_gradients(network, loss.detach(), correct)
+        each = distributed.spread(F.nll_loss(log_probabilities.detach(), labels, reduction="none"), batches.batch_size)
+        loss, correct, each = distributed.add_up_gradients(network, loss.detach(), correct, each)
         updates.step()
         state.losses[state.step] = loss
+        state.image_losses[places] = each
         state.correct += correct
         state.step += 1
-        if display.is_due() or state.step == len(batches):
+        if display.is_due() or state.step == state.steps:
             shown = state.mean_loss(), state.accuracy()
             state.epoch_seconds = time.perf_counter() - started
             display.step(state.epoch, state.step, *shown, state.images_per_second())
@@ -224,6 +227,7 @@ def train_epoch(
     return {
         "epoch": state.epoch,
         "image_size": side,
+        "images": state.steps * batches.batch_size,
         "lr": state.lr,
         "train_loss": state.mean_loss(),
         "train_accuracy": state.accuracy(),
@@ -254,7 +258,8 @@ def make_batches(config: Config, split: data.Split, hardware: torch.device) -> d
     )
 
 
-def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> optim.Updates:
+def make_updates(config: Config, network: nn.Module, steps: Sequence[int]) -> optim.Updates:
+    """steps: of each epoch."""
     return optim.build(
         network,
         optimizer=config.optimizer,
@@ -262,8 +267,7 @@ def make_updates(config: Config, network: nn.Module, steps_per_epoch: int) -> op
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch,
+        steps=steps,
         precision=device.resolve_precision(config.precision, next(network.parameters()).device),
     )
 
@@ -278,7 +282,14 @@ def fresh_state(config: Config, network: nn.Module, split: data.Split) -> State:
     if distributed.count() > 1:
         whole_batch.convert(network, config.batch_size)
     batches = make_batches(config, split, next(network.parameters()).device)
-    return State(network, make_updates(config, network, len(batches)), batches)
+    steps = _epoch_steps(config, len(split))
+    return State(network, make_updates(config, network, steps), batches, steps)
+
+
+def _epoch_steps(config: Config, images: int) -> list[int]:
+    """The steps of each epoch."""
+    hard = max(1, int(images * config.hard_share) // config.batch_size)
+    return [images // config.batch_size] * (config.epochs - config.hard_epochs) + [hard] * config.hard_epochs
 
 
 def fresh_network(config: Config, split: data.Split, classes: int) -> nn.Module:

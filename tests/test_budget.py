@@ -25,17 +25,20 @@ SECONDS = {24: 10.0, 32: 20.0}
     ],
 )
 def test_the_plan_is_the_longest_that_fits_in_the_recipes_proportions(seconds, small_share, plan):
-    assert budget.choose(seconds, SECONDS, small_share) == plan
+    assert budget.choose(seconds, SECONDS, small_share, lambda epochs: 0.0) == plan
 
 
 def test_the_epochs_and_the_schedule_fit_the_minutes(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "epoch_seconds", lambda config, dataset, side: SECONDS[side])
-    config = quick_config(tmp_path, epochs=9, small_epochs=4, minutes=2)
+    config = quick_config(tmp_path, epochs=9, small_epochs=4, hard_epochs=2, minutes=2)
     fitted = budget.fit(config, digits)
-    # Of 0.97 * 120 = 116.4 seconds, and shares of 4/9: eight epochs, four of them small, take 120, three small 130.
-    assert (fitted.epochs, fitted.small_epochs, fitted.minutes) == (7, 3, None)
+    # Of 0.97 * 120 = 116.4 seconds, and shares of 4/9: eight epochs, three of them small, take 130, less 36% of two.
+    assert (fitted.epochs, fitted.small_epochs, fitted.hard_epochs, fitted.minutes) == (8, 3, 2, None)
     assert datasets.settle(fitted, digits) == fitted
-    expected = "2 minutes are enough for 7 epochs: 3 at 24x24 of 10.0 s, 4 at 32x32 of 20.0 s\n"
+    expected = (
+        "2 minutes are enough for 8 epochs: 3 at 24x24 of 10.0 s, 5 at 32x32 of 20.0 s, "
+        "of which the last 2 take 64% of the images\n"
+    )
     assert capsys.readouterr().out == expected
 
 

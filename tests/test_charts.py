@@ -44,6 +44,14 @@ def test_epochs_on_small_images_are_shaded():
     assert not charts.training_history([make_line(1)], "fast on digits").axes[0].patches
 
 
+def test_epochs_on_hard_images_are_shaded():
+    history = [make_line(1, images=40), make_line(2, images=40), make_line(3, images=10), make_line(4, images=10)]
+    for axes in charts.training_history(history, "fast on digits").axes:
+        (shade,) = axes.patches
+        assert (shade.get_x(), shade.get_width()) == (2.5, 2)
+        assert shade.get_label() == "trained on the hardest 25%"
+
+
 def test_the_best_epoch_is_the_earlier_of_equals():
     history = [make_line(epoch, val_accuracy=accuracy) for epoch, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9))]
     for axes in charts.training_history(history, "fast on digits").axes:

@@ -44,7 +44,7 @@ def test_a_programming_error_keeps_its_traceback():
 
 
 def test_a_terminal_shows_the_training_live_and_keeps_a_line_for_each_epoch(terminal):
-    with console.TrainingDisplay(2, 4, [1.0, 1.0]) as display:
+    with console.TrainingDisplay([4, 4], [1.0, 1.0]) as display:
         display.step(1, 3, 0.4321, 0.871, 1034.4)
         display.progress.refresh()
         display.end_epoch(RECORD, best=True)
@@ -73,7 +73,7 @@ def test_without_a_terminal_a_download_is_one_plain_line(capsys):
 
 
 def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):
-    with console.TrainingDisplay(11, 22, [1.0] * 11) as display:
+    with console.TrainingDisplay([22] * 11, [1.0] * 11) as display:
         display.step(1, 22, 0.5, 0.871, 1034.4)
         display.end_epoch(RECORD, best=True)
     printed = capsys.readouterr().out
@@ -85,15 +85,24 @@ def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):
 
 
 def test_an_epoch_without_validation_has_no_validation_in_its_line(capsys):
-    with console.TrainingDisplay(2, 1, [1.0, 1.0]) as display:
+    with console.TrainingDisplay([1, 1], [1.0, 1.0]) as display:
         display.end_epoch({**RECORD, "val_loss": None, "val_accuracy": None}, best=True)
     assert "val" not in capsys.readouterr().out
+
+
+def test_the_time_left_counts_epochs_of_fewer_steps_as_short(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 60.0, 60.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 60.0))
+    with console.TrainingDisplay([10, 5], [1.0, 1.0]) as display:
+        display.step(1, 10, 0.5, 0.5, 100.0)
+        display.end_epoch(RECORD, best=False)
+    assert re.search(r"0:30 left$", capsys.readouterr().out.strip())
 
 
 def test_the_time_left_counts_small_epochs_as_cheap(monkeypatch, capsys):
     clock = iter([0.0, 0.0, 60.0, 60.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 60.0))
-    with console.TrainingDisplay(2, 10, [1.0, 3.0]) as display:
+    with console.TrainingDisplay([10, 10], [1.0, 3.0]) as display:
         display.step(1, 10, 0.5, 0.5, 100.0)
         display.end_epoch(RECORD, best=False)
     assert re.search(r"3:00 left$", capsys.readouterr().out.strip())

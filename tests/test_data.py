@@ -99,7 +99,7 @@ def test_mirror_turns_the_chosen_images_alone():
 
 
 def by_label(batches: data.Batches, epoch: int) -> dict[int, torch.Tensor]:
-    return {int(label): image for images, labels in batches.epoch(epoch, 8) for image, label in zip(images, labels)}
+    return {int(label): image for images, labels, _ in batches.epoch(epoch, 8) for image, label in zip(images, labels)}
 
 
 def test_alternating_flip_shows_each_image_mirrored_every_other_epoch():
@@ -157,7 +157,7 @@ def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
 def test_batches_cut_out_with_the_mean_of_the_training_images():
     split = data.Split(random_images(20), torch.arange(20))
     mean = split.mean_and_std()[0]
-    for images, _ in make_batches(split, cutout=4).epoch(1, 8):
+    for images, _, _ in make_batches(split, cutout=4).epoch(1, 8):
         assert ((images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
 
 
@@ -175,11 +175,22 @@ def test_shrink_averages_as_pillow_does():
 def test_an_epoch_shows_each_image_once_but_for_an_incomplete_last_batch():
     split = data.Split(random_images(95), torch.arange(95))
     batches = make_batches(split)
-    labels = torch.cat([labels for _, labels in batches.epoch(1, 8)])
+    labels = torch.cat([labels for _, labels, _ in batches.epoch(1, 8)])
     assert len(batches) == 9
     assert len(labels) == len(set(labels.tolist())) == 90
-    for images, chosen in batches.epoch(2, 8):
+    for images, chosen, _ in batches.epoch(2, 8):
         assert torch.equal((images * 255).round().to(torch.uint8), split.images[chosen])
+
+
+def test_an_epoch_has_only_the_images_that_it_takes_and_tells_where_they_are_from():
+    split = data.Split(random_images(95), torch.arange(95))
+    taken = torch.arange(95) % 3 == 0
+    for images, labels, places in make_batches(split).epoch(1, 8, taken):
+        assert taken[places].all()
+        assert torch.equal(labels, split.labels[places])
+        assert torch.equal((images * 255).round().to(torch.uint8), split.images[places])
+    places = torch.cat([places for _, _, places in make_batches(split).epoch(1, 8, taken)])
+    assert len(places) == len(set(places.tolist())) == 30  # of 32
 
 
 def test_batches_follow_the_generator_alone():
@@ -188,7 +199,7 @@ def test_batches_follow_the_generator_alone():
 
     def everything(seed):
         torch.manual_seed(np.random.default_rng().integers(2**31).item())
-        return torch.cat([images for images, _ in make_batches(split, seed, **settings).epoch(1, 24)])
+        return torch.cat([images for images, _, _ in make_batches(split, seed, **settings).epoch(1, 24)])
 
     assert torch.equal(everything(1), everything(1))
     assert not torch.equal(everything(1), everything(2))

@@ -75,7 +75,7 @@ def first_steps(split, folder: Path) -> None:
         state = train.fresh_state(config, network, split)
         state.updates.step = lambda: None
         side = 24 if recipe == "fast" else 32
-        train.train_epoch(state, side, config.label_smoothing, "float32", TrainingDisplay(1, 1, [1]))
+        train.train_epoch(state, side, config.label_smoothing, "float32", TrainingDisplay([1], [1]))
         gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
         numbers = {"loss": state.losses, "correct": state.correct}
         if os.environ.get("RANK", "0") == "0":

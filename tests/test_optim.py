@@ -11,8 +11,7 @@ COMMON = {
     "lr": 0.1,
     "momentum": 0.5,
     "weight_decay": 0.0,
-    "epochs": 4,
-    "steps_per_epoch": 5,
+    "steps": [5] * 4,
     "precision": "float32",
 }
 

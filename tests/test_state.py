@@ -40,7 +40,7 @@ def advance(state: State, steps: int) -> State:
 
     while state.updates.steps < target:
         try:
-            train.train_epoch(state, 32, 0.1, "float32", TrainingDisplay(9, STEPS, [1] * 9), stop_in_time)
+            train.train_epoch(state, 32, 0.1, "float32", TrainingDisplay(state.epoch_steps, [1] * 4), stop_in_time)
             state.end_epoch(None)
         except EnoughError:
             break
@@ -53,7 +53,8 @@ def save(state: State, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps"), [("fast", 18), ("simple", 18), ("convnet", STEPS), ("mlp", STEPS + 3), ("mlp", STEPS - 1)]
+    ("recipe", "steps"),
+    [("fast", 18), ("fast", 3 * STEPS + 5), ("simple", 18), ("convnet", STEPS), ("mlp", STEPS + 3), ("mlp", STEPS - 1)],
 )
 def test_a_state_that_was_saved_goes_on_as_the_one_that_never_stopped(make_state, tmp_path, recipe, steps):
     save(make_state(recipe, steps), tmp_path / "last.pt")
@@ -65,6 +66,26 @@ def test_a_state_that_was_saved_goes_on_as_the_one_that_never_stopped(make_state
     resumed.load_state_dict(content["training"])
     advance(resumed, 4)
     assert [flat(part) for part in (resumed.network.state_dict(), resumed.state_dict())] == expected
+
+
+def test_a_step_notes_the_loss_of_each_of_its_images(make_state):
+    before, after = make_state("fast"), make_state("fast", 1)
+    images, labels, places = next(before.batches.epoch(1, 32))
+    expected = torch.nn.functional.cross_entropy(before.network(images), labels, reduction="none")
+    torch.testing.assert_close(after.image_losses[places], expected.detach(), rtol=1e-3, atol=1e-4)
+    noted = after.image_losses < before.image_losses
+    assert noted.nonzero().flatten().tolist() == sorted(places.tolist())
+
+
+def test_the_last_epochs_take_the_images_of_the_highest_loss(make_state):
+    state = make_state("fast", 3 * STEPS)
+    state.end_epoch(None)
+    assert state.epoch_steps == [20, 20, 20, 12]
+    assert (state.epoch, state.steps, state.taken.sum()) == (4, 12, 120)
+    assert state.image_losses[state.taken].min() >= state.image_losses[~state.taken].max()
+    before, taken = state.image_losses.clone(), state.taken
+    advance(state, 12)
+    assert torch.equal(state.image_losses != before, taken)
 
 
 def test_the_first_step_whose_loss_is_not_finite_is_named(make_state):

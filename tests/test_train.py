@@ -72,7 +72,7 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
     batch = digits.train[:images]
     network = train.fresh_network(config, batch, 10).to(memory_format=torch.channels_last)
     state = train.fresh_state(config, network, batch)
-    display = TrainingDisplay(epochs, 1, [1] * epochs)
+    display = TrainingDisplay([1] * epochs, [1] * epochs)
     losses = []
     for _ in range(epochs):
         losses.append(train.train_epoch(state, 32, 0.0, "float32", display)["train_loss"])
