@@ -114,7 +114,7 @@ class Config:
     )
 
     hard_epochs: int = _option(
-        3, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
+        0, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
     )
     hard_share: float = _option(0.64, "share of the training images that these epochs take", least=0.05, most=1.0)
 
@@ -165,20 +165,18 @@ _CONVNET = {
     "crop_mode": "zeros",
     "flip": "random",
     "small_epochs": 0,
-    "hard_epochs": 0,
 }
 
 # A recipe is what it changes of Config's defaults. README.md has what each was measured to reach.
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first and hard ones last.
+        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
         "fast": {},
         # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU, or an hour and a half.
         "best": {
             "model": "whitened_deep",
             "epochs": 40,
             "small_epochs": 16,
-            "hard_epochs": 0,
             "crop": 4,
             "cutout": 12,
         },

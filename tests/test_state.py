@@ -18,7 +18,8 @@ def make_state(tmp_path, digits):
     """A function that gives the state of a training of the recipe, on 200 digits, after so many steps."""
 
     def make(recipe: str = "convnet", steps: int = 0) -> State:
-        config = datasets.settle(quick_config(tmp_path, recipe=recipe, epochs=4, val_size=1237, small_epochs=0), digits)
+        few = {"epochs": 4, "val_size": 1237, "small_epochs": 0, "hard_epochs": int(recipe == "fast")}
+        config = datasets.settle(quick_config(tmp_path, recipe=recipe, **few), digits)
         split = data.hold_out(digits.train, config.val_size, config.seed)[0]
         network = train.fresh_network(config, split, len(digits.classes)).to(memory_format=torch.channels_last)
         return advance(train.fresh_state(config, network, split), steps)
