@@ -33,20 +33,20 @@ def fit(config: Config, dataset: datasets.Dataset) -> Config:
     taken = time.perf_counter() - started
     left_out = (1 - config.hard_share) * seconds[side]
 
-    def saved(epochs: int) -> float:
-        return left_out * min(config.hard_epochs, most_hard_epochs(epochs))
+    def hard(epochs: int) -> int:
+        return min(config.hard_epochs, most_hard_epochs(epochs))
 
     left = config.minutes * 60 * _PLANNED_SHARE - taken
-    epochs, small = choose(left, seconds, config.small_epochs / config.epochs, saved)
+    epochs, small = choose(left, seconds, config.small_epochs / config.epochs, lambda n: left_out * hard(n))
     if not epochs:
         least = (seconds[side] + taken) / _PLANNED_SHARE / 60
         raise UserError(f"--minutes {config.minutes:g} is too little for one epoch, which takes {least:.2g}")
     counts = {side: epochs - small} | ({config.small_size: small} if small else {})
     parts = [f"{count} at {side}x{side} of {seconds[side]:.1f} s" for side, count in sorted(counts.items())]
-    if hard := min(config.hard_epochs, most_hard_epochs(epochs)):
-        parts.append(f"of which the last {hard} take {config.hard_share:.0%} of the images")
+    if hard(epochs):
+        parts.append(f"of which the last {hard(epochs)} take {config.hard_share:.0%} of the images")
     console.say(f"{config.minutes:g} minutes are enough for {epochs} epochs: {', '.join(parts)}")
-    return dataclasses.replace(config, epochs=epochs, small_epochs=small, hard_epochs=hard, minutes=None)
+    return dataclasses.replace(config, epochs=epochs, small_epochs=small, hard_epochs=hard(epochs), minutes=None)
 
 
 def choose(

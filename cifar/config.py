@@ -112,7 +112,6 @@ class Config:
     small_size: int | None = _option(
         None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
     )
-
     hard_epochs: int = _option(
         0, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
     )

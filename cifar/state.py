@@ -50,21 +50,24 @@ class State:
         self.losses = torch.zeros(len(self.batches), device=self.hardware)
         self.correct = torch.zeros((), device=self.hardware)
         self.epoch_seconds = 0.0
-        self.taken = self._hardest(self.steps * self.batches.batch_size)
+        self.taken = self._hardest()
         # The epoch's order and augmentation follow from this state, so that one that is resumed draws them anew.
         self.order = self.batches.generator.get_state()
 
     @property
     def steps(self) -> int:
         """Of the epoch that is under way; none after the last one."""
-        return sum(self.epoch_steps[self.epoch - 1 : self.epoch])
+        return self._steps_of(self.epoch)
 
-    def _hardest(self, count: int) -> Tensor:
-        """Which images the epoch takes, bool (N,): all, or so many of the highest loss if it has fewer steps."""
+    def _steps_of(self, epoch: int) -> int:
+        return self.epoch_steps[epoch - 1] if epoch <= len(self.epoch_steps) else 0
+
+    def _hardest(self) -> Tensor:
+        """Which images the epoch takes, bool (N,): all, or as many of the highest loss as its fewer steps do."""
         if self.steps >= len(self.batches):
             return torch.ones_like(self.image_losses, dtype=torch.bool)
         hardest = torch.zeros_like(self.image_losses, dtype=torch.bool)
-        hardest[self.image_losses.topk(count).indices] = True
+        hardest[self.image_losses.topk(self.steps * self.batches.batch_size).indices] = True
         return hardest
 
     def end_epoch(self, val_accuracy: float | None) -> bool:
@@ -122,8 +125,7 @@ class State:
         if not isinstance(content, dict) or content.keys() != own.keys():
             raise ValueError("the state of the training has other parts")
         _check_numbers(content)
-        steps = sum(self.epoch_steps[content["epoch"] - 1 : content["epoch"]])
-        if content["step"] > steps or content["updates"] != self._updates_at(content):
+        if content["step"] > self._steps_of(content["epoch"]) or content["updates"] != self._updates_at(content):
             raise ValueError("its numbers of steps do not fit")
         for name in ("losses", "correct", "image_losses", "taken", "order", "dropout"):
             check_tensor(name, content[name], own[name])
