@@ -44,6 +44,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
+def multiplies_tiles(device: torch.device) -> bool:
+    """Whether products are computed in bfloat16 from here on, by a processor that multiplies them in tiles (AMX)."""
+    in_bfloat16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    return device.type == "cpu" and in_bfloat16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """A context in which the network's products are computed in `precision`; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import zoo
 from cifar.config import MODELS
+from cifar.layers import Conv2d, GlobalAveragePool, MaxPool2d
 
 
 def require(name: str) -> None:
@@ -60,60 +61,6 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.addcmul(-self.mean / self.std, images, 1 / self.std)  # one pass over the pixels
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """torch's, of 2x2 pixels, which on the CPU takes less memory and time where the features are large."""
-
-    def __init__(self):
-        super().__init__(2)
-
-    def forward(self, features: Tensor) -> Tensor:
-        if features.requires_grad and features.device.type == "cpu" and features.nbytes > _PoolInParts.PART_BYTES:
-            return _PoolInParts.apply(features)
-        return super().forward(features)
-
-
-class _PoolInParts(torch.autograd.Function):
-    """torch's kernels, on parts of the batch that fit into the cache together with the places of their maxima.
-
-    For the way back it keeps the places in two bytes each, instead of eight, and not the features.
-    """
-
-    PART_BYTES = 6_000_000
-    HOW = ([2, 2], [2, 2], [0, 0], [1, 1], False)  # kernel, stride, padding, dilation, ceil_mode
-
-    @staticmethod
-    def forward(ctx, features: Tensor) -> Tensor:
-        channels_last = features.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = {"memory_format": torch.channels_last if channels_last else torch.contiguous_format}
-        count, channels, height, width = ctx.shape = features.shape
-        size = count, channels, height // 2, width // 2
-        pooled = torch.empty(size, dtype=features.dtype, **ctx.layout)
-        places = torch.empty_like(pooled, dtype=torch.int16)  # within one image and channel
-        for part, maxima, kept in _PoolInParts._parts(features, pooled, places):
-            found = torch.empty_like(maxima, dtype=torch.int64)
-            torch.ops.aten.max_pool2d_with_indices.out(part, *_PoolInParts.HOW, out=maxima, indices=found)
-            kept.copy_(found)
-        ctx.save_for_backward(places)
-        return pooled
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (places,) = ctx.saved_tensors
-        spread = torch.empty(ctx.shape, dtype=gradient.dtype, **ctx.layout)
-        for part, own, kept in _PoolInParts._parts(spread, gradient, places):
-            # Of the features the kernel wants the shape alone, which `part` has too.
-            torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                own, part, *_PoolInParts.HOW, kept.to(torch.int64), grad_input=part
-            )
-        return spread
-
-    @staticmethod
-    def _parts(large: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        images = max(1, _PoolInParts.PART_BYTES // large[0].nbytes)
-        return zip(*(tensor.split(images) for tensor in (large, *tensors)))
 
 
 # The networks of the recipes `fast` and `best`: Jordan 2024, arXiv:2404.00498, section 3, in its Muon version, and his
@@ -216,7 +163,7 @@ class Added(nn.Sequential):
 
 def _identity_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A 3x3 convolution whose first filters pass their input on."""
-    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    conv = Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     with torch.no_grad():
         nn.init.dirac_(conv.weight[:channels_in])
     return conv
@@ -296,7 +243,7 @@ class Residual(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
         self.conv1 = _conv_norm_relu(channels_in, channels_out, stride)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels_out)
         self.shortcut = nn.Identity()
         if stride != 1 or channels_in != channels_out:
@@ -308,22 +255,9 @@ class Residual(nn.Module):
         return self.activation(self.norm2(self.conv2(self.conv1(features))) + self.shortcut(features))
 
 
-class GlobalAveragePool(nn.Module):
-    """(N, C, H, W) -> (N, C), as a matrix product.
-
-    The gradient of `mean` is a broadcast view, on which ReLU's backward is ten times slower, and that of avg_pool2d
-    takes twice as long as this.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        pixels = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), a view of channels-last features
-        ones = pixels.new_ones(1, pixels.shape[1])
-        return (ones @ pixels).squeeze(1) / pixels.shape[1]
-
-
 def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1, pool: bool = False) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU; with `pool` the max-pool comes before ReLU: equal values, a quarter of its work."""
-    conv = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+    conv = Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
     pools = [MaxPool2d()] if pool else []
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *pools, nn.ReLU(inplace=True))
 

@@ -138,21 +138,3 @@ def test_pooling_before_relu_gives_the_values_of_pooling_after_it():
     images = torch.rand(4, 3, 32, 32)
     conv, norm, pool, _ = block
     torch.testing.assert_close(block(images), pool(norm(conv(images)).relu()))
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("side", "images"), [(7, 5), (8, 3), (31, 4)])
-def test_pooling_in_parts_is_pooling(layout, dtype, side, images, monkeypatch):
-    monkeypatch.setattr(model._PoolInParts, "PART_BYTES", 2 * 8 * side**2 * dtype.itemsize)  # two images
-    features = torch.randint(-3, 3, (images, 8, side, side), generator=torch.Generator().manual_seed(0))  # with ties
-    found = []
-    for pool in (model.MaxPool2d(), nn.MaxPool2d(2)):
-        own = features.to(dtype, memory_format=layout).requires_grad_()
-        pooled = pool(own)
-        (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
-        found.append((pooled, own.grad))
-    (got, got_grad), (expected, expected_grad) = found
-    assert torch.equal(got, expected)
-    assert torch.equal(got_grad, expected_grad)
-    assert got.is_contiguous(memory_format=layout)
