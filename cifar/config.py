@@ -71,7 +71,7 @@ class Config:
     )
 
     model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(12, "passes over the training images", least=1, most=MOST_EPOCHS)
+    epochs: int = _option(13, "passes over the training images", least=1, most=MOST_EPOCHS)
     minutes: float | None = _option(
         None,
         "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
@@ -108,12 +108,12 @@ class Config:
         0, "side in pixels of the square of each training image that is blotted out, at most half its side", least=0
     )
     jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
-    small_epochs: int = _option(6, "first epochs that train on shrunken images, at most two thirds of all", least=0)
+    small_epochs: int = _option(7, "first epochs that train on shrunken images, at most two thirds of all", least=0)
     small_size: int | None = _option(
         None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
     )
     hard_epochs: int = _option(
-        0, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
+        3, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
     )
     hard_share: float = _option(0.64, "share of the training images that these epochs take", least=0.05, most=1.0)
 
@@ -164,18 +164,20 @@ _CONVNET = {
     "crop_mode": "zeros",
     "flip": "random",
     "small_epochs": 0,
+    "hard_epochs": 0,
 }
 
 # A recipe is what it changes of Config's defaults. README.md has what each was measured to reach.
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first.
+        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first and the hardest ones last.
         "fast": {},
         # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU, or an hour and a half.
         "best": {
             "model": "whitened_deep",
             "epochs": 40,
             "small_epochs": 16,
+            "hard_epochs": 0,
             "crop": 4,
             "cutout": 12,
         },
