@@ -23,7 +23,7 @@ from cifar.download import Archive, UnavailableError
 from cifar.errors import UserError, known_name
 from cifar.runs import Run
 
-_LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's 12 epochs too short to converge
+_LEAST_STEPS = 20  # steps an epoch; fewer leave the `fast` recipe's epochs too short to converge
 _STEP_PIXELS = 2000 * 32**2  # that images of more than 32x32 have in a step at most: `fast` takes 3 GB for them
 
 

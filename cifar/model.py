@@ -163,7 +163,7 @@ class Added(nn.Sequential):
 
 def _identity_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A 3x3 convolution whose first filters pass their input on."""
-    conv = Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    conv = Conv2d(channels_in, channels_out)
     with torch.no_grad():
         nn.init.dirac_(conv.weight[:channels_in])
     return conv
@@ -243,7 +243,7 @@ class Residual(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
         self.conv1 = _conv_norm_relu(channels_in, channels_out, stride)
-        self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels_out, channels_out)
         self.norm2 = nn.BatchNorm2d(channels_out)
         self.shortcut = nn.Identity()
         if stride != 1 or channels_in != channels_out:
@@ -257,7 +257,7 @@ class Residual(nn.Module):
 
 def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1, pool: bool = False) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU; with `pool` the max-pool comes before ReLU: equal values, a quarter of its work."""
-    conv = Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+    conv = Conv2d(channels_in, channels_out, stride)
     pools = [MaxPool2d()] if pool else []
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *pools, nn.ReLU(inplace=True))
 

@@ -42,7 +42,7 @@ def test_images_are_laid_side_by_side_in_training_on_small_features_where_it_gai
     side, settings, has_tiles, is_training, is_laid, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_tiles})
-    conv = layers.Conv2d(5, 4, 3, padding=1, bias=False, **settings).train(is_training)
+    conv = layers.Conv2d(5, 4, **settings).train(is_training)
     reference = nn.Conv2d(5, 4, 3, padding=1, bias=False, **settings)
     reference.load_state_dict(conv.state_dict())
     found = []
@@ -59,7 +59,7 @@ def test_images_are_laid_side_by_side_in_training_on_small_features_where_it_gai
 
 def test_in_float32_no_images_are_laid_side_by_side(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    output = layers.Conv2d(5, 4, 3, padding=1, bias=False)(torch.ones(6, 5, 8, 8).requires_grad_())
+    output = layers.Conv2d(5, 4)(torch.ones(6, 5, 8, 8).requires_grad_())
     assert output.grad_fn.name() == "ConvolutionBackward0"
 
 
