@@ -70,7 +70,8 @@ class OperatorCosts(TorchDispatchMode):
 
 def _convolution(images: Tensor, weights: Tensor, direction: str) -> str:
     channels_out, channels_in, *kernel = weights.shape
-    return f"{channels_in} to {channels_out}, {kernel[0]}x{kernel[1]}, on {images.shape[-1]} pixels, {direction}"
+    (height, width), (rows, columns) = kernel, images.shape[-2:]
+    return f"{channels_in} to {channels_out}, {height}x{width}, on {rows}x{columns} pixels, {direction}"
 
 
 def _bytes(leaf: Any) -> int:

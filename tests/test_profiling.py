@@ -12,8 +12,8 @@ def test_a_convolutions_arithmetic_and_traffic_are_counted():
     weights = torch.zeros(5, 3, 3, 3, requires_grad=True)
     with profiling.OperatorCosts() as costs:
         F.conv2d(images, weights, padding=1).backward(torch.ones(2, 5, 8, 8))
-    forward = costs.by_convolution["3 to 5, 3x3, on 8 pixels, forward"]
-    backward = costs.by_convolution["3 to 5, 3x3, on 8 pixels, backward"]
+    forward = costs.by_convolution["3 to 5, 3x3, on 8x8 pixels, forward"]
+    backward = costs.by_convolution["3 to 5, 3x3, on 8x8 pixels, backward"]
     flop = 2 * (3 * 3 * 3) * (2 * 5 * 8 * 8)  # a multiplication and an addition for each weight of each output
     assert (forward.calls, forward.flop) == (1, flop)
     assert (backward.calls, backward.flop) == (1, 2 * flop)  # for the images and for the weights
