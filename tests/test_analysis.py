@@ -90,8 +90,8 @@ def test_average_precision_is_scikit_learns_on_the_saved_predictions(evaluated_r
 
 
 def test_points_of_the_precision_recall_curve_are_points_of_scikit_learns(evaluated_run, digits):
-    curves = evaluated_run.read("analysis.json")["precision_recall"]
     probabilities = saved_probabilities(evaluated_run, digits)
+    curves = analysis.analyse(probabilities, digits.test.labels.numpy(), digits.classes, [])["precision_recall"]
     for number, name in enumerate(digits.classes):
         precision, recall, _ = precision_recall_curve(digits.test.labels.numpy() == number, probabilities[:, number])
         points = {(round(p, 4), round(r, 4)) for p, r in zip(precision.tolist(), recall.tolist())}
