@@ -36,7 +36,7 @@ def test_the_matrix_rate_is_that_of_the_product_it_times():
 
 def test_a_profile_covers_both_image_sizes_and_adds_up(digits, capsys, monkeypatch):
     monkeypatch.setattr(profiling, "_MATRIX_SIDE", 256)
-    config = Config.create({"device": "cpu", "batch_size": "64", "precision": "float32"})
+    config = Config.create({"device": "cpu", "batch_size": "16", "precision": "float32"})
     profile = profiling.profile(config, digits, steps=2)
     assert list(profile["sides"]) == [32, 24]
     full, small = profile["sides"].values()
