@@ -67,7 +67,7 @@ def in_all(function, *arguments) -> None:
 # What is computed
 
 
-def noise() -> data.Split:
+def coloured() -> data.Split:
     """Images of every colour: of gray ones, whitening leaves channels so near to constant that rounding shows."""
     generator = torch.Generator().manual_seed(0)
     return data.Split(
@@ -82,9 +82,9 @@ def first_steps(folder: Path) -> None:
     """
     for recipe in RECIPES:
         config = Config.create({"recipe": recipe, "batch_size": BATCH, "seed": 5})
-        network = train.fresh_network(config, noise(), 10).to(memory_format=torch.channels_last)
+        network = train.fresh_network(config, coloured(), 10).to(memory_format=torch.channels_last)
         network.double().register_forward_pre_hook(lambda _, images: (images[0].double(),))
-        state = train.fresh_state(config, network, noise())
+        state = train.fresh_state(config, network, coloured())
         state.updates.step = lambda: None
         state.image_losses = state.image_losses.double()
         side = 24 if recipe == "fast" else 32
