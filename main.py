@@ -3,84 +3,75 @@
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
-from cifar import console, settings, tables
-from cifar.config import FIELDS, RESUME_HELP, Config, flag, help_text
+from cifar import console
+from cifar.config import CONFIG_HELP, FIELDS, RESUME_HELP, Config, flag, help_text, load_settings
+from cifar.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
-    given = parse(arguments)
-    file, assignments, resume = (given.pop(name) for name in ("config", "set", "resume"))
-
-    def run() -> None:
-        pipeline(settings.gather(given, file, assignments), resume)
-
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return console.exit_code(run)
-
-    from cifar import distributed  # torchrun has started several processes
-
-    distributed.leave(console.exit_code(lambda: distributed.lead(run)))
+    if "RANK" not in os.environ:
+        return console.exit_code(lambda: pipeline(*parse(arguments)))
+    if os.environ["RANK"] != "0":
+        console.out.quiet = console.err.quiet = True
+    return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
 
 
-def parse(arguments: list[str] | None) -> dict[str, Any]:
-    """Field name, `config`, `set` or `resume` -> its text, or None. Exits with code 2 on an unknown flag."""
+def parse(arguments: list[str] | None) -> tuple[dict[str, Any], str | None]:
+    """Return the settings that are given, by name, and the run to resume. Exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
     for name in FIELDS:
         parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
-    parser.add_argument("--config", metavar="FILE", help=settings.HELP["config"])
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=settings.HELP["set"])
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first says it
+    if console.err.quiet:
         parser._print_message = lambda *_: None
-    return vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
+    file, resume = given.pop("config"), given.pop("resume")
+    settings = load_settings(given, file)
+    Config.create(settings)  # a mistake is reported before the import of torch, which takes seconds
+    return settings, resume
 
 
 def pipeline(given: dict[str, Any], resume: str | None) -> None:
-    """One run, or with --seeds several in a directory of their own, or the rest of the run to resume."""
-    config = Config.create(given)  # a mistake is told before the import of torch, which takes seconds
+    """Make one run, or with --seeds several in one directory, or complete the run to resume."""
+    from cifar import pipeline
 
-    from cifar import train
-
+    config = Config.create(given)
     if resume is not None:
-        return go_through(*train.take_up(resume, given))
+        return pipeline.run_stages(*pipeline.resume(resume, given))
     if config.seeds == 1:
-        return go_through(*train.begin(config))
+        return pipeline.run_stages(*pipeline.create(config))
 
     from cifar import seeds
 
-    group = seeds.begin(config)
-    with group.claim():
-        for member in group.missing():
-            console.say(f"seed {member.seed}, {group.seeds.index(member.seed) + 1} of {config.seeds}", style="bold")
-            go_through(*group.start(member))
-        group.summarize()
-    tables.show_seeds(group)
+    seeds.run(config)
 
 
-def go_through(run, dataset) -> None:
-    """data -> train -> evaluate -> visualize -> report, all in the run's directory."""
-    from cifar import evaluate, report, train, visualize
+def _run_as_process(given: dict[str, Any], resume: str | None) -> None:
+    """Run as one of the processes that torchrun has started; only rank 0 prints, but for the others' own errors."""
+    from cifar import device
 
-    if run.is_complete():
-        console.say(f"{run.path.name} is complete: there is nothing to resume")
-        return
-    is_trained = run.record["status"] == "completed"
-    with run.lifetime():
-        dataset.check()
-        if not is_trained:
-            with run.stage("train"):
-                train.fit(run, dataset)
-        with run.stage("evaluate"):
-            metrics = evaluate.evaluate(run, dataset, run.config.device)
-        tables.show_metrics(metrics)
-        with run.stage("visualize"):
-            visualize.visualize(run, dataset)
-        with run.stage("report"):
-            report.write(run, dataset)
-    tables.show_run(run)
+    with device.process_group():
+        try:
+            pipeline(given, resume)
+        except UserError as error:
+            if device.rank() == 0:
+                raise
+            console.err.quiet = False
+            raise UserError(f"process {device.rank()}: {error}") from None
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End this process without Python's own clean-up.
+
+    A thread of gloo that frees a tensor in it aborts the process: 2 of 14 runs, pytorch/pytorch#179291.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

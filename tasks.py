@@ -1,31 +1,76 @@
-"""The stages of main.py one by one, as invoke tasks: `invoke --list`, `invoke --help train`."""
+"""The stages of main.py one by one, as invoke tasks: `invoke --list`, `invoke train --help`.
+
+A task is a function: its parameters are the flags, its docstring is the help. A parameter without a default stands for
+the words without a flag, `**settings` for a flag of every setting in cifar/config.py.
+"""
 
 import functools
-import inspect
 import shlex
 import sys
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 from invoke import Argument, Exit, Task, task
+from invoke.main import program
 
-from cifar import console, settings, tables
-from cifar.config import FIELDS, PROJECT, RESUME_HELP, Config, help_text
-from cifar.errors import UsageError, UserError, short
+from cifar import console, runs
+from cifar.config import CONFIG_HELP, FIELDS, PROJECT, RESUME_HELP, Config, given_flags, help_text, load_settings
+from cifar.errors import UsageError, UserError, display_path
+
+_SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
+_HELP = {name: help_text(name) for name in FIELDS} | {
+    "config": CONFIG_HELP,
+    "resume": RESUME_HELP,
+    "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
+    "port": "port that the demo listens on; default 7860",
+}
+_previous: list[runs.Run] = []  # the run of the previous task on this command line
+
+
+def command(**help: str) -> Callable:
+    """Make a function an invoke task that ends in an exit code and one sentence instead of a traceback.
+
+    help: of the flags that _HELP does not have. Flags arrive as text, or not at all: invoke itself would show a
+    traceback for `--port abc`.
+    """
+
+    def decorate(body: Callable) -> Task:
+        defaults = {name: parameter.default for name, parameter in signature(body).parameters.items()}
+        if defaults.pop("settings", None):
+            defaults |= dict.fromkeys(_SETTINGS)
+        flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in defaults.items()]
+
+        @functools.wraps(body)
+        def run(_context, **values):
+            if code := console.exit_code(lambda: body(**given_flags(values))):
+                raise Exit(code=code)
+
+        run.__signature__ = Signature([Parameter("context", Parameter.POSITIONAL_ONLY), *flags])
+        texts = {name: (_HELP | help)[name] for name in defaults}
+        return task(run, help=texts, auto_shortflags=False, klass=_Task)
+
+    return decorate
+
+
+class _Task(Task):
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        arguments = super().get_arguments(ignore_unknown_help)
+        return [_Words(self.name, argument) if argument.positional else argument for argument in arguments]
 
 
 class _Words(Argument):
-    """A positional argument that takes all words of the command line; invoke's own takes one.
+    """A positional argument that takes any number of words; invoke's own takes exactly one.
 
-    invoke hands it words while its value is None, so that is what it says until it has them all. The flags of the
-    task must take values.
+    invoke passes words on for as long as `value` is None, so it is None until all words after the task have come.
     """
 
-    def __init__(self, words: list[str], least: int, **options):
-        super().__init__(kind=list, positional=True, **options)
-        after_flag = [False, *("=" not in word and word.startswith("--") for word in words)]
-        self.missing = max(
-            least, sum(not word.startswith("--") and not value for word, value in zip(words, after_flag))
+    def __init__(self, task_name: str, argument: Argument):
+        super().__init__(argument.name, kind=list, positional=True, help=argument.help)
+        self.missing = sum(
+            not _is_flag(word) and not (_is_flag(before) and "=" not in before)  # all flags of such tasks take a value
+            for before, word in pairwise(dropwhile(task_name.__ne__, sys.argv))
         )
 
     @property
@@ -34,293 +79,232 @@ class _Words(Argument):
 
     @value.setter
     def value(self, word: str) -> None:
-        self._value = [*self._value, word]
+        self._value.append(word)
         self.missing -= 1
 
 
-class _WordsTask(Task):
-    """A task whose positional arguments are lists of words."""
-
-    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
-        words = sys.argv[sys.argv.index(self.name) + 1 :] if self.name in sys.argv else []
-        return [
-            _Words(words, least=0 if argument.default == () else 1, names=argument.names, help=argument.help)
-            if argument.positional
-            else argument
-            for argument in super().get_arguments(ignore_unknown_help)
-        ]
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and word != "-"  # which is standard input
 
 
-_RUN_HELP = {"run": "run directory, or its name in --output-dir; default that of the task before, or the latest"}
-_PORT, _PORT_HELP = "7860", "port that the demo listens on; default 7860"
-_chain: dict[str, str] = {}  # the run of the last task of this command line
+def _find_run(output_dir: str | None, name: str | None) -> runs.Run:
+    """Find the named run, or else that of the previous task, or else the latest."""
+    name = name or next((str(run.path) for run in _previous), None)
+    _previous[:] = [runs.find(Config.create({"output_dir": output_dir}).output_dir, name)]
+    return _previous[0]
 
 
-def stage(*names: str, from_file: bool = False, **own_help: str) -> Callable:
-    """Make a function an invoke task whose flags are the settings `names`, and its own keyword parameters.
-
-    from_file: whether --config and --set give settings too. The function receives the Config that the settings make
-    or, if it asks for `given`, those that were named. Each flag arrives as text, because invoke would show a traceback
-    for a number that it cannot read.
-    """
-
-    def decorate(body: Callable) -> Callable:
-        first, *own = inspect.signature(body).parameters.values()
-        places = settings.HELP if from_file else {}
-        flags = [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in (*names, *places)
-        ]
-
-        @functools.wraps(body)
-        def door(_context, **given):
-            extra = {parameter.name: given.pop(parameter.name, parameter.default) for parameter in own}
-            file, assignments = given.pop("config", None), given.pop("set", [])
-
-            def call() -> None:
-                named = settings.gather(given, file, assignments)
-                body(named if first.name == "given" else Config.create(named), **extra)
-
-            if code := console.exit_code(call):
-                raise Exit(code=code)
-
-        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        door.__signature__ = inspect.Signature([context, *own, *flags])
-        positional = [parameter.name for parameter in own if parameter.default in (parameter.empty, ())]
-        help = {name: help_text(name) for name in names} | own_help | places
-        repeated = [name for name in places if name == "set"]
-        return task(door, help=help, auto_shortflags=False, positional=positional, iterable=repeated, klass=_WordsTask)
-
-    return decorate
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536):
+        raise UsageError(f"--port takes a number from 1 to 65535, not '{text}'")
+    return int(text)
 
 
-@stage("dataset", "data_dir", "image_size", "mirror")
-def data(config):
-    """Fetch the dataset if it is not there, check its files, and say what is there."""
+@task(default=True, name="list")
+def list_tasks(_context):
+    """List the tasks."""
+    program.run(["invoke", "--list"], exit=False)
+
+
+@command()
+def data(dataset=None, data_dir=None, image_size=None, mirror=None):
+    """Download the dataset if it is not on the disk, verify it, and describe it."""
+    config = Config.create({"dataset": dataset, "data_dir": data_dir, "image_size": image_size, "mirror": mirror})
+
     from cifar import datasets
 
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    found, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     console.banner(note)
-    tables.show_dataset(dataset)
+    datasets.show_dataset(found)
 
 
-_OF_A_RUN = [name for name in FIELDS if name != "seeds"]  # whose figures need the stages after training
+@command()
+def train(resume=None, config=None, **settings):
+    """Train a network into a new run directory, or resume a run."""
+    given = load_settings(settings, config)
+    if (seeds := Config.create(given).seeds) > 1:
+        raise UsageError(f"invoke train makes one run; use `python main.py --seeds {seeds}` for several")
 
+    from cifar import pipeline, report, train
 
-@stage(*_OF_A_RUN, from_file=True, resume=RESUME_HELP)
-def train(given, resume=None):
-    """Train a network into a new run directory, or go on with a training."""
-    from cifar import train
-
-    if resume is None:
-        config = Config.create(given)
-        if config.seeds > 1:
-            raise UsageError(f"this trains one run: python main.py --seeds {config.seeds} goes all the way with each")
-        run, dataset = train.begin(config)
-    else:
-        run, dataset = train.take_up(resume, given)
-    _chain["run"] = str(run.path)
-    if run.record["status"] == "completed":
-        console.say(f"{run.path.name} is complete: there is nothing to resume")
-        return
+    run, dataset = pipeline.resume(resume, given) if resume else pipeline.create(Config.create(given))
+    _previous[:] = [run]
+    if run.record.status == "completed":
+        return console.say(f"{run.path.name} is complete: there is nothing to resume")
     with run.lifetime(), run.stage("train"):
         train.fit(run, dataset)
-    tables.show_run(run)
+    report.show_run(run)
 
 
-@stage(
-    "device",
-    "output_dir",
-    data_dir=help_text("data_dir"),
-    corruptions="measure also on pictures that are noisy, blurred, dark, turned and so on",
-    **_RUN_HELP,
-)
-def evaluate(config, run=None, data_dir=None, corruptions=False):
+@command(corruptions="also measure the robustness to common corruptions (noise, blur, rotation and others)")
+def evaluate(run=None, corruptions=False, data_dir=None, device=None, output_dir=None):
     """Measure a run's best checkpoint on the test split."""
-    found = _find_run(config, run)
+    device = Config.create({"device": device}).device
+    found = _find_run(output_dir, run)
 
-    from cifar import datasets, evaluate
-
-    dataset = datasets.of_run(found, data_dir)
-    with found.claim(), found.stage("evaluate"):
-        metrics = evaluate.evaluate(found, dataset, config.device)
-    tables.show_metrics(metrics)
-    if corruptions:
-        _measure_corruptions(found, dataset, config.device)
-
-
-@stage("output_dir", data_dir=help_text("data_dir"), **_RUN_HELP)
-def visualize(config, run=None, data_dir=None):
-    """Draw a run's figures from what it has saved, and its page, report.html."""
-    found = _find_run(config, run)
-
-    from cifar import datasets, report, visualize
+    from cifar import analysis, datasets, evaluate, report
 
     dataset = datasets.of_run(found, data_dir)
     with found.claim():
-        with found.stage("visualize"):
-            visualize.visualize(found, dataset)
-        with found.stage("report"):
-            report.write(found, dataset)
-    tables.show_run(found)
+        with found.stage("evaluate"):
+            evaluation = evaluate.evaluate(found, dataset, device)
+            analysis.write(found, dataset, evaluation)
+        report.show_metrics(evaluation.metrics)
+        if corruptions:
+            with found.stage("corruptions"), console.counting_bar("corruptions", analysis.CELLS) as advance:
+                table = analysis.measure_corruptions(found, dataset, device, advance)
+            analysis.show_corruptions(table)
+            if (found.path / "report.html").exists():
+                _write_report(found, dataset)
 
 
-def _measure_corruptions(run, dataset, device: str) -> None:
-    from cifar import corruptions
+@command()
+def visualize(run=None, data_dir=None, output_dir=None):
+    """Draw a run's figures from its files, and write its report.html."""
+    found = _find_run(output_dir, run)
 
-    with run.claim(), run.stage("corruptions"), console.counting_bar("corruptions", corruptions.CELLS) as advance:
-        table = corruptions.measure(run, dataset, device, advance)
-    tables.show_corruptions(table)
+    from cifar import datasets, report
 
-
-def _number_of(port: str) -> int:
-    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
-        raise UsageError(f"--port takes a number from 1 to 65535, not '{port}'")
-    return int(port)
-
-
-def _find_run(config: Config, name: str | None):
-    """The run that is named, or else the one of the task before, or else the latest."""
-    from cifar import outputs
-
-    found = outputs.find(config.output_dir, name or _chain.get("run"))
-    _chain["run"] = str(found.path)
-    return found
+    dataset = datasets.of_run(found, data_dir)
+    with found.claim():
+        _write_report(found, dataset)
+    report.show_run(found)
 
 
-@stage("dataset", "data_dir", "image_size", "output_dir")
-def bench(config):
-    """Measure, on the CPU, training speed beside a per-image DataLoader, and where a step of `fast` spends its time."""
-    from cifar import bench, datasets, profiling, runs
+def _write_report(run: runs.Run, dataset) -> None:
+    """Draw the figures of a run that is claimed, and write its report.html."""
+    from cifar import report, visualize
 
-    runs.check_writable(config.output_dir)
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size)
-    console.banner(note)
-    own = {"device": "cpu", "image_size": config.image_size}
-    recipes = {recipe: Config.create({"recipe": recipe, **own}) for recipe in ("fast", "simple", "convnet")}
-    profile = profiling.profile(recipes.pop("fast"), dataset)
-    tables.show_profile(profile)
-    speeds = {recipe: bench.compare(chosen, dataset) for recipe, chosen in recipes.items()}
-    tables.show_speeds(dataset.name, speeds)
-    path = Path(config.output_dir) / "bench.json"
-    runs.write_json(path, {"profile": profile, "speeds": speeds})
-    console.say(f"all figures: {path}")
+    with run.stage("visualize"):
+        visualize.visualize(run, dataset)
+    with run.stage("report"):
+        report.write(run, dataset)
 
 
-@stage(
-    "device",
-    "output_dir",
-    paths="files, folders, globs, or - for standard input",
-    fit="what becomes of a picture that is not square; crop to its middle, or letterbox; default crop",
-    output="file that receives all probabilities, .csv or .json",
-    **_RUN_HELP,
+@command(
+    paths="image files, folders, glob patterns, or - for standard input",
+    fit="what happens to an image that is not square: crop its middle, or letterbox it; default crop",
+    output="file for all probabilities, .csv or .json",
 )
-def predict(config, paths, run=None, fit="crop", output=None):
-    """Say what is in pictures: files, folders, a glob, or - for standard input."""
+def predict(paths, run=None, fit="crop", output=None, device=None, output_dir=None):
+    """Predict the classes of images: files, folders, glob patterns, or - for standard input."""
+    if not paths:
+        raise UsageError("name image files, folders or glob patterns, or - for standard input")
     if output and not output.endswith((".csv", ".json")):
         raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
-    found = _find_run(config, run)
+    device = Config.create({"device": device}).device
+    found = _find_run(output_dir, run)
 
     from cifar import predict
 
-    predictor = predict.Predictor(found, config.device)
-    pictures = predict.find_pictures(paths)
-    with console.counting_bar("pictures", len(pictures)) as advance:
-        answers = []
-        for answer in predictor.answer(pictures, fit):
-            answers.append(answer)
+    predictor = predict.Predictor(found, device)
+    images = predict.find_images(paths)
+    predictions = []
+    with console.counting_bar("images", len(images)) as advance:
+        for prediction in predictor.predict(images, fit):
+            predictions.append(prediction)
             advance(1)
-    tables.show_answers(answers, predictor)
+    predict.show_predictions(predictions, predictor)
     if output:
-        predict.write(Path(output), answers, predictor)
-    if refused := sum(answer.refusal is not None for answer in answers):
-        raise UserError(f"{refused} of {len(answers)} pictures were refused")
+        predict.write(Path(output), predictions, predictor)
+    if failed := sum(prediction.error is not None for prediction in predictions):
+        raise UserError(f"{failed} of {len(predictions)} images could not be read")
 
 
-@stage("output_dir", output="file that ends in .pt2; default model.pt2 in the run's directory", **_RUN_HELP)
-def export(config, run=None, output=None):
-    """Write a run's network as a file that answers without this program: .pt2, and .onnx if onnx is installed."""
-    if output and not output.endswith(".pt2"):
-        raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
-    found = _find_run(config, run)
-
-    from cifar import export
-
-    tables.show_export(export.export(found, Path(output) if output else found.path / "model.pt2"))
-
-
-@stage(
-    "output_dir",
-    names="runs, or directories of several seeds; none lists all runs",
-    sort="column by which the list of all runs is sorted; default the newest first",
-    output="folder that receives the page, the figure and the numbers; default compare/ in --output-dir",
+@command(
+    host="address to listen on; default 127.0.0.1, which other machines cannot reach",
+    share="create a public link through Gradio's servers",
+    auth="USER:PASSWORD that visitors must enter; the environment variable CIFAR_DEMO_AUTH does the same",
+    run="run directory, or its name in --output-dir; default that of the previous task, or else the newest evaluated",
 )
-def compare(config, names=(), sort=None, output=None):
-    """Say which of several runs is better and how sure that is, or list all runs."""
-    from cifar import headlines
-
-    if not names:
-        rows, groups = headlines.table(config.output_dir, sort), headlines.groups(config.output_dir)
-        return tables.show_runs(rows, groups, headlines.columns(sort))
-    if sort:
-        raise UsageError("--sort is for the list of all runs, which `invoke compare` gives without names")
-
-    from cifar import compare, compare_page, outputs
-
-    comparison = compare.compare([run for name in names for run in outputs.find_all(config.output_dir, name)])
-    page = compare_page.write(comparison, Path(output) if output else compare.folder(config.output_dir, comparison))
-    tables.show_comparison(comparison)
-    console.say(f"page, figure and numbers: {short(page.parent)}")
-
-
-@stage(
-    "device",
-    "data_dir",
-    "output_dir",
-    host="address to listen on; default 127.0.0.1, which only this machine reaches",
-    port=_PORT_HELP,
-    share="make a public address through Gradio's servers",
-    auth="USER:PASSWORD that visitors must give; CIFAR_DEMO_AUTH in the environment stands for it",
-    run="run directory, or its name in --output-dir; default that of the task before, or the newest that was evaluated",
-)
-def demo(config, run=None, host="127.0.0.1", port=_PORT, share=False, auth=None):
-    """Show a run in the browser and let it answer for any picture."""
-    number = _number_of(port)
-    found = _find_run(config, run) if run or _chain else None
+def demo(run=None, host="127.0.0.1", port="7860", share=False, auth=None, data_dir=None, device=None, output_dir=None):
+    """Show a run in the browser, and its predictions for any image."""
+    config = Config.create({"device": device, "data_dir": data_dir, "output_dir": output_dir})
+    if not host.isprintable():
+        raise UsageError(f"--host takes an address or a name, not {host!a}")
+    places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
+    found = _find_run(output_dir, run) if run or _previous else None
 
     from cifar import demo
 
-    places = {"output_dir": config.output_dir, "data_dir": config.data_dir}
-    demo.serve(found, **places, host=host, port=number, share=share, auth=auth, device=config.device)
+    demo.serve(found, **places, share=share, auth=auth, device=config.device)
 
 
-@stage("dataset", "data_dir", "output_dir", "device", "mirror", port=_PORT_HELP)
-def doctor(config, port=_PORT):
-    """Check whether this machine can do a run, and say what mends what is not as it should be."""
+@command(output="file that ends in .pt2; default model.pt2 in the run's directory")
+def export(run=None, output=None, output_dir=None):
+    """Export a run's network to a file that works without this suite: .pt2, and .onnx if ONNX is installed."""
+    if output and not output.endswith(".pt2"):
+        raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
+    found = _find_run(output_dir, run)
+
+    from cifar import predict
+
+    predict.show_export(predict.export(found, Path(output) if output else found.path / "model.pt2"))
+
+
+@command(
+    names="runs, or directories of several seeds; without names all runs are listed",
+    sort="column by which to sort the list of all runs; default the newest first",
+    output="folder for the figure and the numbers; default compare/ in --output-dir",
+)
+def compare(names, sort=None, output=None, output_dir=None):
+    """Compare runs, with tests of significance, or list all runs."""
+    output_dir = Config.create({"output_dir": output_dir}).output_dir
+    if names and sort:
+        raise UsageError("--sort is for the list of all runs: leave it out, or the names")
+
+    from cifar import compare
+
+    if not names:
+        rows = compare.leaderboard(output_dir, sort)
+        return compare.show_runs(rows, compare.groups(output_dir), compare.columns(sort))
+    comparison = compare.compare([run for name in names for run in runs.find_all(output_dir, name)])
+    folder = compare.write(comparison, Path(output) if output else compare.folder(output_dir, comparison))
+    compare.show_comparison(comparison)
+    console.say(f"figure and numbers: {display_path(folder)}")
+
+
+@command()
+def doctor(dataset=None, data_dir=None, mirror=None, device=None, output_dir=None, port="7860"):
+    """Check the environment and suggest fixes."""
+    given = {"dataset": dataset, "data_dir": data_dir, "mirror": mirror, "device": device, "output_dir": output_dir}
+    config = Config.create(given)
+
     from cifar import doctor
 
-    findings = doctor.examine(config, _number_of(port))
-    tables.show_findings(findings)
+    findings = doctor.examine(config, _port(port))
+    doctor.show_findings(findings)
     if failures := [finding.subject for finding in findings if finding.level == "failure"]:
         raise UserError(f"a run would fail: see {', '.join(dict.fromkeys(failures))}")
 
 
+@command()
+def bench(dataset=None, data_dir=None, image_size=None, device=None, output_dir=None):
+    """Measure the training speed, and what a step spends its time on."""
+    given = {"dataset": dataset, "data_dir": data_dir, "image_size": image_size}
+    config = Config.create({**given, "device": device, "output_dir": output_dir})
+
+    from cifar import bench
+
+    bench.run(config)
+
+
 @task(
-    help={"only": "run the tests whose names contain this", "slow": "run those that take minutes too"},
+    help={"only": "run the tests whose names contain this", "slow": "also run those that take minutes"},
     auto_shortflags=False,
 )
-def test(context, only="", slow=False):  # noqa: PT028
+def test(_context, only="", slow=False):  # noqa: PT028
     """Run the tests."""
     import pytest
 
-    shared_out = ["-n", "auto", "--dist", "loadfile"]  # a worker for each core
-    chosen = [*(["-k", only] if only else shared_out), *(["-m", ""] if slow else [])]
-    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *chosen]):
+    chosen = ["-k", only] if only else ["-n", "auto", "--dist", "loadfile"]  # a worker for each core
+    if code := pytest.main([str(PROJECT / "tests"), f"--rootdir={PROJECT}", *chosen, *(["-m", ""] if slow else [])]):
         raise Exit(code=int(code))
 
 
 @task
 def lint(context):
-    """Check the code's style and look for mistakes, with ruff."""
+    """Check the code's style, and for mistakes, with ruff."""
     ruff = f"{shlex.quote(sys.executable)} -m ruff"
     with context.cd(str(PROJECT)):
         context.run(f"{ruff} check . && {ruff} format --check .")

@@ -1,1 +1,1 @@
-"""Train, evaluate and look at image classifiers on CIFAR-10."""
+"""Train, evaluate and explain image classifiers on CIFAR-10, CIFAR-100, digits or a folder of images."""

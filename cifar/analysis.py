@@ -1,161 +1,273 @@
-"""Probabilities to what a person asks of a network: where it fails, when it can be trusted, which labels look wrong.
+"""A run's mistakes, its likely label errors, the pixels that decided, and its robustness to corruptions.
 
-scikit-learn is imported where it is used, as metrics.py says.
+scikit-learn, pandas and torchvision are imported inside the functions that use them: they take seconds.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import io
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
-from cifar.runs import Run, damaged
+from cifar import console, data, device, evaluate, metrics
+from cifar.datasets import Dataset
+from cifar.evaluate import Evaluation
+from cifar.records import Analysis, Corruptions, ImageRecord, Metrics
+from cifar.runs import Run, atomic_write, damaged
 
-_FILE = "analysis.json"
-_PAIRS, _PAIR_PICTURES = 6, 8
-_MISTAKES = 24
-_SUSPECTS = 30
-_POINTS = 101  # of a curve as it is kept
-_TRUSTED = 0.99  # accuracy
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_CURVE_POINTS = 101
+_MAX_CORRUPTED = 2000  # test images
+# The amount at severities 1 to 5. Those of noise, blur, contrast, jpeg and pixelation are CIFAR-10-C's (Hendrycks and
+# Dietterich 2019, arXiv:1903.12261); the others are ours.
+CORRUPTIONS: dict[str, tuple[float, ...]] = {
+    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, for images in 0..1
+    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation in pixels, for images of 32x32
+    "brightness": (1.2, 1.4, 1.6, 1.8, 2.0),  # factor
+    "darkness": (0.8, 0.65, 0.5, 0.35, 0.2),  # factor
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
+    "jpeg": (80, 65, 58, 50, 40),  # quality
+    "pixelation": (0.95, 0.9, 0.85, 0.75, 0.65),  # fraction of the size
+    "shift": (1 / 16, 2 / 16, 3 / 16, 4 / 16, 5 / 16),  # fraction of the size, in both directions
+    "rotation": (5, 10, 15, 20, 30),  # degrees
+    "occlusion": (0.05, 0.1, 0.15, 0.2, 0.3),  # fraction of the area
+}
+CELLS = sum(map(len, CORRUPTIONS.values()))
 
 
-def scores(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """What metrics.json says of probabilities (N, classes) as a ranking, and of their winner's as confidence.
-
-    average_precision: by class, None for one without images. selective: if only the surest images are answered, the
-    mean error rate over all such shares (Geifman and El-Yaniv 2017, arXiv:1705.08500), and the largest share of
-    which 99% are right.
-    """
-    risk = _risk(probabilities, labels)
-    trusted = np.flatnonzero(risk <= 1 - _TRUSTED + 1e-12)
-    return {
-        "average_precision": _average_precision(probabilities, labels, classes),
-        "selective": {
-            "area_under_risk_coverage": float(risk.mean()),
-            "coverage_at_99_accuracy": (int(trusted[-1]) + 1) / len(labels) if len(trusted) else 0.0,
-        },
-    }
+def write(run: Run, dataset: Dataset, evaluation: Evaluation) -> None:
+    """Write analysis.json, and saliency.npz with the saliency of every image that it names."""
+    probabilities, labels = evaluation.probabilities, dataset.test.labels.numpy()
+    pairs = [pair.model_dump() for pair in evaluation.metrics.most_confused]
+    run.write("analysis.json", analyze(probabilities, labels, dataset.classes, pairs))
+    indices = list(dict.fromkeys(image.index for image in images(run.read("analysis.json"))))
+    maps = np.zeros((len(indices), *dataset.test.images.shape[-2:]), np.uint8)
+    for number, index in enumerate(indices):
+        image, label = dataset.test.images[index], int(probabilities[index].argmax())
+        found = saliency(evaluation.network, image, label, precision=evaluation.precision)
+        maps[number] = found.mul(255).round()
+    with atomic_write(run.path / "saliency.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, index=np.array(indices, int), heat=maps)
 
 
-def analyse(
+def analyze(
     probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], most_confused: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """analysis.json: curves, and pictures by their index in the split, of probabilities (N, classes).
+    """Rank the mistakes and compute the curves of probabilities (N, C): the content of analysis.json.
 
-    most_confused: as metrics.json has it.
+    most_confused: the pairs of metrics.json. Images are named by their index in the split.
     """
+    import pandas
+
+    predicted, names = probabilities.argmax(1), np.array(classes, dtype=object)
+    columns = {"index": np.arange(len(labels)), "true": names[labels], "predicted": names[predicted]}
+    columns |= {"confidence": probabilities.max(1), "true_probability": probabilities[columns["index"], labels]}
+    wrong = pandas.DataFrame(columns)[predicted != labels]
+    # By log odds rather than confidence: of the first 30 test images of CIFAR-10 in a run of `fast`, people (CIFAR-10H,
+    # Peterson et al. 2019) chose another class than the label for 9 by log odds and for 5 by confidence.
+    log_odds = np.log(wrong.confidence) - np.log(wrong.true_probability.clip(np.finfo(float).tiny))
+    pairs = []
+    for pair in most_confused[:6]:
+        is_pair = (wrong.true == pair["true"]) & (wrong.predicted == pair["predicted"])
+        pairs.append({**pair, "pictures": _top(wrong[is_pair], "confidence", 8)})
+    risk = metrics.risk(probabilities, labels)
+    counts = np.unique(np.linspace(0, len(labels), _CURVE_POINTS).round().astype(int).clip(1))  # of images answered
     return {
-        "confused_pairs": [_confused_pair(pair, probabilities, labels, classes) for pair in most_confused[:_PAIRS]],
-        "confident_mistakes": _confident_mistakes(probabilities, labels, classes),
-        "suspected_labels": _suspected_labels(probabilities, labels, classes),
-        "precision_recall": _precision_recall(probabilities, labels, classes),
-        "risk_coverage": _risk_coverage(probabilities, labels),
+        "confused_pairs": pairs,
+        "confident_mistakes": _top(wrong, "confidence", 24),
+        "suspected_labels": _top(wrong.assign(log_odds=log_odds), "log_odds", 30),
+        "precision_recall": {
+            classes[number]: _precision_recall(labels == number, probabilities[:, number])
+            for number in np.unique(labels)
+        },
+        "risk_coverage": {"coverage": (counts / len(labels)).tolist(), "risk": risk[counts - 1].tolist()},
     }
 
 
-def read(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A run's analysis.json, None if there is none. Raises UserError if it is damaged, or not of the metrics.json."""
-    content = run.read_if_there(_FILE)
-    if content and metrics:
-        ranked = [name for name, score in metrics.get("average_precision", {}).items() if score is not None]
-        if "selective" not in metrics or content["precision_recall"].keys() != set(ranked):
-            raise damaged(run.path / _FILE, "it does not fit metrics.json")
-    return content
+def _top(rows: "DataFrame", column: str, most: int) -> list[dict[str, Any]]:
+    """Return the rows with the highest values of a column, highest first; the earlier of equal ones first."""
+    return rows.sort_values(column, ascending=False, kind="stable")[:most].to_dict("records")
 
 
-def pictures(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every picture that an analysis.json names, some of them more than once."""
-    for pair in content["confused_pairs"]:
-        yield from pair["pictures"]
-    yield from content["confident_mistakes"]
-    yield from content["suspected_labels"]
-
-
-def highest(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
-    """The indices of the highest values where `chosen`, the highest first, the earlier of equals first."""
-    indices = np.flatnonzero(chosen)
-    return indices[np.argsort(-values[indices], kind="stable")][:most]
-
-
-def _confused_pair(
-    pair: dict[str, Any], probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> dict[str, Any]:
-    """A pair of metrics.json with its surest pictures."""
-    true, other = classes.index(pair["true"]), classes.index(pair["predicted"])
-    inside = (labels == true) & (probabilities.argmax(1) == other)
-    shown = highest(probabilities.max(1), inside, _PAIR_PICTURES)
-    return {**pair, "pictures": [_picture(index, probabilities, labels, classes) for index in shown]}
-
-
-def _confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    shown = highest(probabilities.max(1), probabilities.argmax(1) != labels, _MISTAKES)
-    return [_picture(index, probabilities, labels, classes) for index in shown]
-
-
-def _suspected_labels(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The pictures whose labels are the least likely beside the class that the network sees, by their log odds.
-
-    Confidence alone ranks worse: of the first 30 of CIFAR-10's test split in a run of `fast`, people (CIFAR-10H,
-    Peterson et al. 2019) name another class than the label for 9 by log odds and for 5 by confidence.
-    """
-    given = probabilities[np.arange(len(labels)), labels]
-    log_odds = np.log(probabilities.max(1)) - np.log(np.maximum(given, np.finfo(float).tiny))
-    shown = highest(log_odds, probabilities.argmax(1) != labels, _SUSPECTS)
-    return [{**_picture(index, probabilities, labels, classes), "log_odds": float(log_odds[index])} for index in shown]
-
-
-def _picture(index: int, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    row = probabilities[index]
-    return {
-        "index": int(index),
-        "true": classes[labels[index]],
-        "predicted": classes[row.argmax()],
-        "confidence": float(row.max()),
-        "true_probability": float(row[labels[index]]),
-    }
-
-
-def _average_precision(
-    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> dict[str, float | None]:
-    from sklearn.metrics import average_precision_score
-
-    there = [labels == number for number in range(len(classes))]
-    return {
-        name: float(average_precision_score(true, column)) if true.any() else None
-        for name, true, column in zip(classes, there, probabilities.T)
-    }
-
-
-def _precision_recall(
-    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> dict[str, dict[str, list[float]]]:
-    """By class that has images: at each hundredth of recall, the first threshold's precision and recall that reach it.
-
-    Both are rounded, to keep the file small.
-    """
+def _precision_recall(is_class: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
+    """Compute precision and recall of one class at the first threshold for each percent of recall, to four decimals."""
     from sklearn.metrics import precision_recall_curve
 
-    curves = {}
-    for number, name in enumerate(classes):
-        true = labels == number
-        if not true.any():
-            continue
-        precision, recall, _ = precision_recall_curve(true, probabilities[:, number])
-        precision, recall = precision[::-1], recall[::-1]  # by falling threshold
-        places = np.searchsorted(recall, np.linspace(0, 1, _POINTS)[1:] - 1e-12)
-        curves[name] = {"recall": recall[places].round(4).tolist(), "precision": precision[places].round(4).tolist()}
-    return curves
+    precision, recall, _ = precision_recall_curve(is_class, probability)
+    precision, recall = precision[::-1], recall[::-1]  # recall rises
+    indices = np.searchsorted(recall, np.linspace(0, 1, _CURVE_POINTS)[1:] - 1e-12)
+    return {"recall": recall[indices].round(4).tolist(), "precision": precision[indices].round(4).tolist()}
 
 
-def _risk(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The share that is wrong of the 1, 2, ... N surest images: (N,)."""
-    order = np.argsort(-probabilities.max(1), kind="stable")
-    wrong = (probabilities.argmax(1) != labels)[order]
-    return wrong.cumsum() / np.arange(1, len(labels) + 1)
+def read(run: Run, metrics: Metrics | None) -> Analysis | None:
+    """Read the run's analysis.json; None if it has none. Raises UserError if it is damaged or contradicts `metrics`."""
+    analysis = run.read_if_present("analysis.json")
+    if analysis and metrics:
+        ranked = {name for name, score in (metrics.average_precision or {}).items() if score is not None}
+        if metrics.selective is None or ranked != analysis.precision_recall.keys():
+            raise damaged(run.path / "analysis.json", "it does not match metrics.json")
+    return analysis
 
 
-def _risk_coverage(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """The error rate of the surest images, at each hundredth of their share."""
-    risk = _risk(probabilities, labels)
-    counts = np.unique(np.linspace(0, len(labels), _POINTS).round().astype(int).clip(1))
-    return {"coverage": (counts / len(labels)).tolist(), "risk": risk[counts - 1].tolist()}
+def images(analysis: Analysis) -> Iterator[ImageRecord]:
+    """Yield every image that the analysis names, some of them more than once."""
+    pictures = (pair.pictures for pair in analysis.confused_pairs)
+    return chain(*pictures, analysis.confident_mistakes, analysis.suspected_labels)
+
+
+def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -> Tensor:
+    """Measure how much each pixel changes the logit of a class: (S, S), float32 in 0..1, the largest 1.
+
+    image: uint8 (3, S, S). The gradient's largest absolute value over the channels, averaged over 8 noisy copies of
+    the image and over 3x3 pixels. Source: SmoothGrad, Smilkov et al. 2017, arXiv:1706.03825.
+    """
+    network.eval()
+    target = next(network.parameters()).device
+    noise = 0.1 * torch.randn(8, *image.shape, generator=torch.Generator().manual_seed(0))  # for images in 0..1
+    copies = (data.to_float(image[None]) + noise).to(target, memory_format=torch.channels_last).requires_grad_()
+    with device.autocast(target, precision):
+        logit = network(copies)[:, label].float().sum()
+    (gradient,) = torch.autograd.grad(logit, copies)
+    strength = gradient.abs().amax(1).mean(0, keepdim=True)
+    smooth = F.avg_pool2d(strength, 3, stride=1, padding=1, count_include_pad=False)[0]
+    return (smooth / smooth.max().clamp_min(1e-30)).cpu()
+
+
+def overlay(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
+    """Lay saliency (S, S) in orange over the image (S, S, 3) in grey; squared, so that the peaks stand out."""
+    grey = (image @ np.asarray(data.LUMA_WEIGHTS))[..., None]
+    opacity = saliency[..., None] ** 2 * 0.9
+    return (grey * (1 - opacity) + np.array([0xD5, 0x5E, 0x00]) * opacity).astype(np.uint8)
+
+
+def read_saliency(run: Run, size: int) -> dict[int, np.ndarray]:
+    """Read saliency.npz: index in the test split -> (size, size) in 0..1; empty if there is no file.
+
+    Raises UserError if the file is damaged or holds another size.
+    """
+    path = run.path / "saliency.npz"
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as file, np.load(file) as content:
+            if sum(member.file_size for member in content.zip.infolist()) > 1e8:  # 100 maps of 128x128 take 1.6 MB
+                raise ValueError("too large")
+            indices, maps = content["index"], content["heat"]
+        if len(indices) and (maps.shape != (len(indices), size, size) or maps.dtype != np.uint8):
+            raise ValueError("wrong shape or type")
+        return {int(index): saliency / 255 for index, saliency in zip(indices, maps)}
+    except Exception:  # NumPy and zipfile fail on a damaged archive in many ways
+        raise damaged(path, "it does not hold one saliency map per image") from None
+
+
+def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: Callable[[int], None]) -> Corruptions:
+    """Measure accuracy and calibration of the run's best weights under each corruption; write corruptions.json.
+
+    Takes at most 2,000 test images, drawn by the run's seed. Calls advance(1) after each of the CELLS corruptions.
+    Raises UserError if the run has not been evaluated or the dataset is not the run's.
+    """
+    run.check_dataset(dataset.name)
+    temperature, seed = run.metrics.calibration.temperature, run.config.seed
+    network, _ = evaluate.load_network(run, dataset.classes)
+    target = device.choose(device_name)
+    network.to(target)
+    precision = device.resolve_precision(run.config.precision, target)
+    order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
+    split = dataset.test[order[:_MAX_CORRUPTED]]
+
+    def measure(corrupted: Tensor) -> dict[str, float]:
+        logits = evaluate.infer(network, corrupted, precision=precision)
+        error = metrics.reliability(logits.numpy() / temperature, split.labels.numpy())["expected_calibration_error"]
+        return {"accuracy": metrics.accuracy(logits, split.labels), "expected_calibration_error": error}
+
+    table: dict[str, list[dict[str, float]]] = {kind: [] for kind in CORRUPTIONS}
+    for kind, amounts in CORRUPTIONS.items():
+        for severity, amount in enumerate(amounts, start=1):
+            measured = measure(corrupt(split.images, kind, amount, seed))
+            table[kind].append({"severity": severity, "amount": amount, **measured})
+            advance(1)
+    clean, cells = measure(split.images), list(chain(*table.values()))
+    mean = {key: float(np.mean([cell[key] for cell in cells])) for key in clean}
+    content = {"dataset": dataset.name, "split": "test", "n": len(split), "seed": seed, "temperature": temperature}
+    run.write("corruptions.json", content | {"clean": clean, "mean": mean, "corruptions": table})
+    return run.read("corruptions.json")
+
+
+def corrupt(images: Tensor, kind: str, amount: float, seed: int) -> Tensor:
+    """Corrupt uint8 images (N, 3, S, S); the same shape and type.
+
+    A seed makes the same random choices for every amount, one direction or position for 20 images: one by one takes
+    as long as the network. Torch's global generator is left untouched.
+    """
+    transform = _corruption(kind, amount, images.shape[-1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.cat([transform(batch) for batch in images.split(20)])
+
+
+def _corruption(kind: str, amount: float, size: int) -> Callable[[Tensor], Tensor]:
+    """Return the torchvision transform of a corruption, for images (N, 3, size, size)."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    def shift(right: float, down: float) -> Callable[[Tensor], Tensor]:
+        move = [round(right * size), round(down * size)]
+        return lambda images: v2.functional.affine(images, angle=0, translate=move, scale=1, shear=[0, 0])
+
+    match kind:
+        case "noise":
+            return v2.GaussianNoise(sigma=amount)
+        case "blur":
+            sigma = amount * size / 32
+            return v2.GaussianBlur(2 * max(1, round(3 * sigma)) + 1, (sigma, sigma))
+        case "brightness" | "darkness":
+            return v2.ColorJitter(brightness=(amount, amount))
+        case "contrast":
+            return v2.ColorJitter(contrast=(amount, amount))
+        case "jpeg":
+            return lambda images: torch.stack([_through_jpeg(image, amount) for image in images])
+        case "pixelation":
+            smaller = v2.Resize(int(amount * size), antialias=True)
+            return v2.Compose([smaller, v2.Resize(size, InterpolationMode.NEAREST_EXACT)])
+        case "shift":
+            sideways = v2.RandomChoice([shift(amount, 0), shift(-amount, 0)])
+            return v2.Compose([sideways, v2.RandomChoice([shift(0, amount), shift(0, -amount)])])
+        case "rotation":
+            turns = [v2.RandomRotation((angle, angle), InterpolationMode.BILINEAR) for angle in (amount, -amount)]
+            return v2.RandomChoice(turns)
+        case "occlusion":
+            return v2.RandomErasing(p=1, scale=(amount, amount), ratio=(1, 1))
+
+
+def _through_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Compress and decompress an image (3, S, S), with Pillow: torchvision 0.29 deprecates its own JPEG transform."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    with Image.open(file) as decoded:
+        return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
+
+
+def tabulate(corruptions: Corruptions, key: str) -> "DataFrame":
+    """Return accuracy or expected_calibration_error by corruption, the mildest first, and by severity, from "1"."""
+    import pandas
+
+    rows = corruptions.corruptions
+    kinds = sorted(rows, key=lambda kind: -np.mean([cell.accuracy for cell in rows[kind]]))
+    values = pandas.DataFrame([[getattr(cell, key) for cell in rows[kind]] for kind in kinds], index=kinds)
+    return values.rename(columns=lambda column: str(column + 1))
+
+
+def show_corruptions(corruptions: Corruptions) -> None:
+    """Print accuracy by corruption and severity, the mildest corruption first."""
+    shown, errors = tabulate(corruptions, "accuracy"), tabulate(corruptions, "expected_calibration_error")
+    shown = shown.assign(mean=shown.mean(axis=1), **{"calibration error": errors.mean(axis=1)})
+    columns = {name: [f"{value:.1%}" for value in values] for name, values in shown.items()}
+    title = f"accuracy by corruption and severity: {corruptions.dataset}, {corruptions.n:,} test images"
+    console.out.print(console.table(title, {"corruption": list(shown.index), **columns}))
+    console.say(f"mean accuracy {corruptions.mean.accuracy:.1%}; on the clean images {corruptions.clean.accuracy:.1%}")

@@ -1,108 +1,304 @@
-"""Training speed, measured beside the usual way: a DataLoader that augments picture by picture, in float32."""
+"""Training speed: epochs for a budget of minutes, the comparison with a DataLoader, and the profile of a step.
 
+What is timed trains a network that is thrown away.
+"""
+
+import contextlib
+import math
+import os
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
-from torch.utils.data import Dataset as TorchDataset
+from torch import nn
+from torch.autograd import DeviceType
+from torch.utils.data import DataLoader, RandomSampler, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import data, datasets, device, train
-from cifar.config import Config
-from cifar.console import TrainingDisplay
+from cifar import console, data, datasets, device, evaluate, runs, train
+from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
+from cifar.errors import UserError, display_path
 
-_WARM_STEPS = 150  # after 30 the processor is still a tenth slower than in a long training
-_WORKERS = (0, 1, 2)  # of the DataLoader
+_SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
+_PLANNED_FRACTION = 0.97  # of the minutes; the rest is for steps that take longer than those that were timed
+_TIMED_FRACTION = 0.015  # of the minutes, to time the steps of one image size, but at most _SECONDS
+_TIMED_IMAGES = 500  # per step on a CPU, where the speed is that of 2,000 (measured with AMX); a GPU needs all
+_SAVE_SECONDS = 0.06  # of an epoch's two checkpoints; measured with `fast`
+_WORKERS = (0, 2)  # of the DataLoader
+_ROUNDS = 2
+_MATRIX_SIZE = 2048
+_SHOWN_FRACTION = 0.005  # of a step's time, from which an operator is shown
 
 
-def compare(config: Config, dataset: datasets.Dataset, *, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
-    """Images a second of the recipe in this suite and through a DataLoader, the same steps by turns.
+def run(config: Config) -> None:
+    """Profile a step of `fast`, compare `simple` and `convnet` with a DataLoader, print both, and write bench.json.
 
-    Both train the same network with the same batch size, augmentation and optimizer. steps: timed in each of the
-    `rounds`.
-    Returns the medians, the DataLoader's by its number of workers, and the ratio to its fastest.
+    Of the settings it uses dataset, device, precision and locations; the recipes have the others.
+    """
+    console.say("this takes about two minutes, and three without bfloat16 in hardware")
+    settings = config.model_dump(include={*LOCATIONS, "dataset", "image_size", "device", "precision"})
+    runs.check_writable(config.output_dir)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    console.banner(note)
+    fast, *others = (
+        datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
+        for recipe in ("fast", "simple", "convnet")
+    )
+    profiled = profile(fast, dataset)
+    show_profile(profiled)
+    speeds = {config.recipe: compare(config, dataset) for config in others}
+    show_speeds(dataset.name, speeds)
+    path = Path(config.output_dir) / "bench.json"
+    runs.write_json(path, {"profile": profiled, "speeds": speeds})
+    console.say(f"all values: {display_path(path)}")
+
+
+def step_seconds(step: Callable[[], Any], hardware: torch.device, seconds: float = 0.0) -> float:
+    """Return the mean time of a step, in seconds: repeated for so many, at least once, after as long to warm up."""
+    for _ in range(2):
+        started, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - started < seconds:
+            step()
+            steps += 1
+        if hardware.type != "cpu":
+            torch.get_device_module(hardware).synchronize()
+    return (time.perf_counter() - started) / steps
+
+
+def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -> Iterator[nn.Module]:
+    """Train a new network on images of one size, as in the middle of a training; yields it at each step, without end.
+
+    config: resolved. By then `fast` has frozen its whitening bias, as in three quarters of its epochs.
     """
     device.keep_freed_memory()
-    config = datasets.settle(config, dataset)
-    needed = config.batch_size * (steps + _WARM_STEPS)
-    split = dataset.train[torch.arange(needed) % len(dataset.train)]
-    speeds: dict[int | None, list[float]] = {}
-    for _ in range(rounds):
-        speeds.setdefault(None, []).append(_suite_speed(config, split, len(dataset.classes)))
-        for workers in _WORKERS:
-            speeds.setdefault(workers, []).append(_loader_speed(config, split, len(dataset.classes), workers))
-    medians = {way: statistics.median(values) for way, values in speeds.items()}
-    suite = medians.pop(None)
+    hardware = device.choose(config.device)
+    config = config.replace(precision=device.resolve_precision(config.precision, hardware))
+    network = train.new_network(config, dataset.train, len(dataset.classes))
+    network.to(hardware, memory_format=torch.channels_last).train()
+    batches = train.make_batches(config, dataset.train, hardware)
+    optimizer = train.make_optimizer(config, network, batches)
+    while True:
+        for batch in batches.epoch(1, image_size):
+            optimizer.seek(config.epochs * len(batches) // 2)
+            train.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
+            yield network
+
+
+# A budget of minutes
+
+
+def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
+    """Choose the number of epochs, in the recipe's proportions, that takes `config.minutes`; says what it chose.
+
+    config: resolved. The result has no `minutes`, so that it means the same training on any machine.
+    Raises UserError if not even one epoch fits.
+    """
+    started = time.perf_counter()
+    console.say(f"timing a few steps to plan {config.minutes:g} minutes of training")
+    steps, ending = epoch_seconds(config, dataset)
+    timing, full_size = time.perf_counter() - started, max(steps)
+    epochs, small, hard = choose_epochs(config, config.minutes * 60 * _PLANNED_FRACTION - timing, steps, ending)
+    if not epochs:
+        least = math.ceil((steps[full_size] + ending + timing) / _PLANNED_FRACTION / 60 * 100) / 100
+        raise UserError(f"--minutes {config.minutes:g} is too little: one epoch takes about {least:g} minutes")
+    counts = [(small, config.small_size), (epochs - small, full_size)]
+    parts = [f"{count} at {size}x{size} of {steps[size] + ending:.1f} s" for count, size in counts if count]
+    if hard:
+        parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
+    console.say(f"{config.minutes:g} minutes are enough for {epochs} epochs: {', '.join(parts)}")
+    return config.replace(epochs=epochs, small_epochs=small, hard_epochs=hard, minutes=None)
+
+
+def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], ending: float) -> tuple[int, int, int]:
+    """Return the longest plan within the budget, in seconds: its epochs, small ones and hard ones; zeros if none fits.
+
+    steps and ending: see `epoch_seconds`. The number of small epochs is rounded up or down.
+    """
+    small_steps, full_steps = steps[min(steps)], steps[max(steps)]
+
+    def cost(plan: tuple[int, int, int]) -> float:
+        epochs, small, hard = plan
+        return small * small_steps + (epochs - small - hard * (1 - config.hard_share)) * full_steps + epochs * ending
+
+    def plan(epochs: int, rounded: Callable[[float], int]) -> tuple[int, int, int]:
+        small = min(rounded(config.small_epochs / config.epochs * epochs), max_small_epochs(epochs))
+        return epochs, small, min(config.hard_epochs, max_hard_epochs(epochs))
+
+    most = min(MAX_EPOCHS, int(max(0.0, budget) // (small_steps * config.hard_share + ending)))
+    plans = [plan(epochs, rounded) for epochs in range(1, most + 1) for rounded in (math.floor, math.ceil)]
+    return max((plan for plan in plans if cost(plan) <= budget), key=cost, default=(0, 0, 0))
+
+
+def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, float], float]:
+    """Measure how long an epoch's steps take, by image size, and how long its validation and checkpoints do.
+
+    config: resolved.
+    """
+    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    images = min(config.batch_size, _TIMED_IMAGES) if hardware.type == "cpu" else config.batch_size
+    seconds = min(_SECONDS, _TIMED_FRACTION * 60 * config.minutes)
+    per_image = {}
+    for size in {full_size, config.small_size} if config.small_epochs else {full_size}:
+        training = training_steps(config.replace(batch_size=images), dataset, size)
+        per_image[size] = step_seconds(partial(next, training), hardware, seconds) / images
+    precision = device.resolve_precision(config.precision, hardware)
+    infer = partial(evaluate.infer, next(training), dataset.train.images[:images], precision=precision)
+    ending = _SAVE_SECONDS + step_seconds(infer, hardware, 0.1) / images * config.val_size
+    trained = len(dataset.train) - config.val_size
+    trained -= trained % config.batch_size
+    return {size: value * trained for size, value in per_image.items()}, ending
+
+
+# The comparison with a DataLoader
+
+
+def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
+    """Measure the images per second of this suite and of a DataLoader loop with the same settings, by turns.
+
+    config: resolved, of `simple` or `convnet`. Returns the means of some rounds, the DataLoader's by its number of
+    workers, and the ratio to its fastest.
+    """
+    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    speeds: dict[int | None, list[float]] = defaultdict(list)
+    for workers in (None, *_WORKERS) * _ROUNDS:
+        is_ours = workers is None
+        steps = training_steps(config, dataset, full_size) if is_ours else _loader_steps(config, dataset, workers)
+        with contextlib.closing(steps):
+            speeds[workers].append(config.batch_size / step_seconds(partial(next, steps), hardware, _SECONDS))
+    means = {workers: statistics.mean(values) for workers, values in speeds.items()}
+    suite = means.pop(None)
+    return {"suite_images_per_second": suite, "loader_images_per_second": means, "ratio": suite / max(means.values())}
+
+
+def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> Iterator[None]:
+    """Train in float32 with the loop that tutorials show: a step at each `next`, without end."""
+    hardware = device.choose(config.device)
+    network = train.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
+    network.normalize = nn.Identity()  # the images come normalized
+    optimizer = train.make_optimizer(config, network, train.make_batches(config, dataset.train, hardware))
+    images = map(Image.fromarray, dataset.train.images.permute(0, 2, 3, 1).numpy())
+    samples = list(zip(images, dataset.train.labels.tolist()))
+    loader = DataLoader(
+        samples,
+        config.batch_size,
+        sampler=RandomSampler(samples, replacement=True, num_samples=2**40),
+        num_workers=workers,
+        pin_memory=hardware.type == "cuda",
+        collate_fn=partial(_collate, _augmentation(config, dataset.train)),
+    )
+    for images, labels in loader:
+        images, labels = images.to(hardware, non_blocking=True), labels.to(hardware, non_blocking=True)
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.seek(0)
+        optimizer.step()
+        yield
+
+
+def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
+    """Return torchvision's transforms, from a Pillow image to a normalized tensor, that `simple` or `convnet` needs."""
+    steps = [transforms.RandomCrop(split.images.shape[-1], padding=config.crop)]
+    if config.flip != "none":
+        steps.append(transforms.RandomHorizontalFlip())
+    if config.jitter:
+        steps.append(transforms.ColorJitter(config.jitter, config.jitter, config.jitter))
+    normalize = transforms.Normalize(*(values.tolist() for values in split.mean_and_std()))
+    return transforms.Compose([*steps, transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True), normalize])
+
+
+def _collate(augment: transforms.Compose, samples: list) -> list:
+    return default_collate([(augment(image), label) for image, label in samples])
+
+
+def show_speeds(dataset: str, speeds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the results of `compare`, by recipe."""
+    for recipe, speed in speeds.items():
+        suite, loaders = speed["suite_images_per_second"], speed["loader_images_per_second"]
+        others = ", ".join(f"{value:,.0f} with {workers} workers" for workers, value in loaders.items())
+        ratio = f"{speed['ratio']:.2f} times the fastest DataLoader's ({others})"
+        console.say(f"{recipe} on {dataset}: {suite:,.0f} images a second, {ratio}")
+
+
+# The profile of a step
+
+
+def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
+    """Profile a training step at each of the recipe's image sizes, beside the rate of a large matrix product.
+
+    config: resolved. Returns, per image size, the seconds of a step, its FLOP, and its operators.
+    """
+    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    precision = device.resolve_precision(config.precision, hardware)
+    sizes = [full_size, config.small_size] if config.small_epochs else [full_size]
     return {
-        "suite_images_per_second": suite,
-        "loader_images_per_second": medians,
-        "ratio": suite / max(medians.values()),
+        "recipe": config.recipe,
+        "batch_size": config.batch_size,
+        "hardware": device.describe(hardware),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "matrix_flop_per_second": matrix_rate(hardware, precision),
+        "image_sizes": {size: _profile_step(training_steps(config, dataset, size), hardware) for size in sizes},
     }
 
 
-def _suite_speed(config: Config, split: data.Split, classes: int) -> float:
-    """Images a second of one epoch of `train` at full image size, after some steps that warm up."""
-    hardware = device.choose(config.device)
-    precision = device.resolve_precision(config.precision, hardware)
-    network = train.fresh_network(config, split, classes).to(hardware, memory_format=torch.channels_last)
-    size = split.images.shape[-1]
-    warm = _WARM_STEPS * config.batch_size
-    for part in (split[:warm], split[warm:]):
-        state = train.fresh_state(config, network, part)
-        display = TrainingDisplay([state.steps], [1])
-        record = train.train_epoch(state, size, config.label_smoothing, precision, display)
-    return record["images_per_second"]
+def matrix_rate(hardware: torch.device, precision: str) -> float:
+    """Measure the FLOP per second of a product of two large square matrices."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    left, right = (torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=hardware, dtype=dtype) for _ in range(2))
+    return 2 * _MATRIX_SIZE**3 / step_seconds(partial(torch.matmul, left, right), hardware, _SECONDS)
 
 
-def _loader_speed(config: Config, split: data.Split, classes: int, workers: int) -> float:
-    """Images a second of the loop that tutorials show, after some steps that warm up."""
-    network = train.fresh_network(config, split, classes).train()
-    network.normalize = torch.nn.Identity()  # the pictures come normalized
-    pictures = _Pictures(split, config)
-    order = RandomSampler(pictures)
-    loader = DataLoader(pictures, config.batch_size, sampler=order, num_workers=workers, drop_last=True)
-    updates = train.make_updates(config, network, [len(loader)] * config.epochs)
-    for step, (images, labels) in enumerate(loader):
-        if step == _WARM_STEPS:
-            started = time.perf_counter()
-        F.cross_entropy(network(images), labels).backward()
-        updates.step()
-        ended = time.perf_counter()
-    return (len(loader) - _WARM_STEPS) * config.batch_size / (ended - started)
+def _profile_step(steps: Iterator[nn.Module], hardware: torch.device) -> dict[str, Any]:
+    import pandas
+
+    seconds = step_seconds(partial(next, steps), hardware, _SECONDS)
+    with FlopCounterMode(display=False) as counter:
+        next(steps)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log off the terminal
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        next(steps)
+    clock = "device" if hardware.type == "cuda" else "cpu"
+    rows = [  # of each operator, without the time of other operators that it calls
+        (_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total") / 1e6)
+        for row in profiler.key_averages(group_by_input_shape=True)
+        if row.device_type == DeviceType.CPU  # the GPU's kernels count with the operators that start them
+    ]
+    table = pandas.DataFrame(rows, columns=["name", "calls", "seconds"]).groupby("name", as_index=False).sum()
+    operators = table.sort_values("seconds", ascending=False).to_dict("records")
+    return {"seconds": seconds, "flop": counter.get_total_flops(), "operators": operators}
 
 
-class _Pictures(TorchDataset):
-    """A split as torchvision's datasets give it: one Pillow picture at a time, augmented by itself."""
+def _operator_name(row: Any) -> str:
+    """Name an operator and, of a convolution, the shapes of its images and weights."""
+    name = row.key.removeprefix("aten::")
+    if "convolution" not in name:
+        return name
+    inputs = row.input_shapes[1:3] if "backward" in name else row.input_shapes[:2]  # first comes the output's gradient
+    return f"{name} {' * '.join('x'.join(map(str, shape)) for shape in inputs)}"
 
-    def __init__(self, split: data.Split, config: Config):
-        self.arrays = split.images.permute(0, 2, 3, 1).numpy()
-        self.labels = split.labels.tolist()
-        size, mean_and_std = split.images.shape[-1], [values.tolist() for values in split.mean_and_std()]
-        padding_mode = "constant" if config.crop_mode == "zeros" else config.crop_mode
-        steps = [transforms.RandomCrop(size, padding=config.crop, padding_mode=padding_mode)]
-        if config.flip != "none":
-            steps.append(transforms.RandomHorizontalFlip())
-        if config.jitter:
-            steps.append(transforms.ColorJitter(config.jitter, config.jitter, config.jitter))
-        share = (config.cutout / size) ** 2  # of the area
-        cutout = [transforms.RandomErasing(1, (share, share), (1, 1))] if config.cutout else []
-        self.transform = transforms.Compose(
-            [
-                *steps,
-                transforms.ToImage(),
-                transforms.ToDtype(torch.float32, scale=True),
-                transforms.Normalize(*mean_and_std),
-                *cutout,
-            ]
-        )
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
+def show_profile(profiled: Mapping[str, Any]) -> None:
+    """Print where the time of a step goes, from `profile`."""
+    rate = profiled["matrix_flop_per_second"]
+    console.say(
+        f"{profiled['recipe']}, {profiled['batch_size']} images a step, {profiled['precision']}, "
+        f"{profiled['hardware']}, {profiled['threads']} threads; matrix product: {rate / 1e12:.2f} TFLOP/s"
+    )
+    for size, step in profiled["image_sizes"].items():
+        seconds, reached = step["seconds"], step["flop"] / step["seconds"]
+        rows = [row for row in step["operators"] if row["seconds"] > _SHOWN_FRACTION * seconds]
+        columns = {
+            "operator": [row["name"] for row in rows],
+            "calls": [str(row["calls"]) for row in rows],
+            "ms": [f"{row['seconds'] * 1e3:.1f}" for row in rows],
+            "of the step": [f"{row['seconds'] / seconds:.1%}" for row in rows],
+        }
+        title = f"{size}x{size} pixels: {seconds:.3g} s a step, {reached / 1e12:.2f} TFLOP/s"
+        console.out.print(console.table(f"{title}, {reached / rate:.0%} of the matrix product's", columns))

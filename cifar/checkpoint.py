@@ -1,22 +1,151 @@
-"""A network's weights on disk, and with them the state of a training: the only torch.save and torch.load."""
+"""Weights on disk, and with them the state of a training: the only torch.save and torch.load."""
 
 import io
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from cifar import console, device
+from cifar.config import LOCATIONS, model_name
+from cifar.datasets import Dataset
 from cifar.errors import UserError
-from cifar.files import replacing
+from cifar.records import EpochRecord
+from cifar.runs import Run, atomic_write
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
-_MOST_BYTES = 16_000_000_000  # of a file: twice that of torchvision's largest with what Adam remembers
-_MOST_PICKLED = 4_000_000  # bytes, of the part that is not tensors
-_MOST_PIXELS = 128  # along a side of an image
-_MOST_CLASSES = 10_000
+_MAX_BYTES = 16_000_000_000  # of a file: twice torchvision's largest network with Adam's state
+_MAX_PICKLED_BYTES = 4_000_000  # of the part that is not tensors
+_MAX_IMAGE_SIZE = 128  # pixels
+_MAX_CLASSES = 10_000
+_SAVE_SECONDS = 50.0  # between checkpoints within an epoch; leaves a minute time for a step and the writing
+
+
+class Checkpointer:
+    """Saves a run's training to last.pt, the one before to previous.pt, and the best weights to best.pt.
+
+    An epoch's line is written to the history first, then best.pt, then last.pt: whatever was written when a process
+    was killed, the training that resumes from last.pt writes it again, bit for bit (in one process on the CPU).
+    Of several processes all must call the methods; rank 0 alone writes.
+    """
+
+    def __init__(self, run: Run, training: Any, dataset: Dataset):
+        """training: a train.Training."""
+        self.run, self.training, self.dataset = run, training, dataset
+        self.requirements = requirements(run, dataset)
+        self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.saved = time.monotonic()
+
+    def resume(self) -> bool:
+        """Restore the last checkpoint and the history up to it; returns whether there is one.
+
+        A last.pt that is damaged or missing is replaced by previous.pt, with a note.
+        Raises UserError if there are checkpoints but none can be used.
+        """
+        problem = None
+        for path in (path for path in (self.last, self.previous) if path.exists()):
+            try:
+                self._restore(path)
+            except UserError as error:
+                problem = problem or error
+                continue
+            if path == self.previous:
+                console.banner(f"{problem or f'{self.last} is missing'}: resuming from {self.previous.name}.")
+            self._start_history(self.training.epoch - 1)
+            return True
+        if problem:
+            raise UserError(f"{problem}; `python main.py --config {self.run.path / 'config.json'}` starts again")
+        self._start_history(0)
+        return False
+
+    def save_if_due(self, signal_number: int | None) -> None:
+        """Save if the last time is long ago. Raises Interrupted, after saving, if there is a signal."""
+        is_due = time.monotonic() - self.saved >= _SAVE_SECONDS
+        agreed = device.maximum(2 * (signal_number or 0) + is_due)  # the same step for all processes
+        if agreed and self.training.step:  # else it was saved with the epoch before
+            self.training.check_finite()
+            self._save_last()
+        if agreed > 1:
+            raise console.Interrupted(agreed // 2)
+
+    def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
+        """Write a finished epoch's line of the history, best.pt if it is the best so far, and last.pt."""
+        if device.rank() == 0:
+            self.run.append_history(record)
+            if is_best:
+                save(self.best, **self._description())
+        self._save_last()
+
+    def _save_last(self) -> None:
+        training = {"requirements": self.requirements, "state": self.training.state_dict()}
+        if device.rank() == 0:
+            save(self.last, **self._description(), training=training, previous=self.previous)
+        self.saved = time.monotonic()
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "model": self.run.config.model,
+            "classes": self.dataset.classes,
+            "image_size": self.dataset.train.images.shape[-1],
+            "epoch": self.training.epoch - 1,
+            "weights": self.training.network.state_dict(),
+        }
+
+    def _restore(self, path: Path) -> None:
+        content = load(path)
+        training = content.get("training")
+        if not isinstance(training, dict) or training.keys() != {"requirements", "state"}:
+            raise UserError(f"the checkpoint {path} has no training to resume")
+        require_same(training["requirements"], self.requirements, str(path))
+        check_weights(path, content, self.training.network)
+        try:
+            if not all(leaf.isfinite().all() for leaf in tree_leaves(training["state"]) if isinstance(leaf, Tensor)):
+                raise ValueError("a value is not finite")
+            self.training.load_state_dict(training["state"])
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(f"the checkpoint {path} is damaged: {error}") from None
+        if self.training.best_epoch:
+            best = load(self.best)
+            if best["epoch"] < self.training.best_epoch:
+                raise UserError(f"{self.best} is not of epoch {self.training.best_epoch}, as {path} requires")
+            check_weights(self.best, best, self.training.network)
+        load_weights(path, content, self.training.network)
+
+    def _start_history(self, epochs: int) -> None:
+        """Leave that many epochs in the history, and record where the training resumes, if it does."""
+        if device.rank():
+            return
+        self.run.truncate_history(epochs)
+        if self.training.optimizer.steps:
+            seconds = time.perf_counter() - self.training.started
+            self.run.mark_resumed(self.training.epoch, self.training.step, seconds)
+
+
+def requirements(run: Run, dataset: Dataset) -> dict[str, Any]:
+    """Return what a training needs to be the same when it resumes: settings, classes and training images.
+
+    Versions, code and hardware are not among them: where they differ, `pipeline.resume` says so.
+    """
+    settings = run.config.model_dump(exclude=set(LOCATIONS))
+    images = {"classes": list(dataset.classes), "training images (SHA-256)": dataset.train.sha256()}
+    return {**settings, **images, "device": device.choose(run.config.device).type}
+
+
+def require_same(saved: Any, current: dict[str, Any], name: str) -> None:
+    """Raise UserError that lists how the requirements in the checkpoint `name` differ from the current ones."""
+    saved = saved if isinstance(saved, dict) else {}
+    changes = [
+        f"{key} was {saved.get(key)} and is {current.get(key)}"
+        for key in sorted(saved.keys() | current.keys(), key=str)
+        if saved.get(key) != current.get(key)
+    ]
+    if changes:
+        raise UserError(f"cannot resume from {name}: these settings have changed: {', '.join(changes)}")
 
 
 def save(
@@ -32,8 +161,8 @@ def save(
 ) -> None:
     """Write a checkpoint; a reader sees the old one or the new one, never a part. Raises UserError if it cannot.
 
-    weights: a state_dict. epoch: the epochs that made them, from 1. training: what a training needs to go on.
-    previous: the name that the old one gets.
+    weights: a state_dict. epoch: the number of epochs trained. training: what a training needs to resume.
+    previous: where the old file is moved.
     """
     content = {
         "format": FORMAT,
@@ -43,54 +172,51 @@ def save(
         "epoch": epoch,
         "weights": weights,
     }
-    # Into memory first: where the disk is full, torch.save itself tells no more than that it failed.
+    # Into memory first: when the disk is full, torch.save says no more than that it failed.
     file = io.BytesIO()
     torch.save(content if training is None else {**content, "training": training}, file)
-    with replacing(path, previous) as partial:
+    with atomic_write(path, previous) as partial:
         partial.write_bytes(file.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU; nothing in the file is executed.
+    """Read a checkpoint to the CPU; nothing in the file is executed.
 
-    `weights` still have to go through `put_weights`, and what is in `training`, if it is there, through who takes it
-    up. Raises UserError if the file is missing, damaged or of another format.
+    `weights` must still pass `load_weights`. Raises UserError if the file is missing, damaged or of another format.
     """
     try:
         _check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        why = "the run ended before its first epoch did, or the file was taken away"
-        raise UserError(f"there is no checkpoint {path}: {why}") from None
+        raise UserError(f"there is no checkpoint {path}: it was removed, or no epoch has ended") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception:  # a damaged file makes the unpickler stumble in any way there is
-        raise UserError(f"the checkpoint {path} is damaged or not one of this program's") from None
+    except Exception:  # a damaged file can make the unpickler raise anything
+        raise UserError(f"the checkpoint {path} is damaged or not from this program") from None
     if not isinstance(content, dict) or content.keys() - {"training"} != _KEYS or content["format"] != FORMAT:
         raise UserError(f"the checkpoint {path} is not of format {FORMAT}")
     if problem := _problem(**{key: content[key] for key in _KEYS - {"format"}}):
         raise UserError(f"the checkpoint {path} is damaged: {problem}")
-    return content
+    return {**content, "model": model_name(content["model"])}
 
 
-def put_weights(path: Path, content: dict[str, Any], network: nn.Module) -> None:
-    """Give the network what `load` read from the path. Raises UserError unless it fits and all of it is finite."""
+def load_weights(path: Path, content: dict[str, Any], network: nn.Module) -> None:
+    """Load the weights that `load` read from the path. Raises UserError unless they fit and are finite."""
+    check_weights(path, content, network)
+    network.load_state_dict(content["weights"])
+
+
+def check_weights(path: Path, content: dict[str, Any], network: nn.Module) -> None:
+    """Raise UserError unless the weights that `load` read from the path fit the network and are finite."""
     weights, own = content["weights"], network.state_dict()
     if weights.keys() != own.keys() or not all(_is_like(tensor, own[name]) for name, tensor in weights.items()):
         raise UserError(f"the weights in {path} do not fit the network {content['model']}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"the weights in {path} are not finite")
-    network.load_state_dict(weights)
-
-
-def check_tensor(name: str, tensor: Any, like: Tensor) -> None:
-    """Raise ValueError unless it is a finite tensor of the shape and type of the other."""
-    if not (_is_like(tensor, like) and tensor.isfinite().all()):
-        raise ValueError(f"its {name} is not possible")
 
 
 def _is_like(tensor: Any, other: Tensor) -> bool:
-    """Whether it is a dense tensor on the CPU, of the other's shape and type, whose elements are all in the file."""
+    """Say whether it is a dense CPU tensor of the other's shape and type, whose elements are all in the file."""
     return (
         type(tensor) is Tensor
         and (tensor.layout, tensor.device.type, tensor.is_quantized) == (torch.strided, "cpu", False)
@@ -100,31 +226,31 @@ def _is_like(tensor: Any, other: Tensor) -> bool:
 
 
 def _check_file(path: Path) -> None:
-    """Raise, before anything is unpacked, unless the file is what torch.save writes: a zip, not compressed, intact.
+    """Raise, before anything is unpacked, unless the file is what torch.save writes: an uncompressed, intact zip.
 
     So it takes no more memory than it has bytes. torch.load compares no checksum: a flipped bit is another weight.
     """
     size = path.stat().st_size
-    if not path.is_file() or size > _MOST_BYTES:
+    if not path.is_file() or size > _MAX_BYTES:
         raise ValueError("not a file, or too large")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         pickled = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
-        if not stored or sum(member.file_size for member in members) > size or pickled > _MOST_PICKLED:
+        if not is_stored or sum(member.file_size for member in members) > size or pickled > _MAX_PICKLED_BYTES:
             raise ValueError("not as torch.save writes it")
         if archive.testzip():
             raise ValueError("a checksum is wrong")
 
 
 def _problem(model: Any, classes: Any, image_size: Any, epoch: Any, weights: Any) -> str | None:
-    """What is wrong with the parts of a checkpoint, if anything is."""
+    """Return what is wrong with the parts of a checkpoint, if anything is."""
     if type(model) is not str:
         return "its network has no name"
-    if type(classes) is not list or not 0 < len(classes) <= _MOST_CLASSES or {type(name) for name in classes} != {str}:
-        return "its classes are no names"
-    if type(image_size) is not int or not 8 <= image_size <= _MOST_PIXELS:
+    if type(classes) is not list or not 0 < len(classes) <= _MAX_CLASSES or {type(name) for name in classes} != {str}:
+        return "its classes are not names"
+    if type(image_size) is not int or not 8 <= image_size <= _MAX_IMAGE_SIZE:
         return "its image size is not possible"
     if type(epoch) is not int or epoch < 0:
         return "its epoch is not possible"
-    return None if isinstance(weights, dict) else "its weights are none"
+    return None if isinstance(weights, dict) else "it has no weights"

@@ -1,296 +1,352 @@
-"""The settings of a run: one frozen Config, the recipes, and reading either from text."""
+"""Every setting of a run, and the recipes: named sets of them."""
 
-import dataclasses
-import math
+import json
 import os
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from cifar.errors import UsageError, UserError, known_name, short
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-PROJECT = Path(__file__).resolve().parent.parent
+from cifar.errors import UsageError, UserError, display_path, known_name
 
-
-def _option(default: Any, help: str, *, known: tuple[str, ...] = (), others: str = "", least=None, most=None) -> Any:
-    """A field of Config with its help text and the values that it takes; others: what it takes beside the known."""
-    metadata = {"help": help, "known": known, "others": others, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-DATASETS = ("auto", "cifar10", "cifar100", "digits")
-A_FOLDER = "the path of a folder of pictures"
-DEVICES = ("auto", "cpu", "cuda", "mps")
-MODELS = ("whitened", "whitened_deep", "simple", "convnet", "mlp", "resnet18")
-_LAST_SEED = 2**32 - 1
-MOST_EPOCHS = 100_000
-OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
-_MUON_MODELS = ("whitened", "whitened_deep")  # whose layers its rates are for
-_ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every setting of a run. The defaults are the recipe `fast`; RECIPES names the others.
-
-    Raises UserError for a value that is unknown or out of range.
-    """
-
-    recipe: str = _option("fast", "named settings to start from; plain is for any network that --model names")
-    dataset: str = _option(
-        "auto", "images; auto is cifar10, or digits where that cannot be had", known=DATASETS, others=A_FOLDER
-    )
-    data_dir: str = _option(
-        "data", "folder or .tar.gz with CIFAR-10 or CIFAR-100; CIFAR_DATA_DIR in the environment stands for it"
-    )
-    image_size: int = _option(
-        32, "side in pixels to which the pictures of a folder are brought, cropped to a square", least=32, most=128
-    )
-    mirror: str | None = _option(
-        None,
-        "address of the dataset's archive, or with / at its end of a folder that has it, asked before the official "
-        "one; CIFAR_MIRROR in the environment adds one too",
-    )
-    output_dir: str = _option("outputs", "folder that receives a directory per run")
-    device: str = _option("auto", "where to compute; auto takes cuda, then mps, then cpu", known=DEVICES)
-    precision: str = _option(
-        "auto",
-        "number format of the network; auto is bfloat16 where the hardware has it",
-        known=("auto", "bfloat16", "float32"),
-    )
-    seed: int = _option(0, "seed of the split, the weights, the order and the augmentation", least=0, most=_LAST_SEED)
-    seeds: int = _option(
-        1,
-        "runs, with seed, seed + 1 and so on, in one directory; once interrupted, the same command goes on with it",
-        least=1,
-    )
-    val_size: int | None = _option(
-        None, "images held out for validation (a tenth of the training split: 5000 of CIFAR-10)", least=0
-    )
-
-    model: str = _option("whitened", "network", known=MODELS, others=OTHER_MODELS)
-    epochs: int = _option(13, "passes over the training images", least=1, most=MOST_EPOCHS)
-    minutes: float | None = _option(
-        None,
-        "time that the training may take on this machine, whose speed some steps show; chooses the epochs, whatever "
-        "--epochs says",
-        least=0.0,
-        most=1_000_000,
-    )
-    batch_size: int = _option(
-        2000,
-        "images a step; lowered where an epoch would have under 20 steps, or a step over 2 million pixels",
-        least=2,
-    )
-    optimizer: str = _option("muon", "update rule", known=("muon", "adam", "sgd"))
-    lr: float = _option(
-        0.24,
-        "peak learning rate; muon's own, as the head and the biases that sgd trains beside it keep theirs",
-        least=0.0,
-    )
-    momentum: float = _option(0.6, "momentum of muon, or of sgd", least=0.0, most=1.0)
-    weight_decay: float = _option(
-        0.004,
-        "weight decay as adam and sgd define it; with muon, the share that the head and the biases lose in a step",
-        least=0.0,
-    )
-    schedule: str = _option("linear", "decay of the learning rate to zero, step by step", known=("linear", "cosine"))
-    label_smoothing: float = _option(0.2, "share of the target spread over all classes", least=0.0, most=1.0)
-    patience: int = _option(0, "epochs without a better validation accuracy before training stops; 0 never", least=0)
-    crop: int = _option(2, "pixels by which a training image is shifted at most", least=0, most=31)
-    crop_mode: str = _option("reflect", "what a shift uncovers", known=("reflect", "zeros"))
-    flip: str = _option(
-        "alternating", "mirroring of training images; none of digits", known=("none", "random", "alternating")
-    )
-    cutout: int = _option(
-        0, "side in pixels of the square of each training image that is blotted out, at most half its side", least=0
-    )
-    jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", least=0.0, most=1.0)
-    small_epochs: int = _option(7, "first epochs that train on shrunken images, at most two thirds of all", least=0)
-    small_size: int | None = _option(
-        None, "side of the shrunken images, in pixels; default three quarters of the whole ones'", least=9
-    )
-    hard_epochs: int = _option(
-        3, "last epochs that train only on the images whose losses were highest, at most a quarter of all", least=0
-    )
-    hard_share: float = _option(0.64, "share of the training images that these epochs take", least=0.05, most=1.0)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check(field.name, getattr(self, field.name))
-        known_name("recipe", self.recipe, RECIPES)
-        if self.seed + self.seeds - 1 > _LAST_SEED:
-            raise UserError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LAST_SEED}")
-        if self.optimizer == "muon" and self.model not in _MUON_MODELS:
-            raise UserError(f"muon's rates are for {' and '.join(_MUON_MODELS)}: {self.model} takes adam or sgd")
-        if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
-            raise UserError(f"{self.model} takes images of one size: --small-epochs must be 0")
-
-    @property
-    def title(self) -> str:
-        """The recipe, and the network where it is another than the recipe's."""
-        own = RECIPES[self.recipe].get("model", Config.model)
-        return self.recipe if self.model == own else f"{self.recipe} {self.model}"
-
-    @classmethod
-    def create(cls, given: Mapping[str, Any]) -> "Config":
-        """The recipe's settings with the `given` ones laid over them.
-
-        given: field name -> value, where a string is read as the field's type and None is not given. A model without
-        a recipe brings its own, which for the networks from elsewhere is `plain`.
-        Raises UsageError for text that cannot be read, UserError for a value out of range.
-        """
-        settings = {name: read(name, value) for name, value in given.items() if value is not None}
-        own = {values.get("model", cls.model): name for name, values in reversed(RECIPES.items()) if name != "plain"}
-        default = own.get(settings["model"], "plain") if "model" in settings else cls.recipe
-        recipe = known_name("recipe", settings.get("recipe", default), RECIPES)
-        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or short(PROJECT / cls.data_dir))
-        settings.setdefault("output_dir", short(PROJECT / cls.output_dir))
-        return cls(**{"recipe": recipe, **RECIPES[recipe], **settings})
-
-
-_CONVNET = {
-    "epochs": 20,
-    "batch_size": 64,
+# Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
+_FAST = {
+    "model": "airbench94",
+    "epochs": 13,
+    "batch_size": 2000,
+    "optimizer": "muon",
+    "lr": 0.24,
+    "momentum": 0.6,
+    "weight_decay": 0.004,
+    "schedule": "linear",
+    "label_smoothing": 0.2,
+    "patience": 0,
+    "crop": 2,
+    "crop_mode": "reflect",
+    "flip": "alternating",
+    "cutout": 0,
+    "jitter": 0.0,
+    "small_epochs": 7,
+    "hard_epochs": 3,
+}
+# For any network that --model names: Adam with cosine decay.
+_PLAIN = {
+    **_FAST,
+    "epochs": 30,
+    "batch_size": 128,
     "optimizer": "adam",
-    "lr": 4e-3,
+    "lr": 1e-3,
     "weight_decay": 0.0,
     "schedule": "cosine",
     "label_smoothing": 0.0,
-    "patience": 5,
+    "patience": 10,
     "crop": 4,
     "crop_mode": "zeros",
     "flip": "random",
     "small_epochs": 0,
     "hard_epochs": 0,
 }
+# README.md has the accuracy and time that each recipe was measured to reach.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "fast": _FAST,
+    # The wide, deep airbench96 of the same author. For a GPU, or an hour and a half on two CPU cores.
+    "best": dict(_FAST, model="airbench96", epochs=40, crop=4, cutout=12, small_epochs=16, hard_epochs=0),
+    # The SimpleCNN of H4ph4z4rdz/cv-image-classifier.
+    "simple": dict(_PLAIN, model="simple", epochs=40, batch_size=64, weight_decay=1e-4, patience=5, jitter=0.2),
+    # The network and augmentation of ansonnchan/cifar10-image-classification. At its own learning rate of 1e-3,
+    # halved every ten epochs, it reached 75.7% on validation, and no more with cosine decay.
+    "convnet": dict(_PLAIN, model="convnet", epochs=20, batch_size=64, lr=4e-3, patience=5),
+    # A baseline without convolutions. At a learning rate of 1e-3 it stops learning at 32%.
+    "mlp": dict(_PLAIN, model="mlp", epochs=20, batch_size=64, lr=3e-4, patience=5),
+    # He et al. 2015 with the settings of kuangliu/pytorch-cifar. For a GPU.
+    "resnet18": dict(
+        _PLAIN, model="resnet18", epochs=200, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, patience=0
+    ),
+    "plain": _PLAIN,
+}
 
-# A recipe is what it changes of Config's defaults. README.md has what each was measured to reach.
-RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        # Jordan 2024 (arXiv:2404.00498) and its Muon successor, with small images first and the hardest ones last.
-        "fast": {},
-        # Its wide, deep form, as Jordan's airbench96 has it, with Muon; for a GPU, or an hour and a half.
-        "best": {
-            "model": "whitened_deep",
-            "epochs": 40,
-            "small_epochs": 16,
-            "hard_epochs": 0,
-            "crop": 4,
-            "cutout": 12,
-        },
-        # The SimpleCNN of H4ph4z4rdz/cv-image-classifier.
-        "simple": {
-            **_CONVNET,
-            "model": "simple",
-            "epochs": 40,
-            "lr": 1e-3,
-            "weight_decay": 1e-4,
-            "jitter": 0.2,
-        },
-        # The network and augmentation of ansonnchan/cifar10-image-classification; his rate of 1e-3, halved every ten
-        # epochs, left it at 75.7% of validation, and 1e-3 with cosine decay at the same.
-        "convnet": {**_CONVNET, "model": "convnet"},
-        # A baseline without convolutions. At 1e-3 it stops learning at 32%.
-        "mlp": {**_CONVNET, "model": "mlp", "lr": 3e-4},
-        # He et al. 2015 with the settings of kuangliu/pytorch-cifar. For a GPU.
-        "resnet18": {
-            **_CONVNET,
-            "model": "resnet18",
-            "epochs": 200,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "lr": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 5e-4,
-            "patience": 0,
-        },
-        # For the networks from elsewhere, of which nothing is known.
-        "plain": {**_CONVNET, "epochs": 30, "batch_size": 128, "lr": 1e-3, "patience": 10},
-    }
-)
+PROJECT = Path(__file__).resolve().parent.parent
+DATASETS = ("auto", "cifar10", "cifar100", "digits")
+IMAGE_FOLDER = "the path of a folder of images"
+MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
+OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
+MODEL_ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96"}  # the names in runs of the first version
+MAX_EPOCHS = 100_000
+LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
+RESUME_HELP = "resume an interrupted, failed or killed run: its directory, or its name in --output-dir"
+CONFIG_HELP = "file with settings, .toml or .json, such as a run's config.json; flags take precedence"
+
+_MAX_SEED = 2**32 - 1
+_MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
+_ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
+_REQUIRED = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")  # in a run's config.json
+_MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
+_MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
+_WORDINGS = {  # by the first word of pydantic's type of error
+    "int": "takes a whole number",
+    "float": "takes a number",
+    "string": "takes text",
+    "finite": "must be finite",
+    "greater": "must be at least {ge}",
+    "less": "must be at most {le}",
+}
 
 
-def most_small_epochs(epochs: int) -> int:
-    """How many of them may train on shrunken images, as the last ones have to show what is judged."""
+class Config(BaseModel):
+    """Every setting of a run. What is not given comes from the recipe. Raises UserError for an invalid value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    recipe: Literal[tuple(RECIPES)] = Field("fast", description="settings to start from; plain is for any --model")
+    dataset: str = Field(
+        "auto",
+        description=f"{', '.join(DATASETS)}, or {IMAGE_FOLDER}; auto: CIFAR-10, or digits if it cannot be downloaded",
+    )
+    data_dir: str = Field("data", description="folder or .tar.gz with CIFAR-10 or CIFAR-100; or set CIFAR_DATA_DIR")
+    image_size: int = Field(32, ge=32, le=128, description="size in pixels to which the images of a folder are scaled")
+    mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
+    output_dir: str = Field("outputs", description="folder that receives a directory per run")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    precision: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 if supported")
+    seed: int = Field(0, ge=0, le=_MAX_SEED, description="random seed of split, weights, order and augmentation")
+    seeds: int = Field(1, ge=1, description="number of runs: seed, seed + 1 and so on; the same command resumes them")
+    val_size: int | None = Field(None, ge=0, description="images held out for validation; default a tenth")
+
+    model: str = Field(description=f"network: {', '.join(MODELS)}, {OTHER_MODELS}")
+    epochs: int = Field(ge=1, le=MAX_EPOCHS, description="passes over the training images")
+    minutes: float | None = Field(None, ge=0, le=1e6, description="training time, in minutes; chooses --epochs to fit")
+    batch_size: int = Field(ge=2, description="images per step; reduced for small datasets and for large images")
+    optimizer: Literal["muon", "adam", "sgd"] = Field(description="optimizer")
+    lr: float = Field(ge=0, description="peak learning rate; with muon, that of the convolutions")
+    momentum: float = Field(ge=0, le=1, description="momentum of muon and sgd")
+    weight_decay: float = Field(ge=0, description="weight decay; with muon, that of head and biases, in each step")
+    schedule: Literal["linear", "cosine"] = Field(description="decay of the learning rate to zero, step by step")
+    label_smoothing: float = Field(ge=0, le=1, description="fraction of the target spread over all classes")
+    patience: int = Field(ge=0, description="epochs without a better validation accuracy before stopping; 0: never")
+    crop: int = Field(ge=0, le=31, description="random-crop padding, in pixels")
+    crop_mode: Literal["reflect", "zeros"] = Field(description="what fills the padding of random crops")
+    flip: Literal["none", "random", "alternating"] = Field(description="horizontal flips, random or every other epoch")
+    cutout: int = Field(ge=0, description="Cutout size, in pixels; at most half the image size")
+    jitter: float = Field(ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
+    small_epochs: int = Field(ge=0, description="progressive resizing: number of initial epochs at --small-size")
+    small_size: int | None = Field(None, ge=9, description="image size in --small-epochs; default three quarters")
+    hard_epochs: int = Field(ge=0, description="hard-example mining: number of final epochs on the hardest images")
+    hard_share: float = Field(0.64, ge=0.05, le=1, description="fraction of the images that --hard-epochs train on")
+
+    def __init__(self, **settings):
+        recipe = known_name("recipe", str(settings.get("recipe", "fast")), RECIPES)
+        try:
+            super().__init__(**{**RECIPES[recipe], **settings})
+        except ValidationError as error:
+            _raise_sentence(error)
+        if self.seed + self.seeds - 1 > _MAX_SEED:
+            raise UserError(f"--seed {self.seed} with --seeds {self.seeds} exceeds the largest seed, {_MAX_SEED}")
+        if self.optimizer == "muon" and self.model not in _MUON_MODELS:
+            raise UserError(f"--optimizer muon is for {' and '.join(_MUON_MODELS)}: use adam or sgd with {self.model}")
+        if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
+            raise UserError(f"{self.model} takes images of one size only: use --small-epochs 0")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would accept: true for 1, and text that cannot be a file name."""
+        if isinstance(value, bool) or (isinstance(value, str) and not _is_file_name(value)):
+            raise UserError(f"{flag(info.field_name)} does not take {value!a}")
+        return model_name(value) if info.field_name == "model" and isinstance(value, str) else value
+
+    @classmethod
+    def create(cls, given: Mapping[str, Any]) -> "Config":
+        """Return the recipe's settings, overridden by the given ones.
+
+        given: field name -> value, or its text; None is ignored. A model without a recipe brings its recipe.
+        Raises UsageError for text that is not a number, UserError for other invalid values.
+        """
+        settings = {name: value for name, value in given.items() if value is not None}
+        if "model" in settings:
+            model = model_name(str(settings["model"]))
+            recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
+            settings.setdefault("recipe", recipe)
+        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(PROJECT / "data"))
+        settings.setdefault("output_dir", display_path(PROJECT / "outputs"))
+        return cls(**settings)
+
+    @classmethod
+    def from_file(cls, content: Mapping[str, Any]) -> "Config":
+        """Return the settings of a run's config.json; what an older file lacks comes from its recipe.
+
+        Raises UserError for an invalid file, and for one that lacks a setting whose default could be wrong.
+        """
+        if missing := [name for name in _REQUIRED if content.get(name) is None]:
+            raise UserError(f"it lacks {', '.join(missing)}")
+        return cls(**content)
+
+    def replace(self, **changes: Any) -> "Config":
+        """Return a copy with other values, validated."""
+        return Config(**{**self.model_dump(), **changes})
+
+    @property
+    def title(self) -> str:
+        """The recipe, and the network if it is not the recipe's."""
+        return self.recipe if self.model == RECIPES[self.recipe]["model"] else f"{self.recipe} {self.model}"
+
+
+FIELDS = tuple(Config.model_fields)
+
+
+def model_name(name: str) -> str:
+    """Return a network's name, also for the name that it had in the first version."""
+    return MODEL_ALIASES.get(name, name)
+
+
+def max_small_epochs(epochs: int) -> int:
+    """Return how many of the epochs may train on small images: the last ones must see the full size."""
     return epochs * 2 // 3
 
 
-def most_hard_epochs(epochs: int) -> int:
-    """How many of them may leave out what is easy, as all images have to be learned before."""
+def max_hard_epochs(epochs: int) -> int:
+    """Return how many of the epochs may leave out easy images: all must be learned first."""
     return epochs // 4
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of a field: `val_size` -> `--val-size`."""
+    """Return the flag of a setting: `val_size` -> `--val-size`."""
     return "--" + name.replace("_", "-")
 
 
 def help_text(name: str) -> str:
-    """A field's help, the values that it takes and its default in each recipe."""
-    field = _FIELDS[name]
-    known = tuple(RECIPES) if name == "recipe" else field.metadata["known"]
-    others = field.metadata["others"]
-    parts = [field.metadata["help"]]
-    if known:
-        parts.append("one of " + ", ".join(known) + (f", or {others}" if others else ""))
-    if field.default is not None:
-        others = [f"{recipe} {changed[name]}" for recipe, changed in RECIPES.items() if name in changed]
-        parts.append("default " + ", ".join([str(field.default), *others]))
+    """Return a setting's description, choices and default, and the recipes with another default."""
+    field = Config.model_fields[name]
+    parts = [field.description]
+    if choices := _choices(name):
+        parts.append(f"one of {', '.join(choices)}")
+    if name in _FAST:
+        default = _FAST[name]
+        others = [f"{recipe}: {values[name]}" for recipe, values in RECIPES.items() if values[name] != default]
+        parts.append(f"default {default}" + (f" ({', '.join(others)})" if others else ""))
+    elif field.default is not None:
+        parts.append(f"default {field.default}")
     return "; ".join(parts)
 
 
-def read(name: str, value: Any) -> Any:
-    """`value` as the type of the field `name`; a string is parsed. Raises UsageError if it cannot be."""
-    if not isinstance(value, str):
-        return value
+def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that are given: not None. Raises UsageError for an empty text, as of an unset shell variable."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"{flag(name)} must not be empty")
+    return given
+
+
+def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
+    """Return field name -> value: those of the settings file, overridden by the flags.
+
+    flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
+    config.json are ignored. Raises UserError that names the file for an invalid one.
+    """
+    given = given_flags({**flags, "config": file})
+    settings = _read_settings(Path(given.pop("config"))) if file else {}
+    if "recipe" in settings and given.get("recipe", settings["recipe"]) != settings["recipe"]:
+        raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
+    return settings | given
+
+
+def resolve(
+    config: Config,
+    *,
+    dataset_key: str,
+    dataset_name: str,
+    images: int,
+    classes: int,
+    image_size: int,
+    can_flip: bool,
+) -> tuple[Config, list[str]]:
+    """Fit the settings to a dataset; returns them, and a sentence for each setting that had to change.
+
+    images: number of training images, validation included. can_flip: whether a flipped image keeps its class.
+    Raises UserError if the image size is wrong, or if training or validation would have fewer images than classes.
+    """
+    if config.image_size != image_size:
+        raise UserError(f"--image-size is for folders of images: those of {dataset_name} are {image_size}x{image_size}")
+    val_size = max(images // 10, classes) if config.val_size is None else config.val_size
+    if val_size and not classes <= val_size <= images - classes:
+        raise UserError(
+            f"--val-size {val_size} does not fit: {dataset_name} has {images:,} training images in {classes:,} "
+            f"classes; use 0, or {classes} to {images - classes}"
+        )
+    size = f"{image_size}x{image_size}"
+    train_size = images - val_size
+    batch_limits = [(max(2, train_size // _MIN_STEPS), f"an epoch of {train_size:,} images needs at least 20 steps")]
+    if image_size > 32:
+        batch_limits.append((_MAX_STEP_PIXELS // image_size**2, f"a step of {size} images needs too much memory"))
+    limits = {
+        "small_epochs": (max_small_epochs(config.epochs), "at most two thirds of the epochs may use small images"),
+        "hard_epochs": (max_hard_epochs(config.epochs), "at most a quarter of the epochs may leave out easy images"),
+        "batch_size": min(batch_limits),
+        "small_size": (image_size, f"the images are {size}"),
+        "cutout": (image_size // 2, f"at most half of {size} images may be cut out"),
+    }
+    changes = {name: limit for name, limit in limits.items() if (getattr(config, name) or 0) > limit[0]}
+    if not can_flip and config.flip != "none":
+        changes["flip"] = ("none", f"a flipped image of {dataset_name} may show another class")
+    sentences = [
+        f"{name.replace('_', ' ')} {getattr(config, name)} -> {value}: {reason}"
+        for name, (value, reason) in changes.items()
+    ]
+    resolved = {"dataset": dataset_key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
+    return config.replace(**resolved | {name: value for name, (value, _) in changes.items()}), sentences
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """Return the values of a setting that takes nothing else."""
+    annotation = Config.model_fields[name].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _is_file_name(text: str) -> bool:
     try:
-        return _kind(name)(value)
-    except ValueError:
-        raise UsageError(f"{flag(name)} takes {_KINDS[_kind(name)]}, not '{value}'") from None
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "a text"}
-
-
-def _kind(name: str) -> type:
-    """The type of a field's values, None aside."""
-    declared = get_type_hints(Config)[name]
-    return next(kind for kind in (get_args(declared) or (declared,)) if kind is not type(None))
-
-
-def check(name: str, value: Any) -> None:
-    """Raise UserError unless the field `name` takes the value."""
-    field = _FIELDS[name]
-    known, least, most = (field.metadata[key] for key in ("known", "least", "most"))
-    if value is None and field.default is None:
-        return
-    kind = _kind(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise UserError(f"{flag(name)} takes {_KINDS[kind]}, not {value!r}")
-    if known and not field.metadata["others"]:  # what is open is looked up where it is used
-        known_name(name, value, known)
-    if kind is str:
-        return _check_text(name, value)
-    in_range = (least is None or value >= least) and (most is None or value <= most)
-    if not (in_range and -math.inf < value < math.inf):
-        bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-        raise UserError(f"{flag(name)} must be {bounds}, not {value}")
-
-
-def _check_text(name: str, text: str) -> None:
-    """Raise UserError for what no file can be called, as a file of settings may hold it."""
-    try:
-        encoded = os.fsencode(text)
+        return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
-        encoded = b"\0"
-    if b"\0" in encoded:
-        raise UserError(f"{flag(name)} takes no {text!a}")
+        return False
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-FIELDS = tuple(_FIELDS)
-PLACES = ("data_dir", "mirror", "output_dir")  # the fields that say where, and not what, a run is
-RESUME_HELP = "go on with a run that was interrupted, failed or killed: its directory, or its name in --output-dir"
+def _raise_sentence(error: ValidationError) -> NoReturn:
+    """Turn the first of pydantic's errors into a UserError that names flag, value and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    name, kind, value = str(first["loc"][0]), first["type"], first["input"]
+    if kind == "value_error":
+        raise first["ctx"]["error"]
+    if kind == "extra_forbidden":
+        known_name("setting", name, FIELDS)
+    if choices := _choices(name):
+        known_name(name.replace("_", " "), str(value), choices)
+    if kind == "string_unicode":
+        raise UserError(f"{flag(name)} does not take {value!a}")
+    wording, shown = _WORDINGS[kind.split("_")[0]].format(**first.get("ctx", {})), str(value).strip()[:40]
+    if "parsing" in kind:
+        raise UsageError(f"{flag(name)} {wording}, not '{shown}'")
+    raise UserError(f"{flag(name)} {wording}, not {shown}")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a file, of which each alone is valid."""
+    path = path / "config.json" if path.is_dir() else path
+    parsers = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in parsers:
+        raise UserError(f"--config takes a file that ends in .toml or .json, not '{path}'")
+    try:
+        content = parsers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must contain settings by name")
+    settings = {key.replace("-", "_"): value for key, value in content.items()}
+    try:
+        Config.create(settings)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from None
+    is_of_run = path.name == "config.json" and (path.parent / "run.json").exists()
+    return {name: value for name, value in settings.items() if not (is_of_run and name in LOCATIONS)}

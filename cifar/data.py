@@ -1,25 +1,27 @@
-"""Images in memory as uint8 tensors: splitting, augmenting, batching.
+"""Images in memory as uint8 tensors: the split into training and validation, augmentation, and batches.
 
 scikit-learn is imported where it is used: it takes a second, and the demo would wait for it.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar import distributed
+from cifar import device
 
-_MOVED_TOGETHER = 2000  # images that are shifted and mirrored at once: for small batches, one by one costs twice
-ITU_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
+_AUGMENTED_TOGETHER = 2000  # images that are cropped and flipped at once: batch by batch, small batches cost twice
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, 3, H, W); labels: int64 (N,)."""
+    """Labelled images. images: uint8 (N, 3, H, W); labels: int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -31,26 +33,26 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def sha256(self) -> str:
-        """SHA-256 of the images' bytes followed by the labels'."""
+        """Return the SHA-256 of the images' bytes followed by the labels'."""
         digest = hashlib.sha256(self.images.contiguous().numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Per channel over all pixels, in 0..1: two tensors (3,).
+        """Compute mean and standard deviation of each channel over all pixels, in 0..1: two tensors (3,).
 
-        Not the mean of the images' own deviations, which is where the (0.2023, ...) that circulates is from.
+        Not the mean of each image's standard deviation, which is where the (0.2023, ...) that circulates comes from.
         """
         counts = torch.zeros(3, 256, dtype=torch.int64)
-        for images in self.images.split(5000):  # bincount makes eight bytes of each
+        for images in self.images.split(5000):  # bincount takes eight bytes for each value
             counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-        shares, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
-        mean, square = shares @ values, shares @ values.square()
-        return mean.float(), (square - mean.square()).sqrt().float()
+        fractions, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
+        mean, mean_square = fractions @ values, fractions @ values.square()
+        return mean.float(), (mean_square - mean.square()).sqrt().float()
 
 
-def hold_out(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
-    """Split into training and validation, `val_size` images with each class in its share, drawn by the seed."""
+def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
+    """Split into training and validation: `val_size` images drawn by the seed, stratified by class."""
     from sklearn.model_selection import train_test_split
 
     if val_size == 0:
@@ -61,123 +63,170 @@ def hold_out(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
     return split[torch.from_numpy(train)], split[torch.from_numpy(val)]
 
 
-class Batches:
-    """The training batches of a split: shuffled, augmented, float32 images in 0..1, on the generator's device.
+@dataclass(frozen=True)
+class Batch:
+    """What one training step takes; of several processes, each has its slice of images and labels."""
 
-    An epoch's last images are left out where they do not fill a batch, as BatchNorm wants equal batches.
+    images: Tensor  # float32 (B, 3, S, S) in 0..1
+    labels: Tensor  # int64 (B,)
+    targets: Tensor  # what the loss compares with: the labels, or class probabilities (B, classes)
+    indices: Tensor  # of the whole batch's images in the training split
+
+
+class Batches:
+    """The training batches of a split: which images an epoch takes, in which order, at which size, and augmented.
+
+    The last images of an epoch that do not fill a batch are left out, as BatchNorm needs batches of one size.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        crop: int,
-        crop_mode: str,
-        flip: str,
-        jitter: float,
-        cutout: int,
-        generator: torch.Generator,
-    ):
+    def __init__(self, split: Split, config, generator: torch.Generator):
+        """config: a config.Config. generator: on the device that computes; all random numbers come from it."""
+        self.config, self.generator = config, generator
         self.images = split.images.to(generator.device)
         self.labels = split.labels.to(generator.device)
-        self.batch_size, self.generator = batch_size, generator
-        self.crop, self.crop_mode, self.flip, self.jitter, self.cutout = crop, crop_mode, flip, jitter, cutout
-        self.mean = split.mean_and_std()[0].to(generator.device) if cutout else None
-        # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then every other epoch mirrored.
+        self.mean = split.mean_and_std()[0].to(generator.device) if config.cutout else None
+        # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then flipped in every other epoch.
         self.first_flip = self._coins(len(split))
+        # Each image's loss when it was last trained on; one that was not yet is as hard as can be.
+        self.image_losses = torch.full((len(split),), torch.finfo(torch.float32).max, device=generator.device)
+        self.selected = torch.ones(len(split), dtype=torch.bool, device=generator.device)
+        self.rng_state = generator.get_state()  # at the start of the epoch
 
     def __len__(self) -> int:
-        """Steps of an epoch of all images."""
-        return len(self.labels) // self.batch_size
+        """Return the number of steps in an epoch of all images."""
+        return len(self.labels) // self.config.batch_size
 
-    def epoch(self, epoch: int, side: int, taken: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of the epoch, counted from 1: images (B, 3, side, side), labels (B,), places in the split (B,).
+    def steps(self, epoch: int) -> int:
+        """Return the number of steps in an epoch, counted from 1; the last `hard_epochs` take fewer images."""
+        if epoch <= self.config.epochs - self.config.hard_epochs:
+            return len(self)
+        return max(1, int(len(self.labels) * self.config.hard_share) // self.config.batch_size)
 
-        taken: the images that the epoch has, bool (N,); default all.
-        Of several processes each draws for the whole batches, and gets its share of each batch's images and labels.
+    def image_size(self, epoch: int) -> int:
+        """Return the size in pixels of an epoch's images (progressive resizing)."""
+        return self.config.small_size if epoch <= self.config.small_epochs else self.images.shape[-1]
+
+    def epoch(self, epoch: int, image_size: int | None = None, skip: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, counted from 1.
+
+        image_size: in pixels, instead of the epoch's. skip: batches that have been trained on before an interruption.
         """
+        if not skip:
+            self.rng_state = self.generator.get_state()
+            self.selected = self._hardest(self.steps(epoch) * self.config.batch_size)
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
-        if taken is not None:
-            order = order[taken[order]]
-        together = self.batch_size * max(1, _MOVED_TOGETHER // self.batch_size)
-        share = distributed.share(self.batch_size)
-        is_whole = side == self.images.shape[-1]
-        layout = torch.channels_last if is_whole else torch.contiguous_format  # `shrink` is twice as fast on the latter
-        for chosen in order[: len(order) // self.batch_size * self.batch_size].split(together):
-            own = torch.arange(len(chosen), device=chosen.device).view(-1, self.batch_size)[:, share].flatten()
-            moved = self._moved(chosen, own, epoch).split(share.stop - share.start)
-            answers = self.labels[chosen[own]].split(share.stop - share.start)
-            for images, labels, places in zip(moved, answers, chosen.split(self.batch_size)):
+        order = order[self.selected[order]]
+        batches = self._augmented(order, epoch, image_size or self.image_size(epoch))
+        yield from itertools.islice(batches, skip, None)
+        self.rng_state = self.generator.get_state()
+
+    def record_losses(self, indices: Tensor, losses: Tensor) -> None:
+        """Remember the losses (B,) of a batch's images (B,)."""
+        self.image_losses[indices] = losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an interrupted epoch needs to go on with the same batches."""
+        return {"rng_state": self.rng_state, "selected": self.selected, "image_losses": self.image_losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`. Raises ValueError, RuntimeError or KeyError if it is not from such batches."""
+        for name in ("selected", "image_losses"):
+            if state[name].shape != self.labels.shape:
+                raise ValueError(f"{name} is of other images")
+            getattr(self, name).copy_(state[name])
+        self.rng_state = state["rng_state"]
+        self.generator.set_state(self.rng_state)
+
+    def _hardest(self, count: int) -> Tensor:
+        """Select the images with the highest losses: `count` of them, or all if an epoch has them all; bool (N,)."""
+        if count >= len(self) * self.config.batch_size:
+            return torch.ones_like(self.selected)
+        selected = torch.zeros_like(self.selected)
+        selected[self.image_losses.topk(count).indices] = True
+        return selected
+
+    def _augmented(self, order: Tensor, epoch: int, image_size: int) -> Iterator[Batch]:
+        config, batch_size = self.config, self.config.batch_size
+        together = batch_size * max(1, _AUGMENTED_TOGETHER // batch_size)
+        own_slice = device.rank_slice(batch_size)  # random numbers are drawn for the whole batch by every process
+        own_size = own_slice.stop - own_slice.start
+        is_full_size = image_size == self.images.shape[-1]
+        layout = torch.channels_last if is_full_size else torch.contiguous_format  # `resize` is twice as fast on this
+        for indices in order[: len(order) // batch_size * batch_size].split(together):
+            own = torch.arange(len(indices), device=indices.device).view(-1, batch_size)[:, own_slice].flatten()
+            cropped = self._cropped_and_flipped(indices, own, epoch).split(own_size)
+            labels_of = self.labels[indices[own]].split(own_size)
+            for images, labels, whole in zip(cropped, labels_of, indices.split(batch_size)):
                 images = to_float(images, layout)
-                if self.jitter:
-                    factors = jitter_factors(self.batch_size, self.jitter, self.generator)
-                    images = color_jitter(images, factors[:, share])
-                if self.cutout:
-                    corners = random_corners(self.batch_size, self.cutout, images.shape[-2:], self.generator)
-                    images = cut_out(images, corners[:, share], self.cutout, self.mean)
-                yield shrink(images, side), labels, places
+                if config.jitter:
+                    factors = jitter_factors(batch_size, config.jitter, self.generator)
+                    images = color_jitter(images, factors[:, own_slice])
+                if config.cutout:
+                    corners = random_corners(batch_size, config.cutout, images.shape[-2:], self.generator)
+                    images = cutout(images, corners[:, own_slice], config.cutout, self.mean)
+                yield Batch(resize(images, image_size), labels, targets=labels, indices=whole)
 
-    def _moved(self, chosen: Tensor, own: Tensor, epoch: int) -> Tensor:
-        """Of the chosen images this process's `own`, shifted and mirrored; uint8."""
-        shifts = random_shifts(len(chosen), self.crop, self.generator)
-        images = self.images.index_select(0, chosen[own])  # twenty times as fast as by brackets
-        images = shift(images, shifts[:, own], self.crop, self.crop_mode)
-        return mirror(images, self._mirrored(chosen, epoch)[own]) if self.flip != "none" else images
-
-    def _mirrored(self, chosen: Tensor, epoch: int) -> Tensor:
-        return self.first_flip[chosen] ^ (epoch % 2 == 0) if self.flip == "alternating" else self._coins(len(chosen))
+    def _cropped_and_flipped(self, indices: Tensor, own: Tensor, epoch: int) -> Tensor:
+        """Crop and flip the images of some batches; returns those at `own`, uint8."""
+        offsets = random_offsets(len(indices), self.config.crop, self.generator)
+        images = self.images.index_select(0, indices[own])  # twenty times as fast as indexing with brackets
+        images = random_crop(images, offsets[:, own], self.config.crop, self.config.crop_mode)
+        if self.config.flip == "none":
+            return images
+        if self.config.flip == "alternating":
+            return horizontal_flip(images, (self.first_flip[indices] ^ (epoch % 2 == 0))[own])
+        return horizontal_flip(images, self._coins(len(indices))[own])
 
     def _coins(self, count: int) -> Tensor:
         return torch.rand(count, generator=self.generator, device=self.generator.device) < 0.5
 
 
 def to_float(images: Tensor, layout: torch.memory_format = torch.channels_last) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 in 0..1; convolutions are fastest in the channels-last layout."""
+    """Convert uint8 (N, 3, H, W) to float32 in 0..1; convolutions are fastest in the channels-last layout."""
     return images.to(dtype=torch.float32, memory_format=layout).div_(255)
 
 
-def random_shifts(count: int, pad: int, generator: torch.Generator) -> Tensor:
-    """Places of crops, down and to the right, from 0 to 2 * pad: (2, count)."""
-    return torch.randint(0, 2 * pad + 1, (2, count), generator=generator, device=generator.device)
+def random_offsets(count: int, padding: int, generator: torch.Generator) -> Tensor:
+    """Draw the offsets of crops, down and to the right, from 0 to 2 * padding: (2, count)."""
+    return torch.randint(0, 2 * padding + 1, (2, count), generator=generator, device=generator.device)
 
 
-def shift(images: Tensor, shifts: Tensor, pad: int, mode: str) -> Tensor:
-    """Crop images out of what they are with a border of `pad` pixels.
+def random_crop(images: Tensor, offsets: Tensor, padding: int, mode: str) -> Tensor:
+    """Crop images to their own size after padding them on each side.
 
-    images: (N, 3, H, W), any dtype; shifts: (2, N), of `random_shifts`; mode: the border, `reflect` or `zeros`. Returns
-    the same shape. Raises ValueError unless 0 <= pad < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
+    images: (N, 3, H, W), any dtype; offsets: (2, N), of `random_offsets`; mode: `reflect` or `zeros`. Returns the same
+    shape. Raises ValueError unless 0 <= padding < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
     """
     height, width = images.shape[-2:]
-    if not 0 <= pad < min(height, width):
-        raise ValueError(f"pad {pad} must be from 0 to {min(height, width) - 1}")
-    if pad == 0:
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"padding {padding} must be from 0 to {min(height, width) - 1}")
+    if padding == 0:
         return images
-    padded = pad_border(images, pad, mode)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 pad + 1, 2 pad + 1, H, W), a view
-    return windows[torch.arange(len(images), device=images.device), :, shifts[0], shifts[1]]
+    padded = pad_border(images, padding, mode)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 padding + 1, 2 padding + 1, H, W), no copy
+    return windows[torch.arange(len(images), device=images.device), :, offsets[0], offsets[1]]
 
 
-def pad_border(images: Tensor, pad: int, mode: str) -> Tensor:
-    """Widen images (N, 3, H, W), of any dtype, by `pad` pixels on each side: `reflect` or `zeros`."""
+def pad_border(images: Tensor, padding: int, mode: str) -> Tensor:
+    """Pad images (N, 3, H, W), any dtype, by `padding` pixels on each side; mode: `reflect` or `zeros`."""
     if mode == "zeros":
-        return F.pad(images, (pad,) * 4)
+        return F.pad(images, (padding,) * 4)
     for axis in (-2, -1):
         last = images.shape[axis] - 1
-        before, after = images.narrow(axis, 1, pad), images.narrow(axis, last - pad, pad)
-        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)  # F.pad reflects no integers
+        before, after = images.narrow(axis, 1, padding), images.narrow(axis, last - padding, padding)
+        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)  # F.pad cannot reflect integers
     return images
 
 
-def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror left to right the images (N, 3, H, W) where `mirrored` (N,) is true."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+def horizontal_flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Flip the images (N, 3, H, W) left to right where `flipped` (N,) is true."""
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def jitter_factors(count: int, most: float, generator: torch.Generator) -> Tensor:
-    """Factors from 1 - most to 1 + most of the brightness, contrast and saturation of images: (3, count)."""
+def jitter_factors(count: int, largest: float, generator: torch.Generator) -> Tensor:
+    """Draw factors from 1 - largest to 1 + largest for brightness, contrast and saturation: (3, count)."""
     factors = torch.empty(3, count, device=generator.device)
-    return factors.uniform_(1 - most, 1 + most, generator=generator)
+    return factors.uniform_(1 - largest, 1 + largest, generator=generator)
 
 
 def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
@@ -191,40 +240,41 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     return torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
 
 
-def random_corners(count: int, side: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Upper left corners, rows and columns, of squares of that side within images of the size (H, W): (2, count).
+def random_corners(count: int, size: int, image_size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw upper left corners, rows and columns, of squares within images of (H, W) pixels: (2, count).
 
     Raises ValueError if the square is larger than the images.
     """
-    if side > min(size):
-        raise ValueError(f"a square of {side} pixels does not fit into {min(size)}")
+    if size > min(image_size):
+        raise ValueError(f"a square of {size} pixels does not fit into {min(image_size)}")
     draws = [
-        torch.randint(0, length - side + 1, (count,), generator=generator, device=generator.device) for length in size
+        torch.randint(0, length - size + 1, (count,), generator=generator, device=generator.device)
+        for length in image_size
     ]
     return torch.stack(draws)
 
 
-def cut_out(images: Tensor, corners: Tensor, side: int, colour: Tensor) -> Tensor:
-    """Fill the square of that side at its corner, (2, N), of each image (N, 3, H, W) with a colour (3,).
+def cutout(images: Tensor, corners: Tensor, size: int, color: Tensor) -> Tensor:
+    """Fill a square of each image (N, 3, H, W), at its corner (2, N), with a color (3,).
 
     Source: DeVries and Taylor 2017, arXiv:1708.04552.
     """
     within = []  # for the rows and for the columns, which of them the square covers: (N, H) and (N, W)
     for length, start in zip(images.shape[-2:], corners):
-        place = torch.arange(length, device=images.device) - start[:, None]
-        within.append((place >= 0) & (place < side))
+        offset = torch.arange(length, device=images.device) - start[:, None]
+        within.append((offset >= 0) & (offset < size))
     covered = within[0][:, None, :, None] & within[1][:, None, None, :]
-    return torch.where(covered, colour.view(1, 3, 1, 1), images)
+    return torch.where(covered, color.view(1, 3, 1, 1), images)
 
 
-def shrink(images: Tensor, side: int) -> Tensor:
-    """Resize float images (N, 3, H, W) to `side` x `side` pixels, averaging where they get smaller."""
-    if images.shape[-1] == side:
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize float images (N, 3, H, W) to size x size pixels, with antialiasing."""
+    if images.shape[-1] == size:
         return images
-    shrunken = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return shrunken.contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    return resized.contiguous(memory_format=torch.channels_last)
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor(ITU_GREY).view(1, 3, 1, 1)
+    weights = images.new_tensor(LUMA_WEIGHTS).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)

@@ -1,184 +1,264 @@
-"""The demo's server: on this machine alone unless told otherwise, and closed to all that the page does not need."""
+"""The demo in the browser: any image in, a run's prediction out, and how good the run is."""
 
+import base64
 import contextlib
-import errno
-import ipaddress
-import os
-import re
-import socket
+import functools
+import io
 import tempfile
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
-from starlette.datastructures import Headers
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+import numpy as np
+from gradio.utils import get_upload_folder
+from PIL import Image
+from torch import Tensor
 
-from cifar import console, demo_page
-from cifar.demo_runs import DemoRuns
-from cifar.errors import UsageError, UserError
+from cifar import analysis, console, datasets, device, images, runs, server
+from cifar.errors import UserError, known_name, listing
+from cifar.predict import Predictor
 from cifar.runs import Run
+from cifar.visualize import FIGURES
 
-AUTH_VARIABLE = "CIFAR_DEMO_AUTH"
-_FILE_LIMIT = 10_000_000  # bytes
-_FORM_LIMIT = _FILE_LIMIT + 100_000  # bytes; what a request adds to its file is under this
-_WAITING = 64  # requests
-_SESSIONS = 100  # visitors whose page Gradio remembers
-_PORTS_TRIED = 100
-
-
-def serve(run: Run | None = None, *, host: str = "127.0.0.1", **options: Any) -> None:
-    """Serve the demo until interrupted. The parameters are those of `running`."""
-    with running(run, host=host, **options) as page:
-        console.say(f"the demo is at {page.share_url or page.local_url}, Ctrl-C ends it")
-        if not _is_loopback(host) and not page.auth:
-            console.banner(f"Whoever reaches {host} can use the demo: --auth USER:PASSWORD asks who they are.")
-        while page.is_running:
-            time.sleep(1)
+_MAX_LOADED = 3  # runs in memory at once
+_FILE_AGE = (60, 900)  # seconds: how often Gradio looks for old files, and when a file is old
+_CSS = Path(__file__).parent / "templates" / "demo.css"
+# The package's semi-bold Source Sans lacks most letters; grey text is a step darker than Gradio's, to be readable.
+_FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif")
+_THEME = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT)
+_THEME.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
+_INTERNAL = {"api_visibility": "private", "show_progress": "hidden"}  # of events that only the page sends
 
 
-@contextlib.contextmanager
-def running(
-    run: Run | None = None,
-    *,
-    output_dir: str,
-    data_dir: str,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    share: bool = False,
-    auth: str | None = None,
-    device: str = "auto",
-) -> Iterator[gr.Blocks]:
-    """The demo, answering at the page's `local_url` while the context lasts.
+def serve(
+    run: Run | None, *, output_dir: str, data_dir: str, host: str, port: int, share: bool, auth: str | None, device: str
+) -> None:
+    """Serve the demo until Ctrl-C.
 
-    run: shown first; the newest evaluated one of output_dir if None. auth: USER:PASSWORD, which CIFAR_DEMO_AUTH in
-    the environment stands for. share: ask Gradio's servers for a public address.
-    Raises UserError if no run can answer, nothing can listen on host and port, or no public address is to be had.
+    run: the run selected at first; by default the newest evaluated one in `output_dir` that can be loaded. port: 0
+    picks a free one. auth: USER:PASSWORD. share: get a public address from Gradio's servers.
+    Raises UserError if no run can be loaded, or the server cannot start.
     """
-    credentials = _credentials(auth or os.environ.get(AUTH_VARIABLE))
-    _require_free(host, port)
-    with tempfile.TemporaryDirectory(prefix="cifar-demo-") as name, _environment(Path(name) / "uploads", host):
-        runs = DemoRuns(run, output_dir, data_dir, device, Path(name) / "examples")
-        page = demo_page.build(runs, Path(name) / "uploads")
-        _launch(page, host=f"[{host}]" if ":" in host else host, port=port, share=share, auth=credentials)
+    credentials = server.credentials(auth)
+    with server.listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="cifar-demo-") as folder:
+        server.set_upload_folder(folder)
+        page = build(Demo(run, output_dir, data_dir, device))
+        server.serve(page, listener, auth=credentials, share=share, theme=_THEME, css_paths=_CSS)
+
+
+class Demo:
+    """The evaluated runs of a folder, loaded when first used, and what they predict."""
+
+    def __init__(self, first: Run | None, output_dir: str, data_dir: str, device_name: str):
+        """Load the run `first`, by default the newest that can be loaded. Raises UserError if there is none."""
+        self._first, self._output_dir, self._data_dir = first, output_dir, data_dir
+        # One thread for all networks: every thread that calls torch gets a pool of threads, which compete.
+        self._thread = ThreadPoolExecutor(1)
+        self._predictor = functools.lru_cache(_MAX_LOADED)(lambda name: Predictor(self.run(name), device_name))
+        self.examples = functools.lru_cache(_MAX_LOADED)(self._examples)
+        device.choose(device_name)  # raises what would otherwise be said of each run
+        self.default = self._load_first()
+
+    def _load_first(self) -> str:
+        """Return the name of the first run that can be loaded, and say of each one before it why it cannot."""
+        names = [self._first.path.name] if self._first else list(self.find())
+        for name in names:
+            try:
+                self._thread.submit(self._predictor, name).result()
+                return name
+            except UserError as error:
+                if name == names[-1]:
+                    raise
+                console.say(f"{name} cannot be loaded: {error}")
+        raise UserError(f"no evaluated run in {self._output_dir}; train one with `python main.py`")
+
+    def find(self) -> dict[str, Run]:
+        """Find the evaluated runs, by name, newest first."""
+        found = {path.name: Run(path) for path in runs.directories(Path(self._output_dir))}
+        given = {self._first.path.name: self._first} if self._first else {}
+        return {name: run for name, run in found.items() if run.has_metrics} | given
+
+    def run(self, name: str) -> Run:
+        """Return the run of this name. Raises UserError if there is none."""
+        known = self.find()
+        return known[known_name("run", name, known)]
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Return title and name of each run that has its weights and can be described."""
+        titles = []
+        for name, run in self.find().items():
+            with contextlib.suppress(UserError):
+                metrics, start = run.metrics, run.record.start[:16].replace("T", " ")
+                if run.config and (run.checkpoints / "best.pt").exists():
+                    titles.append((f"{metrics.recipe} on {metrics.dataset}, {metrics.accuracy:.1%}, {start}", name))
+        return titles
+
+    def show(self, image: dict | None, name: str) -> tuple[str, dict[str, float] | None, str]:
+        """Classify an uploaded image for the page: a note, the confidences and the network's input."""
+        if image is None:
+            return "", None, ""
         try:
-            if share and not page.share_url:
-                raise UserError("no public address could be had from Gradio's servers: try again, or leave out --share")
-            yield page
-        finally:
-            page.close(verbose=False)
+            return self._thread.submit(self._show, image, name).result()
+        except UserError as error:
+            return _note("error", _sentence(error)), None, ""
+
+    def predict(self, image: dict | None, run: str | None = None) -> dict[str, Any]:
+        """Classify an image file of at most 10 MB and 25 million pixels by the run of this name.
+
+        Returns {"label", "confidences": [{"label", "confidence"}, ...], "probably_none", "threshold", "run"}. The
+        confidences are calibrated, highest first; below the threshold, the image is probably of none of the classes.
+        """  # Gradio shows this in the API's documentation
+        return self._thread.submit(lambda: _classify(*self._open(image, run or self.default))).result()
+
+    def _show(self, image: dict | None, name: str) -> tuple[str, dict[str, float], str]:
+        predictor, pixels = self._open(image, name)
+        answer = _classify(predictor, pixels)
+        label = predictor.classes.index(answer["label"])
+        saliency = analysis.saliency(predictor.network, pixels, label, precision=predictor.precision)
+        confidences = {row["label"]: row["confidence"] for row in answer["confidences"]}
+        note, threshold = "", answer["threshold"]
+        if answer["probably_none"]:
+            note = _note("unsure", f"Probably none of the classes: the confidence is below {threshold:.1%}.")
+        return note, confidences, _inputs(pixels, saliency, answer["label"])
+
+    def _open(self, image: dict | None, name: str) -> tuple[Predictor, Tensor]:
+        """Return the run's predictor and an uploaded image as its input, uint8 (3, S, S)."""
+        path = Path((image or {}).get("path") or "/").resolve()
+        if not path.is_relative_to(Path(get_upload_folder()).resolve()):  # any other file of this machine
+            raise UserError("upload the image as a file")
+        predictor = self._predictor(name)
+        return predictor, images.decode(path, predictor.image_size)
+
+    def _examples(self, name: str) -> list[list[np.ndarray]]:
+        """Return rows of one test image (S, S, 3) for 10 classes; none if the dataset is not on this machine."""
+        config = self.run(name).config
+        try:
+            split = datasets.find(config.dataset, self._data_dir, config.image_size)[0].test
+        except UserError:
+            return []
+        indices = np.unique(split.labels.numpy(), return_index=True)[1]
+        return [[split.images[index].permute(1, 2, 0).numpy()] for index in indices[:10]]
 
 
-def _launch(page: gr.Blocks, *, host: str, port: int, share: bool, auth: tuple[str, str] | None) -> None:
-    # Gradio fetches whatever address a client names as its file; this server fetches nothing.
-    processing_utils.async_ssrf_protected_get = _refuse_address
-    page.queue(max_size=_WAITING, api_open=False)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=auth,
-        theme=demo_page.THEME,
-        css=demo_page.CSS,
-        footer_links=["api"],
-        max_file_size=_FILE_LIMIT,
-        state_session_capacity=_SESSIONS,
-        app_kwargs={"middleware": [Middleware(Gate)]},
-        prevent_thread_lock=True,
-        quiet=True,
-        inline=False,
-        enable_monitoring=False,
-        run_history=False,
-        mcp_server=False,
-        ssr_mode=False,
-        num_workers=0,
-        pwa=False,
-    )
+def _classify(predictor: Predictor, image: Tensor) -> dict[str, Any]:
+    """Return what the API answers."""
+    probabilities = predictor.probabilities(image[None])[0]
+    order = (-probabilities).argsort(kind="stable")
+    return {
+        "label": predictor.classes[order[0]],
+        "confidences": [{"label": predictor.classes[i], "confidence": float(probabilities[i])} for i in order],
+        "probably_none": predictor.is_probably_none(probabilities),
+        "threshold": predictor.threshold,
+        "run": predictor.run.path.name,
+    }
 
 
-class Gate:
-    """Turns away what Gradio would do and the demo does not need: fetching addresses, ffmpeg, saved states, floods."""
+def build(demo: Demo) -> gr.Blocks:
+    """Build the page: choose a run, try it on images, read how good it is."""
+    with gr.Blocks(title="Image classification", analytics_enabled=False, delete_cache=_FILE_AGE) as page:
+        with gr.Row(elem_id="head"):
+            heading = gr.HTML(_heading(demo.run(demo.default)))
+            chosen = gr.Dropdown(demo.choices(), value=demo.default, label="Run", elem_id="run")
+        with gr.Tab("Try it"), gr.Row():
+            examples = _build_prediction(demo, chosen)
+        with gr.Tab("The run") as tab:
+            report = gr.HTML()
+        handlers = [
+            ([page.load], lambda _: gr.Dropdown(demo.choices()), chosen),
+            ([chosen.change], lambda name: _heading(demo.run(name)), heading),
+            # Examples come after the page, because reading the dataset takes a while.
+            ([page.load, chosen.change], lambda name: gr.Dataset(samples=demo.examples(name)), examples),
+            ([tab.select, chosen.change], lambda name: _report(demo.run(name)), report),
+        ]
+        for events, handler, output in handlers:
+            gr.on(events, _gradio_errors()(handler), chosen, output, **_INTERNAL)
+    return page
 
-    _CLOSED = re.compile(r"/gradio_api/(file[=/]https?:|proxy=|deep_link|process_recording|vibe|undo-vibe)")
 
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        app = self.app
-        if scope["type"] == "http":
-            size = Headers(scope=scope).get("content-length", "0")
-            if self._CLOSED.match(scope["path"]):
-                app = PlainTextResponse("not served here", 403)
-            elif not size.isdecimal() or int(size) > _FORM_LIMIT:
-                app = PlainTextResponse(f"over the limit of {_FILE_LIMIT // 10**6} MB", 413)
-        await app(scope, receive, send)
-
-
-async def _refuse_address(url: str) -> None:
-    raise gr.Error("Send the picture itself: this server fetches nothing from elsewhere.", print_exception=False)
+def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
+    """Build the tab that classifies images, and return its list of examples, still empty."""
+    with gr.Column(min_width=300):
+        image = gr.Image(format="png", label="Image", height=320, buttons=[], elem_id="image")
+        thumbnail = gr.Image(format="png", render=False)
+        examples = gr.Dataset(
+            components=[thumbnail], samples=[], type="index", label="Or try a test image", elem_id="examples"
+        )
+    with gr.Column(min_width=300):
+        note = gr.HTML(elem_id="note")
+        label = gr.Label(label="Prediction", num_top_classes=3)
+        inputs = gr.HTML()
+    # In the API's documentation: Gradio's example is an address, which this server would not download.
+    image.example_payload = lambda: {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
+    # Without preprocessing the file arrives as it was sent: Gradio would rotate, convert and save it.
+    asking = {"inputs": [image, chosen], "preprocess": False, "concurrency_id": "predict"}
+    shown = {"outputs": [note, label, inputs], "trigger_mode": "always_last"}
+    gr.on([image.change, chosen.change], demo.show, **shown, **asking, **_INTERNAL)
+    result = gr.JSON(label="prediction", visible=False)
+    gr.on([], _gradio_errors()(demo.predict), outputs=result, api_name="predict", **asking)
+    show_example = _gradio_errors()(lambda index, name: demo.examples(name)[index][0])
+    examples.click(show_example, [examples, chosen], image, **_INTERNAL)
+    return examples
 
 
 @contextlib.contextmanager
-def _environment(uploads: Path, host: str) -> Iterator[None]:
-    """The settings that Gradio takes from the environment alone, put back afterwards."""
-    settings = {
-        "GRADIO_TEMP_DIR": str(uploads),
-        "GRADIO_EXAMPLES_CACHE": str(uploads),  # else files under .gradio in the working directory could be read
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # kept in memory
-        "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),  # events until Gradio makes a table of them
-        "NO_PROXY": f"{host},localhost",  # Gradio asks itself whether it is up, which a proxy cannot answer
-        "no_proxy": f"{host},localhost",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+def _gradio_errors() -> Iterator[None]:
+    """Show a UserError, such as of a run that was damaged meanwhile, as a message on the page. Decorates handlers."""
     try:
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    except UserError as error:
+        raise gr.Error(_sentence(error), print_exception=False) from None
 
 
-def _credentials(auth: str | None) -> tuple[str, str] | None:
-    if not auth:
-        return None
-    user, _, password = auth.partition(":")
-    if not user or not password:
-        raise UsageError(f"--auth and {AUTH_VARIABLE} take USER:PASSWORD, and neither may be empty")
-    return user, password
+def _sentence(error: UserError) -> str:
+    text = str(error)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _require_free(host: str, port: int) -> None:
-    """Raise UserError, with a free port, unless the demo can listen on this one."""
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port must be from 1 to 65535, not {port}")
-    if not _is_free(host, port):
-        others = range(port + 1, min(port + _PORTS_TRIED, 65536))
-        free = next((other for other in others if _is_free(host, other)), None)
-        raise UserError(f"port {port} is taken: " + (f"--port {free} is free" if free else "name another with --port"))
+def _heading(run: Run) -> str:
+    classes = run.dataset.classes
+    names = escape(listing(classes, 20))
+    return f"<h1>What is in the image?</h1><p>The network knows {len(classes)} classes: {names}.</p>"
 
 
-def _is_free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return False
-        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    return True
+def _note(kind: str, text: str) -> str:
+    return f'<p class="note {kind}" role="status">{escape(text)}</p>'
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _inputs(image: Tensor, saliency: Tensor, label: str) -> str:
+    pixels = image.permute(1, 2, 0).numpy()
+    captions = (f"Input of the network: {len(pixels)} by {len(pixels)} pixels", f'Saliency for "{label}"')
+    figures = ""
+    for caption, shown in zip(captions, (pixels, analysis.overlay(pixels, saliency.numpy()))):
+        Image.fromarray(shown).save(file := io.BytesIO(), "PNG")
+        figures += f"<figure>{_embed(file.getvalue(), caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f'<div class="inputs">{figures}</div>'
+
+
+def _embed(png: bytes, alt: str) -> str:
+    """Return an <img> that holds its image, so that no file has to be served."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
+
+
+def _report(run: Run) -> str:
+    """Return the most important metrics of a run, and its figures, as HTML."""
+    metrics, seconds = run.metrics, run.record.seconds.get("train")
+    span = "95% interval {:.2%} to {:.2%}".format
+    tiles = [
+        _tile("Accuracy", f"{metrics.accuracy:.2%}", span(*metrics.interval_95)),
+        _tile(
+            "Accuracy with test-time augmentation (TTA)", f"{metrics.accuracy_tta:.2%}", span(*metrics.interval_95_tta)
+        ),
+        _tile("Test images", f"{metrics.n:,}", f"{metrics.dataset}, never trained on"),
+        _tile("Training time", "unknown" if seconds is None else f"{seconds:,.0f} s", f"recipe {metrics.recipe}"),
+    ]
+    files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
+    figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.exists()]
+    hint = f"<p>No figures yet; draw them with <code>invoke visualize --run {escape(run.path.name)}</code></p>"
+    return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
+
+
+def _tile(title: str, value: str, detail: str) -> str:
+    return f'<div class="tile">{escape(title)}<strong>{escape(value)}</strong><small>{escape(detail)}</small></div>'

@@ -1,25 +1,32 @@
-"""The hardware: which device computes, in which number format, and how memory is reused."""
+"""The hardware: which device computes, in which precision, how memory is reused, and several processes as one job."""
 
 import contextlib
 import ctypes
+import datetime
+import os
+import re
 import sys
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from cifar.errors import UserError
+from cifar.errors import UserError, first_line
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def choose(name: str) -> torch.device:
-    """The device called `name`; `auto` is the fastest that is there: cuda, then mps, then cpu.
+    """Return the device called `name`; `auto` is the fastest one available: cuda, then mps, then cpu.
 
     Raises UserError for a device that this machine lacks.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    present = [device for device, is_there in there.items() if is_there]
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = [device for device, is_available in available.items() if is_available]
     if name == "auto":
         return torch.device(present[0])
     if name not in present:
@@ -28,7 +35,7 @@ def choose(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; where it does not, float32 is faster."""
+    """Say whether the device multiplies bfloat16 matrices in hardware; where it does not, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -38,30 +45,35 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`bfloat16` or `float32`; `auto` takes bfloat16 where the device has it natively."""
+    """Return `bfloat16` or `float32`; `auto` is bfloat16 where the device has it in hardware."""
     if name != "auto":
         return name
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 def multiplies_tiles(device: torch.device) -> bool:
-    """Whether products are computed in bfloat16 from here on, by a processor that multiplies them in tiles (AMX)."""
+    """Say whether products are now computed in bfloat16 by a processor with tile multiplication (AMX)."""
     in_bfloat16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
-    return device.type == "cpu" and in_bfloat16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and in_bfloat16 and _has_amx()
+
+
+@torch.compiler.assume_constant_result  # else torch.compile cannot see the network as one graph
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """A context in which the network's products are computed in `precision`; weights stay float32."""
+    """Return a context in which the network's products are computed in `precision`; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def random_module(device: torch.device) -> ModuleType:
-    """Where get_rng_state and set_rng_state of the device's global generator are."""
+    """Return the module with get_rng_state and set_rng_state of the device's global generator."""
     return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 def describe(device: torch.device) -> str:
-    """The device's name as its maker prints it."""
+    """Return the device's name as its maker prints it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.cpu.get_capabilities().get("cpu_name", device.type) if device.type == "cpu" else device.type
@@ -70,16 +82,119 @@ def describe(device: torch.device) -> str:
 def keep_freed_memory() -> bool:
     """Make glibc keep large blocks for reuse instead of returning them to the system at once.
 
-    A training step frees and takes hundreds of megabytes; with glibc's defaults each comes back as
-    fresh pages, and faulting them in took over a third of a step's time. Returns whether it was set:
-    elsewhere than on glibc nothing happens. What lies free by then, of the stage or the run before, is
-    returned. Call it before the first large tensor.
+    A training step frees and takes hundreds of megabytes; with glibc's defaults each comes back as fresh pages, and
+    faulting them in took over a third of a step's time. Returns whether it was set: elsewhere than on glibc nothing
+    happens. Memory that is free at the call is returned to the system. Call it before the first large tensor.
     """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
     libc.malloc_trim(0)
-    return all(libc.mallopt(parameter, value) for parameter, value in wanted.items())
+    return all(libc.mallopt(parameter, value) for parameter, value in settings.items())
+
+
+# Several processes, started by torchrun. Each runs the same program on its slice of every batch; rank 0 alone writes
+# and prints. With one process the functions below change nothing.
+
+_LONGEST_WAIT = datetime.timedelta(hours=6)  # for rank 0, which downloads, evaluates and draws on its own
+# What gloo says when a process has ended; NCCL raises DistBackendError.
+_BROKEN = re.compile("connection|peer|broken pipe|timed out", re.IGNORECASE)
+
+
+def rank() -> int:
+    """Return the number of this process; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes in this job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun has started, each with its GPU or its share of the cores.
+
+    Raises UserError if they do not find each other, or if another process ends while this one needs it.
+    """
+    from joblib import cpu_count
+
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which would leave cores idle
+        torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    try:
+        dist.init_process_group(timeout=_LONGEST_WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot find each other: {first_line(error)}") from None
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and not _BROKEN.search(str(error)):
+            raise
+        raise UserError(f"another of the {world_size()} processes has ended: torchrun says which and why") from None
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """Wrap a network so that its gradients are averaged over all processes.
+
+    On GPUs, BatchNorm takes its statistics over the whole batch; on CPUs, where PyTorch has no such layer, over each
+    process's slice, and rank 0's running statistics are the ones that count.
+    """
+    if world_size() == 1:
+        return network
+    from torch.nn.parallel import DistributedDataParallel
+
+    if next(network.parameters()).device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, find_unused_parameters=True)  # layers whose learning rate has ended
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give all processes rank 0's buffers, such as BatchNorm's running statistics."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def rank_slice(total: int) -> slice:
+    """Return the slice of `total` items that is this process's; sizes differ by one at most."""
+    return slice(total * rank() // world_size(), total * (rank() + 1) // world_size())
+
+
+def gather_slices(values: Tensor, total: int) -> Tensor:
+    """Join the slices of all processes, (..., slice), to (..., total)."""
+    if world_size() == 1:
+        return values
+    joined = values.new_zeros(*values.shape[:-1], total)
+    joined[..., rank_slice(total)] = values
+    dist.all_reduce(joined)
+    return joined
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def maximum(value: int) -> int:
+    """Return the largest value that any process has given; all have to ask."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return the value that rank 0 has given; the others' are ignored."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

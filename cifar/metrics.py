@@ -1,4 +1,4 @@
-"""Logits and labels to metrics: accuracy with its interval, scores by class, confusions, calibration.
+"""Metrics of logits, probabilities and labels: accuracy, scores by class, calibration, ranking, significance.
 
 scikit-learn and SciPy's statistics are imported where they are used: they take a second, and the demo would wait.
 """
@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
-_BINS = 15
-_UNSURE_SHARE = 0.05  # of the validation images, on which the network is called unsure
+BELOW_THRESHOLD = 0.05  # fraction of the validation images that are less confident than the threshold
+SIGNIFICANCE_LEVEL = 0.05  # below which a p value is called significant
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share, in 0..1, of logits (N, classes) whose largest is at the label (N,)."""
+    """Return the fraction, in 0..1, of logits (N, classes) that are highest at the label (N,)."""
     return (logits.argmax(1) == labels).float().mean().item()
 
 
 def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """The metrics of logits (N, classes) and of their test-time augmented form against labels (N,), shares in 0..1.
+    """Compute the metrics of logits (N, classes), and the accuracy of those with TTA, against labels (N,).
 
-    What is not called `tta` is from the plain logits.
+    All fractions are in 0..1. To add a metric to metrics.json, add a key here, and show it in templates/report.html.
     """
     from sklearn.metrics import classification_report, confusion_matrix
 
     numbers = range(len(classes))
     predicted = logits.argmax(1)
-    # By number, as a class may be called "accuracy", which is a key of the report.
+    # By number, since a class may be called "accuracy", which is a key of the report.
     report = classification_report(labels, predicted, labels=numbers, output_dict=True, zero_division=0)
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
@@ -50,50 +50,80 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     }
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95% confidence interval of a share (Wilson 1927), as two numbers in 0..1."""
+def _scores(row: dict[str, float]) -> dict[str, Any]:
+    return {
+        "precision": row["precision"],
+        "recall": row["recall"],
+        "f1": row["f1-score"],
+        "support": int(row["support"]),
+    }
+
+
+def wilson_interval(correct: int, total: int) -> list[float]:
+    """Return the 95% confidence interval of a fraction (Wilson 1927), as two numbers in 0..1."""
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    return [float(end) for end in binomtest(correct, total).proportion_ci(method="wilson")]
 
 
 def most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The ten cells off the diagonal with the largest counts, largest first, and none that is zero."""
-    wrong = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
-    cells = [np.unravel_index(cell, wrong.shape) for cell in order]
-    return [
-        {"true": classes[row], "predicted": classes[column], "count": int(wrong[row, column])}
-        for row, column in cells
-        if wrong[row, column]
+    """List the ten largest counts off the diagonal of a confusion matrix, largest first, without zeros."""
+    pairs = [
+        {"true": classes[row], "predicted": classes[column], "count": int(matrix[row, column])}
+        for row, column in np.argwhere(matrix)
+        if row != column
     ]
+    return sorted(pairs, key=lambda pair: pair["count"], reverse=True)[:10]
+
+
+def ranking_scores(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Compute the metrics of probabilities (N, classes) as a ranking of the images.
+
+    average_precision: by class; None for a class without images. selective: if only the most confident predictions are
+    kept, the error rate averaged over all fractions kept (Geifman and El-Yaniv 2017, arXiv:1705.08500), and the largest
+    fraction of which 99% are correct.
+    """
+    from sklearn.metrics import average_precision_score
+
+    risks = risk(probabilities, labels)
+    trusted = np.flatnonzero(risks <= 0.01 + 1e-12)
+    coverage = (int(trusted[-1]) + 1) / len(labels) if len(trusted) else 0.0
+    return {
+        "average_precision": {
+            name: float(average_precision_score(labels == number, column)) if number in labels else None
+            for number, (name, column) in enumerate(zip(classes, probabilities.T))
+        },
+        "selective": {"area_under_risk_coverage": float(risks.mean()), "coverage_at_99_accuracy": coverage},
+    }
+
+
+def risk(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the error rates of the 1, 2, ... N most confident predictions: (N,)."""
+    order = np.argsort(-probabilities.max(1), kind="stable")
+    wrong = (probabilities.argmax(1) != labels)[order]
+    return wrong.cumsum() / np.arange(1, len(labels) + 1)
+
+
+# Calibration: Guo et al. 2017, arXiv:1706.04599.
 
 
 def calibrate(val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
-    """The temperature that makes confidence on validation fit accuracy, and the threshold of an answer.
+    """Fit the temperature, and choose the threshold of confidence below which an image is probably none of the classes.
 
-    threshold: the confidence that all but `threshold_share` of the validation images reach, so that a picture
-    below it is probably none of the classes. Without validation the temperature is 1 and there is no threshold.
-    Source: Guo et al. 2017, arXiv:1706.04599.
+    Without validation images the temperature is 1 and there is no threshold.
     """
     temperature = fit_temperature(val_logits, val_labels) if len(val_labels) else 1.0
     confidence = softmax(val_logits / temperature, axis=1).max(1, initial=0)
     return {
         "temperature": temperature,
-        "threshold": float(np.quantile(confidence, _UNSURE_SHARE)) if len(val_labels) else None,
-        "threshold_share": _UNSURE_SHARE,
+        "threshold": float(np.quantile(confidence, BELOW_THRESHOLD)) if len(val_labels) else None,
+        "threshold_share": BELOW_THRESHOLD,
         "fitted_on": len(val_labels),
     }
 
 
-def calibration_error(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
-    """How far confidence is from accuracy, `before` and `after` the temperature, each as `reliability` gives it."""
-    return {"before": reliability(logits, labels), "after": reliability(logits / temperature, labels)}
-
-
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T, from 0.01 to 100, that minimizes the cross-entropy of logits (N, classes) / T against labels (N,)."""
+    """Return the T in 0.01..100 that minimizes the cross-entropy of logits (N, classes) / T against labels (N,)."""
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
@@ -103,31 +133,57 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
+def calibration_error(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
+    """Compute the `reliability` of the logits before and after they are divided by the temperature."""
+    return {"before": reliability(logits, labels), "after": reliability(logits / temperature, labels)}
+
+
 def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
+    """Compute expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
     from sklearn.metrics import log_loss
 
     probabilities = softmax(logits.astype(np.float64), axis=1)
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels
-    edges = np.linspace(0, 1, _BINS + 1)
-    places = np.digitize(confidence, edges[1:-1], right=True)
+    edges = np.linspace(0, 1, 16)
+    indices = np.digitize(confidence, edges[1:-1], right=True)
     bins = []
-    for place, low in enumerate(edges[:-1]):
-        inside = places == place
+    for index, low in enumerate(edges[:-1]):
+        inside = indices == index
         count = int(inside.sum())
         means = [float(values[inside].mean()) if count else None for values in (confidence, correct)]
         bins.append({"low": float(low), "count": count, "confidence": means[0], "accuracy": means[1]})
     gaps = [bin["count"] * abs(bin["confidence"] - bin["accuracy"]) for bin in bins if bin["count"]]
-    classes = range(probabilities.shape[1])
-    likelihood = log_loss(labels, probabilities, labels=classes)
+    likelihood = float(log_loss(labels, probabilities, labels=range(probabilities.shape[1])))
     return {"expected_calibration_error": sum(gaps) / len(labels), "negative_log_likelihood": likelihood, "bins": bins}
 
 
-def _scores(row: dict[str, float]) -> dict[str, Any]:
-    return {
-        "precision": row["precision"],
-        "recall": row["recall"],
-        "f1": row["f1-score"],
-        "support": int(row["support"]),
-    }
+def mean_and_spread(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> dict[str, Any]:
+    """Compute mean, sample standard deviation and the mean's 95% interval (Student 1908) of two values or more.
+
+    least, most: bounds of the values, at which the interval is cut off.
+    """
+    from scipy.stats import t
+
+    mean, standard_deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(t.ppf(0.975, len(values) - 1)) * standard_deviation / len(values) ** 0.5
+    interval = [max(mean - half, least), min(mean + half, most)]
+    return {"mean": mean, "standard_deviation": standard_deviation, "interval_95": interval}
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the p value of McNemar's exact test (1947) that two networks are equally often correct.
+
+    only_first, only_second: the numbers of images on which only that network is correct.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values corrected for multiple comparisons (Holm 1979), in the order given."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(p_values), 0, -1)
+    corrected = np.maximum.accumulate(factors * np.array(p_values)[order]).clip(max=1)
+    return corrected[np.argsort(order)].tolist()

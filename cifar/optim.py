@@ -1,24 +1,135 @@
-"""Optimizers and learning rate schedules."""
+"""Optimizers and learning-rate schedules.
+
+A new optimizer is a function and a line in OPTIMIZERS; a new schedule is a line in SCHEDULES. Both need their name in
+config.py too.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# What Muon does not train, SGD does at these rates (Jordan 2024, where the loss is a sum over 2,000 images: his
-# rates times 2,000). They are large because the network `whitened` scales its logits down by its width.
+# Schedules: progress through the training, 0..1 -> the fraction of the peak learning rate, 0 at the end.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
+# The learning rates of what Muon does not train (Jordan 2024, where the loss is a sum over 2,000 images: his rates
+# times 2,000). They are large because airbench94 scales its logits down by its width.
 _BIAS_LR = 0.053 * 2000
 _HEAD_LR = 0.67 * 2000
 _SGD_MOMENTUM = 0.85
-_WHITEN_BIAS_EPOCHS = 3  # then it stays as it is, and no gradient has to reach the first layer
+_WHITEN_BIAS_EPOCHS = 3  # then it is frozen, and no gradient has to reach the first layer
+
+
+def build(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+    """Build the optimizer and its schedule for the network's parameters that require a gradient.
+
+    config: a config.Config, whose `precision` is resolved. steps: of each epoch.
+    """
+    return OPTIMIZERS[config.optimizer](network, config, steps)
+
+
+def _adam(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+    optimizer = torch.optim.Adam(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps))
+
+
+def _sgd(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+    settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    return ScheduledOptimizer(
+        config.schedule, [torch.optim.SGD(_trainable(network), **settings, fused=True)], sum(steps)
+    )
+
+
+def _muon(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+    """For airbench94 and airbench96: Muon on the hidden layers' weights, SGD on the head and on the biases."""
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    whiten_bias, head = [parameters.pop("whiten.bias")], [parameters.pop("head.weight")]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim == 1]
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    groups = [
+        {"params": vectors, "lr": _BIAS_LR},
+        {"params": head, "lr": _HEAD_LR},
+        {"params": whiten_bias, "lr": _BIAS_LR, "schedule": "linear", "schedule_steps": _WHITEN_BIAS_EPOCHS * steps[0]},
+    ]
+    for group in groups:  # SGD multiplies the weight decay by the learning rate; here it is a fraction of the weight
+        group["weight_decay"] = config.weight_decay / group["lr"]
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    muon = Muon(matrices, config.lr, config.momentum, dtype)
+    sgd = torch.optim.SGD(groups, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
+    return ScheduledOptimizer(config.schedule, [muon, sgd], sum(steps))
+
+
+OPTIMIZERS: dict[str, Callable[..., "ScheduledOptimizer"]] = {"muon": _muon, "adam": _adam, "sgd": _sgd}
+
+
+def _trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+class ScheduledOptimizer:
+    """Optimizers and their learning-rate schedule behind one `step`.
+
+    A parameter group may have a `schedule` and `schedule_steps` of its own. When its learning rate has reached zero,
+    its parameters are frozen, which spares their gradients. The learning rates are a function of the steps done
+    (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
+    """
+
+    def __init__(self, schedule: str, optimizers: list[torch.optim.Optimizer], steps: int):
+        self.optimizers = optimizers
+        for group in self.groups:
+            group["initial_lr"] = group["lr"]
+            group.setdefault("schedule", schedule)
+            group.setdefault("schedule_steps", steps)
+        self.seek(0)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; load_state_dict replaces them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group, which holds most of the weights."""
+        return self.groups[0]["lr"]
+
+    def step(self) -> None:
+        """Apply the gradients, clear them, and go to the next step's learning rates."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.seek(self.steps + 1)
+
+    def seek(self, steps: int) -> None:
+        """Set the learning rates to those after so many steps."""
+        self.steps = steps
+        for group in self.groups:
+            progress = min(1.0, steps / group["schedule_steps"])
+            group["lr"] = group["initial_lr"] * SCHEDULES[group["schedule"]](progress)
+            has_ended = group["lr"] == 0 < group["initial_lr"]
+            for parameter in group["params"]:
+                parameter.requires_grad_(not has_ended)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps done and each optimizer's state of its parameters (momentum and the like)."""
+        return {"steps": self.steps, "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`. Raises ValueError, KeyError or the like if it is not of these optimizers."""
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
+        self.seek(state["steps"])
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, on weights that start each step with rows of norm one on average.
+    """Momentum whose update is orthogonalized, on weights that are first scaled to rows of norm one on average.
 
-    Each parameter is a matrix, or is taken as one of (first dimension, all others). torch.optim.Muon is the
-    plain form, for matrices alone. Source: Jordan 2024, airbench94_muon.
+    Each parameter is a matrix, or is taken as one of (first dimension, all others). torch.optim.Muon is for matrices
+    alone and does not normalize the weights. Source: Jordan 2024, airbench94_muon.
     """
 
     def __init__(self, parameters, lr: float, momentum: float, dtype: torch.dtype):
@@ -28,6 +139,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -44,99 +156,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix (M, N) with its singular values brought near one, by Newton-Schulz iteration in `dtype`.
+    """Bring the singular values of a matrix (M, N) near one, by Newton-Schulz iteration in `dtype`.
 
     Three steps of a quintic whose slope at zero is steep: values over a twentieth of the matrix's norm end between
     0.5 and 1.3, which trains as well as ones (Jordan 2024), and smaller ones stay smaller.
     """
-    tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
+    is_tall = matrix.size(0) > matrix.size(1)
+    x = matrix.T if is_tall else matrix
     x = x.to(dtype) / (matrix.norm() + 1e-7)
     for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
-
-
-class Updates:
-    """The optimizers of a network, each parameter group with its own learning rate schedule."""
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer], factors: list[list[Callable[[int], float]]]):
-        """factors: for each group of each optimizer, step -> share of its peak rate; 0 means for good."""
-        self.optimizers, self.factors = optimizers, factors
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        self.go_to(0)
-
-    @property
-    def lr(self) -> float:
-        """The rate of the first group, which holds most of the weights."""
-        return self.optimizers[0].param_groups[0]["lr"]
-
-    def step(self) -> None:
-        """Apply the gradients, clear them, go on to the next step's rates."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.go_to(self.steps + 1)
-
-    def go_to(self, steps: int) -> None:
-        """Set the rates to those after so many steps; spare the gradients of groups whose rate has reached zero."""
-        self.steps = steps
-        for optimizer, factors in zip(self.optimizers, self.factors):
-            for group, factor in zip(optimizer.param_groups, factors):
-                group["lr"] = group["initial_lr"] * factor(steps)
-                is_over = group["lr"] == 0 < group["initial_lr"]
-                for parameter in group["params"]:
-                    parameter.requires_grad_(not is_over)
-
-
-def build(
-    network: nn.Module,
-    *,
-    optimizer: str,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    schedule: str,
-    steps: Sequence[int],
-    precision: str,
-) -> Updates:
-    """The optimizers and schedules of a recipe, for parameters that require a gradient. steps: of each epoch."""
-    decay = _factor(schedule, sum(steps))
-    if optimizer == "muon":
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        return _muon(network, lr, momentum, weight_decay, decay, _WHITEN_BIAS_EPOCHS * steps[0], dtype)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if optimizer == "adam":
-        rule = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    else:
-        rule = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-    return Updates([rule], [[decay]])
-
-
-def _muon(network, lr, momentum, weight_decay, decay, whiten_steps, dtype) -> Updates:
-    """For the network `whitened`: Muon on the hidden layers' weights; SGD on the head and on what is a vector."""
-    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    whiten_bias = [trained.pop("whiten.bias")]
-    head = [trained.pop("head.weight")]
-    vectors = [parameter for parameter in trained.values() if parameter.ndim == 1]
-    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
-    whiten_decay = _factor("linear", whiten_steps)
-    groups = [(vectors, _BIAS_LR, decay), (head, _HEAD_LR, decay), (whiten_bias, _BIAS_LR, whiten_decay)]
-    # SGD multiplies weight_decay by the rate, so a decay of the same share of each weight is divided by it.
-    sgd = torch.optim.SGD(
-        [{"params": params, "lr": rate, "weight_decay": weight_decay / rate} for params, rate, _ in groups],
-        momentum=_SGD_MOMENTUM,
-        nesterov=True,
-        fused=True,
-    )
-    return Updates([Muon(matrices, lr, momentum, dtype), sgd], [[decay], [factor for _, _, factor in groups]])
-
-
-def _factor(schedule: str, steps: int) -> Callable[[int], float]:
-    """step, from 0 -> the share of the peak rate, which is zero after `steps`."""
-    if schedule == "linear":
-        return lambda step: max(0.0, 1 - step / steps)
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return (x.T if is_tall else x).to(matrix.dtype)

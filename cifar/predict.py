@@ -1,9 +1,15 @@
-"""Any picture to a prediction: one network behind the command line and the demo."""
+"""Predictions for image files, and a run's network exported to a file that works without this suite."""
 
+import contextlib
 import csv
 import glob
+import importlib.util
+import io
 import json
+import os
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,112 +18,212 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
-from torch import Tensor
+from torch import Tensor, nn
 
-from cifar import device, evaluate
-from cifar.errors import UserError, known_name
-from cifar.files import writing
-from cifar.picture import FITS, Source, decode_all
+from cifar import console, device, evaluate, runs
+from cifar.errors import UserError, describe, display_path, known_name, listing
+from cifar.images import FITS, Source, decode_all
 from cifar.runs import Run
 
-_BATCH = 500  # pictures decoded before the network sees them
+_BATCH = 500  # images that are decoded before the network sees them
+_ROWS = 20  # that the terminal shows at most
+_COLUMNS = ("image", "predicted", "confidence", "probably_none", "error")  # of a .csv file, before the classes
+ABOUT = "about.json"  # in the .pt2 file, and a key of the .onnx file's metadata
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of one picture: the calibrated probabilities (classes,), or the sentence why it was refused."""
+class Prediction:
+    """The result for one image: calibrated probabilities (classes,), or why the image could not be read."""
 
-    source: str
+    source: Source
     probabilities: np.ndarray | None
-    refusal: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else "standard input"
 
 
 class Predictor:
-    """The network of an evaluated run with its classes, ready to answer."""
+    """The network of an evaluated run, ready to predict."""
 
     def __init__(self, run: Run, device_name: str = "auto"):
-        """Raises UserError if the run has no checkpoint or has not been evaluated."""
-        calibration = run.metrics["calibration"]
-        if "threshold" not in calibration:  # which an early version did not write
-            raise UserError(f"{run.path.name} has no threshold in its metrics.json: evaluate it anew")
+        """Load the run's best weights. Raises UserError if it has no checkpoint or has not been evaluated."""
+        calibration = run.metrics.calibration
         self.run = run
-        self.classes: tuple[str, ...] = tuple(run.dataset["classes"])
-        self.temperature: float = calibration["temperature"]
-        self.threshold: float | None = calibration["threshold"]  # confidence below which it is probably no class
-        self.network, content = evaluate.load(run, self.classes)
+        self.classes: tuple[str, ...] = tuple(run.dataset.classes)
+        self.temperature: float = calibration.temperature
+        self.threshold: float | None = calibration.threshold  # confidence below which it is probably none of them
+        self.network, content = evaluate.load_network(run, self.classes)
         self.image_size: int = content["image_size"]
-        hardware = device.choose(device_name)
-        self.network.to(hardware, memory_format=torch.channels_last)
-        self.precision = device.resolve_precision(run.config.precision, hardware)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 3, S, S) with S the run's image size -> float32 logits (N, classes) on the CPU."""
-        return evaluate.infer(self.network, images, precision=self.precision)
+        chosen = device.choose(device_name)
+        self.network.to(chosen, memory_format=torch.channels_last)
+        self.precision = device.resolve_precision(run.config.precision, chosen)
 
     def probabilities(self, images: Tensor) -> np.ndarray:
-        """uint8 images (N, 3, S, S) -> calibrated probabilities (N, classes), float64."""
-        return softmax(self.logits(images).double().numpy() / self.temperature, axis=1)
+        """Compute calibrated probabilities, float64 (N, classes), of uint8 images (N, 3, image_size, image_size)."""
+        logits = evaluate.infer(self.network, images, precision=self.precision)
+        return (logits.double() / self.temperature).softmax(1).numpy()
+
+    def predict(self, images: Iterable[Source], fit: str = "crop") -> Iterator[Prediction]:
+        """Yield a prediction for each image, in order; one that cannot be read does not stop the others."""
+        known_name("fit", fit, FITS)
+        remaining = iter(images)
+        while batch := list(islice(remaining, _BATCH)):
+            decoded = decode_all(batch, self.image_size, fit)
+            readable = [image for image in decoded if isinstance(image, Tensor)]
+            rows = iter(self.probabilities(torch.stack(readable)) if readable else [])
+            for source, image in zip(batch, decoded):
+                is_read = isinstance(image, Tensor)
+                yield Prediction(source, next(rows)) if is_read else Prediction(source, None, str(image))
 
     def is_probably_none(self, probabilities: np.ndarray) -> bool:
-        """Whether the most probable class is less so than for all but a few of the validation images."""
+        """Tell whether the confidence is below that of all but a few of the validation images."""
         return self.threshold is not None and bool(probabilities.max() < self.threshold)
 
-    def answer(self, sources: Iterable[tuple[str, Source]], fit: str = "crop") -> Iterator[Answer]:
-        """An answer for each named picture, in order; one that is refused does not stop the others."""
-        known_name("fit", fit, FITS)
-        remaining = iter(sources)
-        while batch := list(islice(remaining, _BATCH)):
-            yield from self._answer_batch(batch, fit)
 
-    def _answer_batch(self, batch: Sequence[tuple[str, Source]], fit: str) -> Iterator[Answer]:
-        decoded = decode_all([source for _, source in batch], self.image_size, fit)
-        images = [image for image in decoded if isinstance(image, Tensor)]
-        rows = iter(self.probabilities(torch.stack(images)) if images else [])
-        for (name, _), image in zip(batch, decoded):
-            yield Answer(name, next(rows)) if isinstance(image, Tensor) else Answer(name, None, str(image))
+def find_images(paths: Sequence[str]) -> list[Source]:
+    """Find the images that files, folders, glob patterns and `-` (standard input) stand for.
 
-
-def find_pictures(names: Sequence[str]) -> list[tuple[str, Source]]:
-    """The pictures that files, folders, globs and `-` for standard input name, each with its name.
-
-    A folder gives all its files but the hidden ones, sorted. A name that leads nowhere stays, to be refused in its
-    place.
+    A folder stands for all files below it in sorted order, without hidden ones. A path that does not exist stays in
+    the list, so that its error appears in its place.
     """
-    found: list[tuple[str, Source]] = []
-    for name in names:
-        if name == "-":
-            found.append(("standard input", sys.stdin.buffer.read()))
+    found: list[Source] = []
+    for path in paths:
+        if path == "-":
+            if sys.stdin is None or sys.stdin.closed:
+                raise UserError("standard input is closed, so no image can be read from it")
+            found.append(sys.stdin.buffer.read())
             continue
-        matches = [] if Path(name).exists() else [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        for place in matches or [Path(name)]:
-            inside = [path for path in sorted(place.rglob("[!.]*")) if path.is_file()] if place.is_dir() else []
-            found += [(str(path), path) for path in inside or [place]]
+        matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        for match in map(Path, matches or [path]):
+            inside = [match / name for name in glob.glob("**", root_dir=match, recursive=True)]
+            found += [file for file in sorted(inside) if file.is_file()] or [match]
     return found
 
 
-def write(path: Path, answers: Sequence[Answer], predictor: Predictor) -> None:
-    """Answers as .csv or .json: picture, predicted class, confidence, whether it is probably none, or the refusal."""
-    rows = [_row(answer, predictor) for answer in answers]
-    with writing(path), path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
+    """Write predictions to a .csv or .json file. Raises UserError if it cannot be written."""
+    rows = [_row(prediction, predictor) for prediction in predictions]
+    nothing = dict.fromkeys(predictor.classes, "")
+    lines = [[*_COLUMNS, *predictor.classes]]
+    for row in rows:
+        lines.append([*(row.get(column, "") for column in _COLUMNS), *row.get("probabilities", nothing).values()])
+    with runs.atomic_write(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            json.dump(rows, file, indent=2)
+            partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
             return
-        columns = ["picture", "predicted", "confidence", "probably_none", "refusal", *predictor.classes]
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows(map(_safe_cell, line) for line in lines)
 
 
-def _row(answer: Answer, predictor: Predictor) -> dict[str, Any]:
-    if answer.probabilities is None:
-        return {"picture": answer.source, "refusal": answer.refusal}
-    shares = [round(float(share), 6) for share in answer.probabilities]
-    winner = int(answer.probabilities.argmax())
+def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
+    """Return one prediction as a JSON file holds it."""
+    if prediction.probabilities is None:
+        return {"image": prediction.name, "error": prediction.error}
+    probabilities = dict(zip(predictor.classes, (round(float(p), 6) for p in prediction.probabilities)))
+    predicted = predictor.classes[prediction.probabilities.argmax()]
     return {
-        "picture": answer.source,
-        "predicted": predictor.classes[winner],
-        "confidence": shares[winner],
-        "probably_none": predictor.is_probably_none(answer.probabilities),
-        **dict(zip(predictor.classes, shares)),
+        "image": prediction.name,
+        "predicted": predicted,
+        "confidence": probabilities[predicted],
+        "probably_none": predictor.is_probably_none(prediction.probabilities),
+        "probabilities": probabilities,
     }
+
+
+def _safe_cell(value: Any) -> Any:
+    """Put an apostrophe before text that a spreadsheet would run as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
+    """Print the most probable classes of each image; of many images, the number of each class and the first few."""
+    readable = [prediction for prediction in predictions if prediction.probabilities is not None]
+    shown = predictions
+    if len(predictions) > _ROWS:
+        shown = predictions[: _ROWS // 2]
+        counts = Counter(predictor.classes[one.probabilities.argmax()] for one in readable).most_common(_ROWS // 2)
+        columns = {"most frequent": [name for name, _ in counts], "images": [f"{count:,}" for _, count in counts]}
+        console.out.print(console.table(f"{len(predictions):,} images", columns))
+    room = max(20, console.out.width - 60)  # three classes of CIFAR-10 with their probabilities need the rest
+    names = [display_path(prediction.name) for prediction in shown]
+    columns = {"image": [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]}
+    for rank, place in enumerate(("first", "second", "third")[: len(predictor.classes)]):
+        columns[place] = [_cell(prediction, predictor, rank) for prediction in shown]
+    console.out.print(console.table(f"predictions of {predictor.run.path.name}", columns))
+    if len(predictions) > len(shown):
+        console.say(f"and {len(predictions) - len(shown):,} more images; --output saves all predictions")
+    for prediction in [prediction for prediction in predictions if prediction.error][: _ROWS // 2]:
+        console.say(f"cannot read {prediction.name}: {prediction.error}", style="red")
+    if unsure := [one.name for one in readable if predictor.is_probably_none(one.probabilities)]:
+        console.say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {listing(unsure)}")
+
+
+def _cell(prediction: Prediction, predictor: Predictor, rank: int) -> str:
+    """Return the most probable class, for rank 0, or a less probable one, with its probability."""
+    if prediction.probabilities is None:
+        return "" if rank else "cannot be read"
+    number = prediction.probabilities.argsort()[::-1][rank]
+    return f"{predictor.classes[number]} {prediction.probabilities[number]:.1%}"
+
+
+class _Exported(nn.Module):
+    """uint8 RGB images (N, 3, image_size, image_size) -> calibrated probabilities, float32 (N, classes)."""
+
+    def __init__(self, network: nn.Module, temperature: float):
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.network(images.to(torch.float32) / 255) / self.temperature).softmax(1)
+
+
+def export(run: Run, path: Path) -> list[Path]:
+    """Export the run's network to `path`, a .pt2 file, and to an .onnx file beside it if ONNX is installed.
+
+    Both compute in float32 and take any number of images. Both hold, as JSON, the classes in the order of the
+    columns, the image size, and the confidence below which an image is probably none of the classes.
+    Returns the files. Raises UserError if the run has not been evaluated or torch.export does not support its network.
+    """
+    predictor = Predictor(run, "cpu")
+    about = {"run": run.path.name, "classes": predictor.classes, "image_size": predictor.image_size}
+    about = json.dumps({**about, "threshold": predictor.threshold})
+    program = _program(predictor)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={ABOUT: about})
+    with runs.atomic_write(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.getbuffer())
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        return [path]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # torch's own, about its future versions
+        converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
+    converted.model.metadata_props[ABOUT] = about
+    with runs.atomic_write(path.with_suffix(".onnx")) as partial:
+        converted.save(str(partial))
+    return [path, path.with_suffix(".onnx")]
+
+
+def _program(predictor: Predictor) -> torch.export.ExportedProgram:
+    network = _Exported(predictor.network, predictor.temperature).eval()
+    # torch.export warns of channels-last weights, and fails on code that runs only where gradients are needed.
+    network.to(memory_format=torch.contiguous_format).requires_grad_(False)
+    images = torch.zeros(2, 3, predictor.image_size, predictor.image_size, dtype=torch.uint8)
+    try:
+        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+    except Exception as error:  # a user's network may do whatever torch.export does not support
+        problem = f"torch.export does not support the network of {predictor.run.path.name}"
+        raise UserError(f"{problem}: {describe(error)}") from None
+
+
+def show_export(files: Sequence[Path]) -> None:
+    """Print the files that `export` has written, and how to use them."""
+    for file in files:
+        console.say(f"{display_path(file)}, {file.stat().st_size / 1e6:.1f} MB")
+    loaded = f"torch.export.load('{display_path(files[0])}').module()"
+    console.say(f"{loaded} takes uint8 RGB images and returns calibrated probabilities")
+    if len(files) == 1:
+        console.say("no .onnx file was written: that needs two more packages, `pip install onnx onnxscript`")

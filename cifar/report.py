@@ -1,4 +1,4 @@
-"""report.html: all that a run has saved, on one page that needs neither network nor other files."""
+"""report.html, one page with everything that a run has saved; and what commands print at the end of a run."""
 
 import base64
 import io
@@ -10,109 +10,118 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from cifar import analysis, saliency
+from cifar import analysis, console, images, visualize
 from cifar.config import FIELDS, help_text
-from cifar.data import Split
 from cifar.datasets import Dataset
-from cifar.picture import read_rgb
+from cifar.errors import display_path
+from cifar.records import Analysis, Metrics
 from cifar.runs import Run, damaged
+from cifar.visualize import FIGURES
 
-_TEMPLATE = Path(__file__).parent / "templates" / "report.html"
-_FIGURES = {  # with what a screen reader says
-    "training_history": "Loss, accuracy and learning rate by epoch",
-    "confusion_matrix": "Confusion matrix: how often each true class was taken for each other",
-    "per_class_metrics": "Precision, recall and F1 by class",
-    "precision_recall": "Precision against recall, a curve for each class",
-    "misclassified": "The mistakes of the highest confidence",
-    "dataset_samples": "Training images of each class",
-    "sample_predictions": "Test images spread over the split, with what the network says",
-    "architecture": "The network as blocks, with the parameters and multiply-adds of each",
-    "calibration": "Accuracy against confidence, before and after the temperature",
-    "risk_coverage": "Error rate against the share of images that is answered",
-    "corruptions": "Accuracy and calibration error by corruption and severity",
-}
-_OF_PICTURES = ("misclassified", "dataset_samples", "sample_predictions")
-_LARGEST = 64  # pixels, of a side of a picture
+_MAX_FIGURE = 16_383  # pixels, of a side of a WebP image
+_LISTED_CLASSES = 20  # that a terminal shows
 
 
 def write(run: Run, dataset: Dataset) -> Path:
-    """Write report.html of what the run has saved, leaving out what it has not; returns its path.
+    """Write report.html, leaving out what the run has not saved, and return its path.
 
-    Raises UserError if a file of the run is damaged, or the page cannot be written.
+    The page needs neither a network nor other files. Raises UserError if a file of the run is damaged, or the page
+    cannot be written.
     """
-    loader = FileSystemLoader(_TEMPLATE.parent)
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "mean": _mean}
-    page = environment.get_template(_TEMPLATE.name).render(_content(run, dataset))
+    environment.filters["percent"] = _percent
+    record, config, results = run.record, run.config, visualize.read_results(run, dataset)
+    page = environment.get_template("report.html").render(
+        results,
+        name=run.path.name,
+        path=display_path(run.path),
+        record=record,
+        command=shlex.join(record.command or []),
+        settings=[(field, getattr(config, field), help_text(field)) for field in FIELDS],
+        figures=_embed_figures(run, visualize.drawable(results)),
+        images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},
+    )
     run.write_text("report.html", page)
     return run.path / "report.html"
 
 
-def _content(run: Run, dataset: Dataset) -> dict[str, Any]:
-    """What the template shows: the run's files as they are, and its pictures as data."""
-    record, config = run.record, run.config
-    metrics, harmed = run.read_if_there("metrics.json"), run.read_if_there("corruptions.json")
-    details = analysis.read(run, metrics)
-    heats = saliency.read(run, config.image_size) if details else {}
-    return {
-        "name": run.path.name,
-        "subject": f"{config.title} on {dataset.name}",
-        "record": record,
-        "command": shlex.join(record.get("command", [])),
-        "settings": [(field, getattr(config, field), help_text(field)) for field in FIELDS],
-        "history": run.history(),
-        "metrics": metrics,
-        "details": details,
-        "harmed": harmed,
-        "figures": _figures(run),
-        "explained": bool(heats),
-        "pictures": _pictures(run, details, heats, dataset.test) if details else {},
-    }
+def _percent(fraction: float | None, decimals: int = 2) -> str:
+    return "\u2013" if fraction is None else f"{fraction:.{decimals}%}"
 
 
-def _figures(run: Run) -> dict[str, dict[str, Any]]:
-    """The figures that are whole, by name; as WebP, which takes half the room of PNG, and charts without a loss."""
+def _embed_figures(run: Run, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures that are intact, by name: as WebP, half the size of PNG, and lossless for plots."""
     found = {}
-    for name, meaning in _FIGURES.items():
-        if image := read_rgb(run.figures / f"{name}.png"):
-            quality = {"quality": 85, "method": 2} if name in _OF_PICTURES else {"lossless": True, "method": 3}
-            source = _data(image, "WEBP", **quality)
-            found[name] = {"source": source, "meaning": meaning, "width": image.width, "height": image.height}
+    for name in names:
+        if image := images.read_rgb(run.figures / f"{name}.png"):
+            spec = FIGURES[name]
+            image.thumbnail((_MAX_FIGURE, _MAX_FIGURE))
+            quality = {"quality": 85, "method": 2} if spec.has_photos else {"lossless": True, "method": 3}
+            found[name] = {"spec": spec, "source": _data_url(image, "WEBP", **quality), "size": image.size}
     return found
 
 
-def _pictures(
-    run: Run, details: dict[str, Any], heats: dict[int, np.ndarray], split: Split
-) -> dict[int, dict[str, str]]:
-    """By index: the picture, and with its heat over it, where that has been saved."""
-    indices = {picture["index"] for picture in analysis.pictures(details)}
-    if max(indices, default=0) >= len(split):
-        raise damaged(run.path / "analysis.json", "it names pictures that are not in the test split")
+def _embed_images(run: Run, content: Analysis, dataset: Dataset, size: int) -> dict[int, dict[str, str]]:
+    """Return each image that the analysis names, by index, with its saliency where that has been saved."""
+    saliency = analysis.read_saliency(run, size)
     found = {}
-    for index in indices:
-        image = split.images[index].permute(1, 2, 0).numpy()
-        found[index] = {"seen": _thumbnail(image)}
-        if index in heats:
-            found[index]["decided"] = _thumbnail(saliency.overlay(image, heats[index]))
+    for index in {image.index for image in analysis.images(content)}:
+        if index >= len(dataset.test):
+            raise damaged(run.path / "analysis.json", "it names images that are not in the test split")
+        image = dataset.test.images[index].permute(1, 2, 0).numpy()
+        found[index] = {"image": _thumbnail(image)}
+        if index in saliency:
+            found[index]["saliency"] = _thumbnail(analysis.overlay(image, saliency[index]))
     return found
 
 
 def _thumbnail(image: np.ndarray) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((_LARGEST, _LARGEST))
-    return _data(picture, "PNG")
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((64, 64))
+    return _data_url(thumbnail, "PNG")
 
 
-def _data(image: Image.Image, form: str, **options: Any) -> str:
-    """The picture as an address that holds it."""
+def _data_url(image: Image.Image, file_format: str, **options: Any) -> str:
+    """Return a URL that contains the image."""
     file = io.BytesIO()
-    image.save(file, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, file_format, **options)
+    return f"data:image/{file_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _percent(share: float | None, decimals: int = 2) -> str:
-    return "\u2013" if share is None else f"{share:.{decimals}%}"
+def show_metrics(metrics: Metrics) -> None:
+    """Print the results of an evaluation: accuracies, the classes (the worst of many), the main confusions."""
+    intervals = ["{:.2%} to {:.2%}".format(*ends) for ends in (metrics.interval_95, metrics.interval_95_tta)]
+    total = {
+        "metric": ["accuracy", "accuracy with test-time augmentation", "loss (cross-entropy)"],
+        "value": [f"{metrics.accuracy:.2%}", f"{metrics.accuracy_tta:.2%}", f"{metrics.loss:.4f}"],
+        "95% interval": [*intervals, ""],
+    }
+    title = f"{metrics.recipe} on {metrics.dataset}: {metrics.split} split, {metrics.n:,} images"
+    console.out.print(console.table(title, total))
+    classes, which = list(metrics.per_class), "by class"
+    if len(classes) > _LISTED_CLASSES:
+        which = f"the {_LISTED_CLASSES} of {len(classes):,} classes with the lowest F1"
+        classes = sorted(classes, key=lambda name: metrics.per_class[name].f1)[:_LISTED_CLASSES]
+    scores = [metrics.per_class[name] for name in classes]
+    columns = {
+        "class": classes,
+        "precision": [f"{row.precision:.1%}" for row in scores],
+        "recall": [f"{row.recall:.1%}" for row in scores],
+        "F1": [f"{row.f1:.1%}" for row in scores],
+        "images": [f"{row.support:,}" for row in scores],
+    }
+    console.out.print(console.table(f"{which}, without test-time augmentation", columns))
+    for pair in metrics.most_confused[:3]:
+        console.say(f"most confused: {pair.true} predicted as {pair.predicted}, {pair.count:,} times")
 
 
-def _mean(rows: list[dict[str, float]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+def show_run(run: Run) -> None:
+    """Print how long the stages took, where the run and its report are, and what must not be overlooked."""
+    record, page = run.record, run.path / "report.html"
+    stages = [f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items()]
+    console.say("  ".join([*stages, f"total {sum(record.seconds.values()):.1f} s"]))
+    console.say(f"run directory: {display_path(run.path)}")
+    if page.exists():
+        console.say(f"report: {display_path(page)}")
+    console.banner(record.note)

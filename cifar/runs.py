@@ -1,38 +1,47 @@
-"""The run directory: create, claim, record and finish it."""
+"""The run directory: create, claim, record and finish a run; find runs in an output folder; write files atomically.
+
+On Windows there are no locks: nothing keeps a second process out of a run, and a run in progress is taken for killed.
+"""
 
 import contextlib
-import dataclasses
+import importlib.metadata
+import itertools
 import json
 import os
+import platform
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cifar import provenance, shapes, signals
-from cifar.config import FIELDS, Config
-from cifar.errors import UserError, short
-from cifar.files import append, lock, parse_json, replacing, writing
+from pydantic import BaseModel
+
+from cifar import records
+from cifar.config import PROJECT, Config
+from cifar.console import Interrupted, signal_number
+from cifar.errors import UserError, display_path
+from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
-# The settings without which a run would be taken for another: with a default, its validation split might be one that
-# it was trained on.
-_DECISIVE = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")
-_CURES = {  # what makes a file anew
-    **dict.fromkeys((METRICS, "analysis.json", "predictions.csv", "saliency.npz"), "invoke evaluate"),
-    "corruptions.json": "invoke evaluate --corruptions",
-}
-SUMMARY = "summary.json"  # of a group: a directory of runs that differ in the seed alone
-_PATIENCE = 1.0  # seconds that a process waits for another's lock, which may be held for a glance
+SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
+_MARKS = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, or was, a run's
+RESUMABLE = ("interrupted", "failed", "killed")
+_EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
+_GROUP_LOCK = ".lock"
+_PATIENCE = 1.0  # seconds to wait for a lock, which `status` in another process holds for milliseconds
+_CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@')  # user:password@ of a URL, as text in JSON
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Run:
-    """One run's directory and what is written in it."""
+    """A run directory and the files in it."""
 
     path: Path
 
@@ -45,36 +54,49 @@ class Run:
         return self.path / "figures"
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunRecord:
         """run.json: status, provenance, seconds per stage."""
         return self.read(RECORD)
 
     @property
     def has_metrics(self) -> bool:
-        """Whether it has been evaluated."""
+        """Whether the run has been evaluated."""
         return (self.path / METRICS).exists()
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         """metrics.json. Raises UserError if the run has not been evaluated, or if the file is damaged."""
         if not self.has_metrics:
-            raise UserError(f"{self.path.name} has not been evaluated: `{_remedy(self.path / METRICS)}` does it")
+            raise UserError(f"{self.path.name} has not been evaluated; run `{_evaluation_of(self.path / METRICS)}`")
         return self.read(METRICS)
 
+    @property
+    def config(self) -> Config:
+        """config.json, the settings as resolved."""
+        settings = self.read(CONFIG)
+        try:
+            return Config.from_file(settings)
+        except UserError as error:
+            raise damaged(self.path / CONFIG, str(error)) from None
+
+    @property
+    def dataset(self) -> DatasetRecord:
+        """The dataset that the run was trained on. Raises UserError if run.json does not say."""
+        dataset = self.record.dataset
+        if dataset is None:
+            raise damaged(self.path / RECORD, "dataset is missing")
+        return dataset
+
+    @property
+    def resume_command(self) -> str:
+        return f"python main.py --resume {shlex.quote(display_path(self.path))}"
+
     def is_complete(self) -> bool:
-        """Whether it has come to its end and been measured, and says so in files that are not damaged."""
+        """Return whether the run was completed and evaluated, and its files are not damaged."""
         try:
             return self.status() == "completed" and bool(self.metrics)
         except UserError:
             return False
-
-    @property
-    def dataset(self) -> dict[str, Any]:
-        """Name, classes and train_sha256 of what it was trained on. Raises UserError if run.json does not say."""
-        record = self.record
-        if "dataset" not in record:
-            raise damaged(self.path / RECORD, "it does not say what the dataset was")
-        return record["dataset"]
 
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
@@ -82,203 +104,159 @@ class Run:
         if name != trained_on:
             raise UserError(f"{self.path.name} was trained on {trained_on}, not on {name}")
 
-    @property
-    def config(self) -> Config:
-        """config.json as a Config. Raises UserError if a setting is unknown, out of range, or missing and needed."""
-        settings = self.read(CONFIG)
-        if unknown := settings.keys() - set(FIELDS):
-            raise UserError(f"{self.path / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
-        if missing := [name for name in _DECISIVE if settings.get(name) is None]:
-            raise damaged(self.path / CONFIG, f"it lacks {', '.join(missing)}")
-        return Config(**settings)
-
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run. Raises UserError if it is missing or damaged."""
+    def read(self, name: str) -> Any:
+        """Read a JSON file of the run as `read_json` does."""
         return read_json(self.path / name)
 
-    def read_if_there(self, name: str) -> dict[str, Any] | None:
-        """Likewise, but None if it is missing."""
+    def read_if_present(self, name: str) -> Any:
+        """Read a JSON file of the run, None if it is missing."""
         return self.read(name) if (self.path / name).exists() else None
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        """Replace a JSON file of the run; a reader sees the old one or the new one, never a part."""
+    def write(self, name: str, content: BaseModel | dict[str, Any]) -> None:
+        """Replace a JSON file of the run atomically."""
         write_json(self.path / name, content)
 
     def write_text(self, name: str, content: str) -> None:
-        """Replace a text file of the run, likewise."""
-        with replacing(self.path / name) as partial:
+        """Replace a text file of the run atomically."""
+        with atomic_write(self.path / name) as partial:
             partial.write_text(content, encoding="utf-8", newline="", errors="backslashreplace")
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
-        self.write(RECORD, {**self.record, **changes})
+        self.write(RECORD, {**_as_dict(self.record), **changes})
 
-    def append_history(self, epoch: dict[str, Any]) -> None:
-        """Add one epoch's line to history.jsonl, whole or not at all."""
-        append(self.path / HISTORY, (json.dumps(epoch, allow_nan=False) + "\n").encode())
-
-    def cut_history(self, epochs: int) -> None:
-        """Leave nothing in history.jsonl but its first epochs. Raises UserError if it has not so many."""
-        path = self.path / HISTORY
-        with writing(path):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = lines[:epochs]
-        if [_epoch_of(line) for line in kept] != list(range(1, epochs + 1)):
-            raise damaged(path, "it lacks epochs that the checkpoint has")
-        if kept != lines:
-            self.write_text(HISTORY, b"".join(kept).decode())
-
-    def history(self) -> list[dict[str, Any]]:
-        """The epochs of history.jsonl, first to last; empty if none has ended. Raises UserError for a damaged file."""
-        path = self.path / HISTORY
+    def history(self, first: int | None = None) -> list[EpochRecord]:
+        """Read the epochs, or only the first ones, of history.jsonl; none if the file is missing."""
+        lines = self._history_lines()[:first]
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            history = [parse_json(line) for line in lines]
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except ValueError:
-            raise damaged(path, "a line is not JSON") from None
-        if problem := shapes.problem(HISTORY, history):
-            raise damaged(path, problem)
-        return history
+            return records.parse(HISTORY, [_parse_json(line) for line in lines]).root
+        except ValueError as error:
+            raise damaged(self.path / HISTORY, str(error)) from None
+
+    def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
+        """Add the line of one epoch to history.jsonl."""
+        line = json.dumps(_as_dict(epoch), allow_nan=False).encode()
+        with writing(self.path / HISTORY):
+            self._write_history([*self._history_lines(), line])
+
+    def truncate_history(self, epochs: int) -> None:
+        """Drop all but the first epochs of history.jsonl. Raises UserError if it has fewer."""
+        if len(self.history(epochs)) < epochs:
+            raise damaged(self.path / HISTORY, "it lacks epochs that the checkpoint has")
+        self._write_history(self._history_lines()[:epochs])
+
+    def _history_lines(self) -> list[bytes]:
+        path = self.path / HISTORY
+        return _read(path).splitlines() if path.exists() else []
+
+    def _write_history(self, lines: list[bytes]) -> None:
+        with atomic_write(self.path / HISTORY) as partial:
+            partial.write_bytes(b"".join(line + b"\n" for line in lines))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record the seconds that a stage took, in run.json."""
+        """Record in run.json how many seconds a stage took, with those before it was resumed."""
         started = time.perf_counter()
         try:
             yield
-        except BaseException:
-            with contextlib.suppress(UserError):  # the first error is the one to tell
-                self._record_seconds(name, started)
-            raise
-        self._record_seconds(name, started)
-
-    def _record_seconds(self, stage: str, started: float) -> None:
-        record = self.record
-        taken = time.perf_counter() - started + record.get("seconds_before_resuming", {}).get(stage, 0.0)
-        self.update(seconds={**record["seconds"], stage: round(taken, 3)})
+        finally:
+            with contextlib.suppress(UserError):  # what the stage raises is the error to report
+                record = self.record
+                before = (record.seconds_before_resuming or {}).get(name, 0.0)
+                seconds = round(time.perf_counter() - started + before, 3)
+                self.update(seconds={**record.seconds, name: seconds})
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
-        """Record that the training goes on, now, after that step of the epoch, and how long it has taken so far."""
-        resumed = [*self.record.get("resumed", []), {"time": now(), "epoch": epoch, "step": step}]
+        """Record that training resumes now, after that step of the epoch, and how long it has taken so far."""
+        earlier = _as_dict(self.record).get("resumed") or []
+        resumed = [*earlier, {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
-    @property
-    def resume_command(self) -> str:
-        return f"python main.py --resume {shlex.quote(short(self.path))}"
+    def claim(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Keep other processes from writing into the run; the system ends that with this process, however it ends.
-
-        Raises UserError if another process has claimed it.
+        Raises UserError if another process has claimed it, or if it would write through a symbolic link.
         """
-        with self._open_lock() as file:
-            deadline = time.monotonic() + _PATIENCE
-            while not lock(file):
-                if time.monotonic() > deadline:
-                    raise UserError(f"{self.path.name} is in use: another process writes into it")
-                time.sleep(0.05)
-            yield
+        for folder in (self.checkpoints, self.figures):
+            if folder.is_symlink():
+                raise UserError(f"{display_path(folder)} is a symbolic link: a run is written in its directory only")
+        return _claimed(self.path / CONFIG)
 
     def _open_lock(self) -> BinaryIO:
-        """config.json, the one file of the run that is never replaced, open to be locked."""
-        path = self.path / CONFIG
-        try:
-            return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # network file systems lock what is writable
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        return _open_lock(self.path / CONFIG)
 
     def status(self) -> str:
-        """running, completed, interrupted, failed or killed.
+        """Return running, completed, interrupted, failed or killed.
 
-        A run that says that it is running, while no process has claimed it, is recorded as killed.
+        A run that says running, while no process has claimed it, is recorded as killed.
         """
-        status = self.record["status"]
-        if status != "running":
-            return status
-        with self._open_lock() as file:
-            if not lock(file):
-                return status
-            if (status := self.record["status"]) != "running":  # by now
-                return status
-            last_sign = max(path.lstat().st_mtime for path in (self.path, *self.path.iterdir()))
-            with contextlib.suppress(UserError):  # of a folder that cannot be written
-                self.update(status="killed", end=_time(last_sign))
-        return "killed"
+        if self.record.status == "running":
+            with self._open_lock() as file:
+                if lock(file) and self.record.status == "running":  # it may have ended in the meantime
+                    last_sign = datetime.fromtimestamp(max(path.lstat().st_mtime for path in self.path.iterdir()))
+                    with contextlib.suppress(UserError):  # the folder may be read-only
+                        self.update(status="killed", end=_iso_time(last_sign))
+                    return "killed"
+        return self.record.status
 
     @contextlib.contextmanager
     def lifetime(self) -> Iterator[None]:
         """Claim the run and record how it ended: completed, interrupted or failed; then `latest` points at it.
 
-        Raises Interrupted, with the command that continues the run, for Ctrl-C and SIGTERM.
+        Raises Interrupted, with the command that resumes the run, after Ctrl-C and SIGTERM.
         """
         with self.claim():
-            self._begin()
+            if self.record.status != "running":
+                self.update(status="running", end=None, error=None)
+            for partial in self.path.rglob("*.partial"):  # left by a process that was killed
+                with writing(partial):
+                    partial.unlink()
             try:
                 yield
             except KeyboardInterrupt as stop:
                 with contextlib.suppress(UserError):
                     self._end(status="interrupted")
-                message = f"interrupted: `{self.resume_command}` goes on with it"
-                raise signals.Interrupted(signals.number_of(stop), message) from None
+                message = f"interrupted; resume with `{self.resume_command}`"
+                raise Interrupted(signal_number(stop), message) from None
             except BaseException as error:
                 with contextlib.suppress(UserError):
                     self._end(status="failed", error=str(error) or repr(error))
                 raise
             self._end(status="completed")
 
-    def _begin(self) -> None:
-        """Take back the marks of an earlier end, and what a killed process has left half written."""
-        record = self.record
-        if record["status"] != "running":
-            record.pop("error", None)
-            self.write(RECORD, {**record, "status": "running", "end": None})
-        for partial in self.path.rglob("*.partial"):
-            with writing(partial):
-                partial.unlink()
-
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=now())
-        _point_latest(self)
+        outputs = self.path.parent
+        outputs = outputs.parent if (outputs / SUMMARY).exists() else outputs
+        with contextlib.suppress(OSError):  # the file system may have no links
+            (outputs / "latest").unlink(missing_ok=True)
+            (outputs / "latest").symlink_to(self.path.relative_to(outputs), target_is_directory=True)
 
 
-def _epoch_of(line: bytes) -> int | None:
-    """The epoch of a line of history.jsonl; None if it cannot be read."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return parse_json(line)["epoch"] if line.endswith(b"\n") else None
+# Making a run.
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run holds. Raises UserError if it is missing or damaged."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        content = None
-    problem = shapes.problem(path.name, content) if isinstance(content, dict) else "it does not hold a JSON object"
-    if problem:
-        raise damaged(path, problem)
-    return content
+def create(config: Config, **facts: Any) -> Run:
+    """Make a run directory; run.json also receives the facts. Raises UserError if the folder cannot be written."""
+    run = Run(make_directory(config))
+    run.checkpoints.mkdir()
+    run.figures.mkdir()
+    run.write(CONFIG, config.model_dump())
+    state = {"status": "running", "start": now(), "end": None, "seconds": {}}
+    run.write(RECORD, {**state, **provenance(), **facts})
+    return run
 
 
-def damaged(path: Path, problem: str) -> UserError:
-    """What to raise for a damaged file of a run: the sentence, with what makes the file anew."""
-    remedy = _remedy(path)
-    return UserError(f"{path} is damaged: {problem}" + (f"; `{remedy}` makes it anew" if remedy else ""))
-
-
-def _remedy(path: Path) -> str | None:
-    command = _CURES.get(path.name)
-    return command and f"{command} --run {shlex.quote(short(path.parent))}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file; a reader sees the old one or the new one, never a part."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="")
+def make_directory(config: Config, suffix: str = "") -> Path:
+    """Make a directory named by time, recipe, dataset and suffix. Raises UserError if the folder cannot be written."""
+    check_writable(config.output_dir)
+    title = re.sub(r"[^\w.-]+", "-", config.title)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
+    for number in itertools.count(1):
+        path = Path(config.output_dir) / (name if number == 1 else f"{name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path.resolve()
 
 
 def check_writable(output_dir: str) -> None:
@@ -290,53 +268,246 @@ def check_writable(output_dir: str) -> None:
         raise UserError(f"cannot write to the output folder {output_dir}: {error.strerror}") from None
 
 
-def create(config: Config, **facts: Any) -> Run:
-    """A new run directory with config.json and run.json, which also receives the `facts`.
-
-    config: with `dataset` resolved. Two runs in one second get directories of their own.
-    Raises UserError if the output folder cannot be written.
-    """
-    run = Run(make_directory(config))
-    run.checkpoints.mkdir()
-    run.figures.mkdir()
-    run.write(CONFIG, dataclasses.asdict(config))
-    begun = {"status": "running", "start": now(), "end": None, "seconds": {}}
-    run.write(RECORD, {**begun, **provenance.describe(), **facts})
-    return run
+def provenance() -> dict[str, Any]:
+    """Describe what makes a run, as in run.json."""
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+    }
 
 
-def _point_latest(run: Run) -> None:
-    """Make `latest` in the output folder point at the run; where links cannot be made, nothing happens."""
-    outputs = run.path.parent.parent if (run.path.parent / SUMMARY).exists() else run.path.parent
-    link, fresh = outputs / "latest", outputs / f".latest-{os.getpid()}"
-    with contextlib.suppress(OSError, NotImplementedError):
-        fresh.symlink_to(run.path.relative_to(outputs), target_is_directory=True)
-        fresh.replace(link)
-    with contextlib.suppress(OSError):
-        fresh.unlink()
-
-
-def make_directory(config: Config, suffix: str = "") -> Path:
-    """A new directory in the output folder, named by time, recipe, dataset and suffix. Raises UserError on failure."""
-    outputs = Path(config.output_dir)
-    title = re.sub(r"[^\w.-]+", "-", config.title)
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
-    try:
-        outputs.mkdir(parents=True, exist_ok=True)
-        for copy in range(1, 1000):
-            path = outputs / (name if copy == 1 else f"{name}_{copy}")
-            with contextlib.suppress(FileExistsError):
-                path.mkdir()
-                return path.resolve()
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {outputs}: {error.strerror}") from None
-    raise UserError(f"{outputs} already has 999 runs called {name}")
+def _git(*arguments: str) -> str | None:
+    """Return the output of git on this project; None without git or a repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        options = {"cwd": PROJECT, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
+        return subprocess.check_output(["git", *arguments], **options).strip()
 
 
 def now() -> str:
-    return _time(time.time())
+    """Return the local time in ISO 8601, in seconds."""
+    return _iso_time(datetime.now())
 
 
-def _time(seconds: float) -> str:
-    """Seconds since 1970 as a local time in ISO 8601."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+def _iso_time(time: datetime) -> str:
+    return time.astimezone().isoformat(timespec="seconds")
+
+
+# Finding runs.
+
+
+def find(output_dir: str, name: str | None = None) -> Run:
+    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
+
+    Raises UserError if there is none, or if the directory is not a run's.
+    """
+    latest = Path(output_dir) / "latest"
+    if not name and not latest.exists():
+        problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
+        return _newest(output_dir, ("completed", *RESUMABLE), problem)
+    path = _locate(output_dir, name) if name else latest
+    if (path / SUMMARY).is_file():
+        raise UserError(f"{path} holds the runs of several seeds; name one of them (`ls {path}` lists them)")
+    if missing := [name for name in (RECORD, CONFIG) if not (path / name).is_file()]:
+        raise UserError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
+    run = Run(path.resolve())
+    run.status()
+    return run
+
+
+def find_resumable(output_dir: str, name: str | None = None) -> Run:
+    """Return the run of that name as `find` does; without a name, the newest that was not completed."""
+    if name:
+        return find(output_dir, name)
+    return _newest(output_dir, RESUMABLE, f"there is no run in {output_dir} that can be resumed")
+
+
+def find_all(output_dir: str, name: str) -> list[Run]:
+    """Return the run of that name, or the evaluated runs of the group of that name, oldest first."""
+    path = _locate(output_dir, name)
+    if not (path / SUMMARY).is_file():
+        return [find(output_dir, name)]
+    if found := [run for run in map(Run, reversed(directories(path))) if run.has_metrics]:
+        return found
+    raise UserError(f"none of the runs in {path} has been evaluated")
+
+
+def _locate(output_dir: str, name: str) -> Path:
+    """Return the directory at the path `name`, or called so in `output_dir` or in a group there."""
+    outputs = Path(output_dir)
+    for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs)))):
+        if path.exists():
+            return path
+    raise UserError(f"there is no run at {name}; `invoke compare --output-dir {outputs}` lists the runs")
+
+
+def _newest(output_dir: str, statuses: tuple[str, ...], problem: str) -> Run:
+    """Return the newest run, by name, with one of the statuses. Raises UserError, with the problem, if none has."""
+    for run in map(Run, directories(Path(output_dir))):
+        with contextlib.suppress(UserError):  # a damaged one is passed over
+            if run.status() in statuses:
+                return run
+    raise UserError(problem)
+
+
+def directories(outputs: Path) -> list[Path]:
+    """List the directories of all runs, those in groups and damaged ones too, newest first by name."""
+    files = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in _MARKS)
+    return sorted({path.parent.resolve() for path in files}, key=lambda path: path.name, reverse=True)
+
+
+def groups(outputs: Path) -> list[Path]:
+    """List the directories with the runs of several seeds, newest first by name, even if they lack summary.json."""
+    with_summary = (path.parent for path in outputs.glob(f"*/{SUMMARY}"))
+    return sorted({*with_summary, *outputs.glob("*-seeds/")}, reverse=True)
+
+
+def claim_group(group: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from working on a group. Raises UserError if one does."""
+    with writing(group):
+        (group / _GROUP_LOCK).touch()
+    return _claimed(group / _GROUP_LOCK)
+
+
+def group_status(group: Path) -> str:
+    """Return completed, running, or killed if it says running and no process works on it."""
+    status = read_json(group / SUMMARY).status
+    if status != "running":
+        return status
+    with contextlib.suppress(UserError), _open_lock(group / _GROUP_LOCK) as file:
+        if not lock(file):
+            return "running"
+    return "killed"
+
+
+# Locks.
+
+
+def lock(file: BinaryIO) -> bool:
+    """Return whether the file could be locked for this process until it is closed; true on systems without locks."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _claimed(file: Path) -> Iterator[None]:
+    """Lock a file of a run or group. Raises UserError if another process has locked it and does not let go of it."""
+    with _open_lock(file) as opened:
+        deadline = time.monotonic() + _PATIENCE
+        while not lock(opened):
+            if time.monotonic() > deadline:
+                raise UserError(f"{file.parent.name} is in use by another process")
+            time.sleep(0.05)
+        yield
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open a file that is never replaced, to be locked."""
+    with writing(path):
+        return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # NFS locks only what is open for writing
+
+
+# Reading and writing files.
+
+
+def damaged(path: Path, problem: str) -> UserError:
+    """Return the error for a damaged file of a run; it names the command that writes the file again, if any."""
+    hint = f"; `{_evaluation_of(path)}` writes it again" if path.name in _EVALUATION else ""
+    return UserError(f"{display_path(path)} is damaged: {problem}{hint}")
+
+
+def _evaluation_of(path: Path) -> str:
+    flag = " --corruptions" if path.name == "corruptions.json" else ""
+    return f"invoke evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file as its model in `records`, or as a dict. Raises UserError if it is missing or damaged."""
+    content = _read(path)
+    try:
+        parsed = _parse_json(content)
+        if not isinstance(parsed, dict):
+            raise ValueError("it is not a JSON object")
+        return records.parse(path.name, parsed) if path.name in records.RECORDS else parsed
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+
+
+def _parse_json(text: bytes) -> Any:
+    try:
+        content = json.loads(text)
+        json.dumps(content, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not valid JSON, or has a number that is not finite") from None
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {display_path(path)}: {error.strerror or error}") from None
+
+
+def write_json(path: Path, content: BaseModel | dict[str, Any]) -> None:
+    """Replace a JSON file atomically, without the credentials of URLs in it."""
+    text = json.dumps(_as_dict(content), indent=2, allow_nan=False) + "\n"
+    with atomic_write(path) as partial:
+        partial.write_text(_CREDENTIALS.sub("", text), encoding="utf-8", newline="")
+
+
+def _as_dict(content: BaseModel | dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file; of a record, without the keys that were never set."""
+    return content.model_dump(exclude_unset=True) if isinstance(content, BaseModel) else content
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError from writing the file into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {display_path(path)}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield a new file to write to, which then replaces `path` at once, even if the machine loses power.
+
+    previous: the name that the old file gets, to keep the last two. Raises UserError if it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+        try:
+            yield partial
+            _sync(partial)
+            if previous and path.exists():
+                path.replace(previous)
+            partial.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the list of names in a folder, to the disk."""
+    if os.name != "posix":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,125 +1,136 @@
-"""Several seeds of one configuration: a group of runs in a directory of its own, and what they reach on average."""
+"""Several seeds of one configuration: a group of runs in one directory, and their mean and standard deviation."""
 
+import contextlib
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cifar import budget, console, datasets, device, headlines, outputs, runs, significance, train
-from cifar.config import PLACES, Config
-from cifar.errors import UserError, short
+from cifar import bench, compare, console, device, metrics, pipeline, runs
+from cifar.config import LOCATIONS, Config
+from cifar.datasets import Dataset
+from cifar.errors import UserError, display_path
+from cifar.records import Summary
 from cifar.runs import Run
 
-_BY_BUDGET = ("epochs", "small_epochs", "minutes")  # the settings that a budget of minutes chooses, and itself
+_PLANNED = ("epochs", "small_epochs", "hard_epochs", "minutes")  # settings that a budget of minutes chooses
+_METRICS = {  # of compare.headline: title, format and largest possible value
+    "accuracy": ("accuracy", ".2%", 1),
+    "accuracy_tta": ("accuracy (TTA)", ".2%", 1),
+    "loss": ("loss (cross-entropy)", ".4f", math.inf),
+    "expected_calibration_error": ("calibration error", ".2%", 1),
+    "seconds_train": ("seconds of training", ",.1f", math.inf),
+    "seconds": ("seconds in total", ",.1f", math.inf),
+}
 
 
 @dataclass(frozen=True)
 class Group:
-    """A directory that holds a run for each seed, and summary.json."""
+    """A directory with one run for each seed, and summary.json."""
 
     path: Path
-    config: Config  # settled on the dataset, with the first seed
+    config: Config  # resolved, with the first seed
 
     @property
     def seeds(self) -> range:
         return range(self.config.seed, self.config.seed + self.config.seeds)
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         return runs.read_json(self.path / runs.SUMMARY)
 
-    def update(self, **changes: Any) -> None:
-        """Set keys of summary.json."""
-        runs.write_json(self.path / runs.SUMMARY, {**self.summary, **changes})
-
-    def claim(self) -> AbstractContextManager[None]:
-        """Keep other processes from working on the group. Raises UserError if one does."""
-        return outputs.claim_group(self.path)
-
-    def finished(self) -> dict[int, Run]:
-        """The run of each seed that has one from beginning to end."""
-        found = [Run(place) for place in outputs.directories(self.path)]
-        return {run.config.seed: run for run in found if _is_finished(run)}
-
-    def missing(self) -> Iterator[Config]:
-        """The configuration of each seed that has no finished run, one after the other."""
-        for seed in self.seeds:
-            if seed not in self.finished():
-                yield replace(self.config, seed=seed, seeds=1, output_dir=short(self.path))
-
-    def start(self, config: Config) -> tuple[Run, datasets.Dataset]:
-        """The run of one of the `missing` and its dataset: what was begun goes on, if it can, or else a new one."""
-        for run in map(Run, outputs.directories(self.path)):
+    def members(self) -> tuple[dict[int, Run], dict[int, Run]]:
+        """Return, by seed, the runs that are trained and evaluated, and those to resume; says which are damaged."""
+        finished, unfinished = {}, {}
+        for run in map(Run, runs.directories(self.path)):
             try:
-                if run.config.seed == config.seed and run.status() != "running" and not run.is_complete():
-                    return train.take_up(str(run.path), {"data_dir": config.data_dir})
+                if run.dataset:
+                    (finished if run.is_complete() else unfinished)[run.config.seed] = run
             except UserError as error:
-                console.say(f"{run.path.name} is begun anew: {error}")
-        return train.begin(config)
+                console.say(f"{run.path.name} cannot be resumed: {error}")
+        return finished, unfinished
 
-    def summarize(self) -> None:
-        """Complete summary.json: the headline figures of each run, and their mean over the seeds.
-
-        Raises UserError if a run has been lost since.
-        """
-        finished = self.finished()
-        if lost := [str(seed) for seed in self.seeds if seed not in finished]:
-            raise UserError(f"{self.path} lacks the run of seed {', '.join(lost)}: the same command makes it")
-        rows = [headlines.headline(finished[seed]) for seed in self.seeds]
-        members = [{"seed": seed, "run": finished[seed].path.name, **row} for seed, row in zip(self.seeds, rows)]
-        figures = {name: significance.spread([row[name] for row in rows], 0, _most(name)) for name in rows[0]}
-        self.update(status="completed", end=runs.now(), runs=members, figures=figures)
+    def summarize(self, finished: Mapping[int, Run]) -> None:
+        """Complete summary.json: the main metrics of each run, and their mean over the seeds."""
+        members = [{"seed": n, "run": finished[n].path.name, **compare.headline(finished[n])} for n in self.seeds]
+        figures = {}
+        for name, (_, _, most) in _METRICS.items():
+            values = [member[name] for member in members]
+            if None not in values:
+                figures[name] = metrics.mean_and_spread(values, 0, most)
+        ending = {"status": "completed", "end": runs.now(), "runs": members, "figures": figures}
+        runs.write_json(self.path / runs.SUMMARY, self.summary.model_dump() | ending)
 
 
-def begin(config: Config) -> Group:
-    """The unfinished group with these settings in the output folder, newest first; or else a new one.
+def run(config: Config) -> None:
+    """Run the pipeline once for each seed, in one directory, and print the mean over the seeds.
 
-    Raises UserError for a setting that does not fit the machine or the dataset, before anything is made.
+    Of several processes all must call it; rank 0 decides and writes. Raises UserError if another command works on the
+    group.
     """
-    device.choose(config.device)
-    runs.check_writable(config.output_dir)
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
-    config = datasets.settle(config, dataset)
-    console.banner(note)
-    if path := _unfinished(config):
-        there = runs.read_json(path / runs.SUMMARY)["config"]
-        group = Group(path, replace(config, **{name: there[name] for name in _BY_BUDGET if name in there}))
-        console.say(f"going on with {short(path)}: {len(group.finished())} of {config.seeds} seeds are there")
-        return group
-    began = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
-    if config.minutes is not None:
-        config = budget.fit(config, dataset)
-    path = runs.make_directory(config, f"_{config.seeds}-seeds")
-    runs.write_json(path / runs.SUMMARY, {**began, "note": note, "config": asdict(config)})
-    return Group(path, config)
+    group, is_first = create(config), device.rank() == 0
+    with runs.claim_group(group.path) if is_first else contextlib.nullcontext():
+        finished, unfinished = device.broadcast_object(group.members() if is_first else None)
+        for number, seed in enumerate(group.seeds, start=1):
+            state = ", done before" if seed in finished else ""
+            console.say(f"seed {seed}, {number} of {len(group.seeds)}{state}", style="bold")
+            if seed in finished:
+                continue
+            member = group.config.replace(seed=seed, seeds=1, output_dir=display_path(group.path))
+            path = str(unfinished[seed].path) if seed in unfinished else None
+            started = pipeline.resume(path, {"data_dir": member.data_dir}) if path else pipeline.create(member)
+            pipeline.run_stages(*started)
+            finished[seed] = started[0]
+        if is_first:
+            group.summarize(finished)
+            show_seeds(group)
 
 
-def _most(figure: str) -> float:
-    return 1 if figure in headlines.SHARES else math.inf
+def create(config: Config) -> Group:
+    """Resume the newest unfinished group with these settings in the output folder, or else make a group.
+
+    --minutes is planned once, for all seeds. Raises UserError for a setting that does not fit the machine or the
+    dataset, before any directory is made.
+    """
+    config, dataset, note = pipeline.prepare(config)
+    group = (_find_unfinished(config) or _make(config, dataset, note)) if device.rank() == 0 else None
+    return device.broadcast_object(group)
 
 
-def _unfinished(config: Config) -> Path | None:
-    for path in outputs.groups(Path(config.output_dir)):
+def _make(config: Config, dataset: Dataset, note: str | None) -> Group:
+    planned = config if config.minutes is None else bench.plan_epochs(config, dataset)
+    path = runs.make_directory(planned, f"_{planned.seeds}-seeds")
+    state = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
+    runs.write_json(path / runs.SUMMARY, {**state, "note": note, "config": planned.model_dump()})
+    return Group(path, planned)
+
+
+def _find_unfinished(config: Config) -> Group | None:
+    """Find the newest group with these settings whose process ended before all seeds were done."""
+    ignored = {*LOCATIONS, *(_PLANNED if config.minutes is not None else ())}
+    for path in runs.groups(Path(config.output_dir)):
         try:
             summary = runs.read_json(path / runs.SUMMARY)
-            there, wanted = (_settings(one, config.minutes) for one in (summary["config"], asdict(config)))
-            if summary.get("minutes") == config.minutes and there == wanted and outputs.group_status(path) == "killed":
-                return path
+            recorded = Config.from_file(summary.config)
+            is_same = recorded.model_dump(exclude=ignored) == config.model_dump(exclude=ignored)
+            if is_same and summary.minutes == config.minutes and runs.group_status(path) == "killed":
+                console.say(f"resuming {display_path(path)}")
+                return Group(path, recorded.replace(**config.model_dump(include=set(LOCATIONS))))
         except UserError as error:
-            console.say(f"{short(path)} cannot be gone on with: {error}")
+            console.say(f"{display_path(path)} cannot be resumed: {error}")
     return None
 
 
-def _settings(config: dict[str, Any], budget: float | None) -> dict[str, Any]:
-    """What must be the same for a group to go on with it: where there is a budget, that has chosen the epochs."""
-    left_out = PLACES if budget is None else (*PLACES, *_BY_BUDGET)
-    return {name: value for name, value in config.items() if name not in left_out}
-
-
-def _is_finished(run: Run) -> bool:
-    try:
-        return run.is_complete() and None not in headlines.headline(run).values() and run.config.seeds == 1
-    except UserError:  # damaged, so it is made anew
-        return False
+def show_seeds(group: Group) -> None:
+    """Print mean, standard deviation and interval of the group's metrics, from its summary.json."""
+    summary, config = group.summary, group.config
+    rows = []
+    for name, spread in summary.figures.items():
+        title, form, _ = _METRICS[name]
+        values = (spread.mean, spread.standard_deviation, *spread.interval_95)
+        mean, deviation, low, high = (format(value, form) for value in values)
+        rows.append({"": title, "mean": mean, "standard deviation": deviation, "95% interval": f"{low} to {high}"})
+    title = f"{config.title} on {Path(config.dataset).name}, seeds {group.seeds[0]} to {group.seeds[-1]}"
+    compare.show_table(title, rows)
+    console.say(f"directory of the {config.seeds} runs: {display_path(group.path)}")
+    console.banner(summary.note)

@@ -1,4 +1,4 @@
-"""main.py and the invoke tasks, called here or in a process of their own."""
+"""Run main.py and the invoke tasks, in this process or in one of their own."""
 
 import contextlib
 import io
@@ -8,46 +8,47 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from invoke.main import program
 
-import main as main_module
 from cifar.config import PROJECT
 
-INVOKE = "import sys; from invoke.main import program; sys.exit(program.run())"
 MAIN = str(PROJECT / "main.py")
+INVOKE = ("-c", "import sys; from invoke.main import program; sys.exit(program.run())")
 
 
 def start(*arguments: str, cwd: Path = PROJECT, **options) -> subprocess.Popen:
+    """Start Python with the arguments; its output is text in pipes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, **pipes, **options)
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, **pipes | options)
 
 
-def run(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
-    process = start(*arguments, cwd=cwd)
+def run(*arguments: str, cwd: Path = PROJECT, **options) -> tuple[int, str, str]:
+    """Run Python with the arguments; returns its exit code, output and errors."""
+    process = start(*arguments, cwd=cwd, **options)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
-def main(*arguments: str) -> tuple[int, str, str]:
-    return call(lambda: main_module.main(list(arguments)), ["main.py", *arguments])
+def main(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
+    """Call main.py in this process, which saves the imports; returns its exit code, output and errors."""
+    import main
+
+    return _call(main.main, ["main.py", *arguments], cwd)
 
 
 def invoke(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
-    return call(program.run, ["invoke", *arguments], cwd)
+    """Call invoke in this process; returns its exit code, output and errors."""
+    from invoke.main import program
+
+    return _call(program.run, ["invoke", *arguments], cwd)
 
 
-def call(command: Callable[[], int | None], words: list[str], cwd: Path = PROJECT) -> tuple[int, str, str]:
-    """What a command returns or exits with, and prints."""
+def _call(command: Callable[[], int | None], words: list[str], cwd: Path) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
         patch.setattr(sys, "argv", words)
-        try:
-            code = command()
-        except SystemExit as end:
-            code = end.code
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = command()
+            except SystemExit as end:
+                code = end.code
     return code or 0, out.getvalue(), err.getvalue()

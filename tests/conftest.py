@@ -1,7 +1,11 @@
-"""What several test modules start from: datasets on disk and runs that were really made."""
+"""Fixtures that several test modules share: datasets on disk, and runs that were really trained.
+
+Modules of cifar are imported where they are used, so that a broken one fails only the tests that need it.
+"""
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import pickle
@@ -10,40 +14,35 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from rich.console import Console
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import calculate_md5
 
-from cifar import archive, console, corruptions, datasets, evaluate, limits, report, train, visualize
-from cifar.archive import ARCHIVES
 from cifar.config import PROJECT, Config
-from cifar.runs import Run
-from server import Server, serving
 
-# A shell ignores Ctrl-C for what it starts in the background, and so would all that the tests start and interrupt.
+# A shell lets what it starts in the background ignore Ctrl-C, and that would hold for all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The workers of `invoke test` share the cores: if all their threads waited for each other, they would take many times
-# as long.
+# The workers of `invoke test` share the cores; with all threads in each of them they take many times as long.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ["OMP_NUM_THREADS"] = str(max(1, limits.cores() // int(workers)))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(workers)))
 
 REAL_CIFAR10 = os.environ.get("CIFAR_DATA_DIR", str(PROJECT / "data"))
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture(autouse=True)
-def nothing_in_the_environment(monkeypatch):
-    for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+def clean_environment(monkeypatch):
+    for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "CIFAR_DEMO_AUTH", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def terminal(monkeypatch) -> io.StringIO:
-    """A terminal of 120 columns, and what is written to it."""
+    """A terminal of 120 columns; returns what is written to it."""
+    from rich.console import Console
+
+    from cifar import console
+
     written = io.StringIO()
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(console, "out", Console(file=written, force_terminal=True, width=120, highlight=False))
@@ -51,8 +50,8 @@ def terminal(monkeypatch) -> io.StringIO:
 
 
 @contextlib.contextmanager
-def as_nobody():
-    """Give up for a while what root may do anyway."""
+def as_nobody() -> Iterator[None]:
+    """Give up root's privilege to write everywhere."""
     user = os.geteuid()
     try:
         if user == 0:
@@ -63,120 +62,124 @@ def as_nobody():
 
 
 def flat(content) -> list:
-    """The leaves of dicts and lists, times aside, with the bytes of tensors."""
+    """Return the leaves of dicts and lists without durations, with tensors as bytes, to be compared with ==."""
+    import torch
+
     if isinstance(content, dict):
         return [(key, *flat(value)) for key, value in content.items() if key not in ("seconds", "epoch_seconds")]
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):
         return [flat(value) for value in content]
     return [content.contiguous().numpy().tobytes() if isinstance(content, torch.Tensor) else content]
 
 
 @pytest.fixture(scope="session")
-def digits() -> datasets.Dataset:
+def digits():
+    from cifar import datasets
+
     return datasets.find("digits", "nowhere")[0]
 
 
 @pytest.fixture(scope="session")
-def real_cifar10() -> datasets.Dataset:
-    if not (Path(REAL_CIFAR10).is_file() or archive.find(ARCHIVES["cifar10"], Path(REAL_CIFAR10))):
+def real_cifar10():
+    from cifar import datasets, download
+
+    if not (Path(REAL_CIFAR10).is_file() or download.find(download.ARCHIVES["cifar10"], Path(REAL_CIFAR10))):
         pytest.skip("neither data/ nor CIFAR_DATA_DIR has CIFAR-10")
     return datasets.find("cifar10", REAL_CIFAR10)[0]
 
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
 @pytest.fixture
 def small_cifar10(tmp_path, monkeypatch) -> Path:
-    """A folder with the seven files of CIFAR-10 at a hundredth of their size, which torchvision takes for the real."""
-    return _small(CIFAR10, tmp_path, monkeypatch, "labels", CIFAR10_CLASSES)
+    """A folder with the seven files of CIFAR-10 at a hundredth of their size, accepted as the real ones."""
+    return _small_cifar("cifar10", tmp_path, monkeypatch, "", CIFAR10_CLASSES)
 
 
 @pytest.fixture
 def small_cifar100(tmp_path, monkeypatch) -> Path:
-    """Likewise the three files of CIFAR-100, with 300 images each and classes called by their numbers."""
-    return _small(CIFAR100, tmp_path, monkeypatch, "fine_labels", [f"class {n}" for n in range(100)])
+    """A folder with the three files of CIFAR-100, with 300 images each, accepted as the real ones."""
+    return _small_cifar("cifar100", tmp_path, monkeypatch, "fine_", [f"class {number}" for number in range(100)])
 
 
-def _small(kind, place: Path, monkeypatch, labels_key: str, classes) -> Path:
-    folder = place / kind.base_folder
+def _small_cifar(name: str, parent: Path, monkeypatch, prefix: str, classes) -> Path:
+    import numpy as np
+
+    from cifar.download import ARCHIVES
+
+    archive, rng, count = ARCHIVES[name], np.random.default_rng(0), max(100, 3 * len(classes))
+    folder = parent / archive.folder
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    lists = {"train_list": [], "test_list": []}
-    count = max(100, 3 * len(classes))
-    for part, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
-        for name, _ in files:
-            labels = [index % len(classes) for index in range(count)]
-            pictures = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-            (folder / name).write_bytes(pickle.dumps({"data": pictures, labels_key: labels}))
-            lists[part].append([name, calculate_md5(folder / name)])
-    names = folder / kind.meta["filename"]
-    names.write_bytes(pickle.dumps({kind.meta["key"]: list(classes)}))
-    for name, value in {**lists, "meta": {**kind.meta, "md5": calculate_md5(names)}}.items():
-        monkeypatch.setattr(kind, name, value)
-    archive = ARCHIVES[kind.__name__.lower()]
-    files = {name: calculate_md5(folder / name) for name in archive.files}
-    monkeypatch.setitem(ARCHIVES, kind.__name__.lower(), dataclasses.replace(archive, files=files))
+    labels = [index % len(classes) for index in range(count)]
+    for file in archive.files:
+        content = {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), f"{prefix}labels": labels}
+        names = {f"{prefix}label_names": list(classes)}
+        (folder / file).write_bytes(pickle.dumps(names if "meta" in file else content))
+    files = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in archive.files}
+    monkeypatch.setitem(ARCHIVES, name, dataclasses.replace(archive, files=files))
     return folder
 
 
 def quick_config(output_dir: Path, **settings) -> Config:
-    """The smallest training that is one: `convnet` on digits."""
-    given = {"recipe": "convnet", "dataset": "digits", "epochs": 2, "output_dir": str(output_dir), "device": "cpu"}
-    return Config.create({**given, **settings})
+    """Return the settings of the quickest training, `mlp` on digits for one epoch, with the given ones over them."""
+    quick = {"recipe": "mlp", "dataset": "digits", "epochs": 1, "output_dir": str(output_dir), "device": "cpu"}
+    return Config.create({**quick, **settings})
+
+
+def _trained(config: Config, dataset):
+    from cifar import datasets, pipeline, train
+
+    run = pipeline.create_run(datasets.resolve(config, dataset), dataset)
+    with run.lifetime(), run.stage("train"):
+        train.fit(run, dataset)
+    return run
 
 
 @pytest.fixture
 def make_run(tmp_path, digits):
-    """A function that trains on digits with the given settings and returns the run."""
-
-    def make(dataset: datasets.Dataset = digits, **settings):
-        run = train.create(quick_config(tmp_path / "outputs", **settings), dataset)
-        with run.lifetime(), run.stage("train"):
-            train.fit(run, dataset)
-        return run
-
-    return make
+    """A function that trains quickly, with the given settings over quick_config, and returns the run."""
+    return lambda dataset=digits, **settings: _trained(quick_config(tmp_path / "outputs", **settings), dataset)
 
 
 @pytest.fixture(scope="session")
 def evaluated_run(tmp_path_factory, digits):
-    """A run on digits, trained and evaluated; do not change it."""
-    run = train.create(quick_config(tmp_path_factory.mktemp("evaluated")), digits)
-    with run.lifetime():
-        with run.stage("train"):
-            train.fit(run, digits)
-        with run.stage("evaluate"):
-            evaluate.evaluate(run, digits, "cpu")
+    """A run on digits, trained, evaluated and analyzed; do not change it."""
+    from cifar import analysis, evaluate
+
+    run = _trained(quick_config(tmp_path_factory.mktemp("evaluated")), digits)
+    with run.stage("evaluate"):
+        analysis.write(run, digits, evaluate.evaluate(run, digits, "cpu"))
     return run
 
 
 @pytest.fixture(scope="session")
 def corrupted_run(evaluated_run, digits, tmp_path_factory):
-    """A copy of it, measured under three of the corruptions, with its figures and its page; do not change it."""
-    path = tmp_path_factory.mktemp("corrupted") / "run"
-    shutil.copytree(evaluated_run.path, path)
-    run = Run(path)
+    """A copy of evaluated_run with three of the corruptions measured, its figures and report; do not change it."""
+    from cifar import analysis, report, visualize
+    from cifar.runs import Run
+
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path_factory.mktemp("corrupted") / "run"))
+    three = {kind: analysis.CORRUPTIONS[kind] for kind in ("noise", "jpeg", "shift")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corruptions, "AMOUNTS", {kind: corruptions.AMOUNTS[kind] for kind in ("noise", "jpeg", "shift")})
-        corruptions.measure(run, digits, "cpu", lambda _: None)
+        patch.setattr(analysis, "CORRUPTIONS", three)
+        analysis.measure_corruptions(run, digits, "cpu", lambda _: None)
     visualize.visualize(run, digits)
     report.write(run, digits)
     return run
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server():
+    from server import serving
+
     with serving() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """Chromium, with its console and its requests recorded."""
+    """Chromium, whose console messages and requests are recorded."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not binary or not driver:
-        pytest.skip("there is no chromium with its driver here")
+        pytest.skip("chromium and chromedriver are not installed")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, and what they leave."""
+"""Trainings in separate processes, and what they leave."""
 
 import multiprocessing
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import console, evaluate, resume, runs, train
+from cifar import checkpoint, console, evaluate, pipeline, runs, train
 from conftest import flat, quick_config
 
 TIMES = ("seconds", "images_per_second")
@@ -24,20 +24,22 @@ def slowly(values) -> list:
 
 
 def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
-    """A process: train and evaluate a new run or, if it has a name, go on with it; `hinder` is called first."""
+    """Train and evaluate a new run or, if it has a name, resume it; `hinder` is called first."""
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     torch.set_num_threads(1)
 
     def train_and_evaluate():
-        settings = quick_config(outputs, recipe="mlp", epochs=2, val_size=137)
-        run, dataset = train.begin(settings) if name is None else train.take_up(name, {"output_dir": str(outputs)})
+        settings = quick_config(outputs, epochs=2, val_size=137)
+        run, dataset = (
+            pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(outputs)})
+        )
         with run.lifetime():
             train.fit(run, dataset)
             evaluate.evaluate(run, dataset, "cpu")
 
+    console.out.file = console.err.file = sys.stdout
     if hinder:
         hinder()
-    console.out.file = console.err.file = sys.stdout
     sys.exit(console.exit_code(train_and_evaluate))
 
 
@@ -52,7 +54,7 @@ class Outputs:
         return runs.Run(next(path.parent for path in self.folder.glob("[!l]*/run.json")))
 
     def said(self) -> str:
-        """What the processes have printed."""
+        """Return what the processes have printed."""
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
     def has_an_epoch(self) -> bool:
@@ -63,16 +65,16 @@ class Outputs:
         process.start()
         return process
 
-    def begin_or_go_on(self, hinder=None):
-        """Start a process as a user would: a new run only if there is none that could go on."""
+    def start_or_resume(self, hinder=None):
+        """Start a process as a user would: a new run only if there is none to resume."""
         has_run = any(self.folder.glob("*/run.json"))
         return self.start(hinder, "" if has_run else None)
 
     def finish(self) -> dict:
-        """What the run has come to, after a last process that nothing hinders, unless it has ended already."""
+        """Return the results of the run, after a last process that nothing hinders, if it has not ended."""
         if any(self.folder.glob("*/run.json")) and self.run.status() == "completed":
             return results(self.run)
-        process = self.begin_or_go_on()
+        process = self.start_or_resume()
         process.join(60)
         assert process.exitcode == 0, self.said()
         return results(self.run)
@@ -81,9 +83,9 @@ class Outputs:
 def results(run: runs.Run) -> dict:
     """All that must be the same however often the run was interrupted."""
     names = ("checkpoints/best.pt", "metrics.json", "predictions.csv", "classification_report.txt")
-    assert run.record["status"] == "completed"
+    assert run.record.status == "completed"
     assert not list(run.path.rglob("*.partial"))
-    history = [{key: value for key, value in line.items() if key not in TIMES} for line in run.history()]
+    history = [line.model_dump(exclude=set(TIMES)) for line in run.history()]
     return {
         **{name: (run.path / name).read_bytes() for name in names},
         "last.pt": flat(torch.load(run.checkpoints / "last.pt", weights_only=True)),
@@ -98,13 +100,23 @@ def wait_until(condition) -> None:
         time.sleep(0.01)
 
 
-def slow_steps(seconds: float) -> None:
-    """Have this process say each step and wait after it."""
-    pause = resume.Keeper.pause
+def after_each_step(action) -> None:
+    """Have this process call action(checkpointer) after each step, before a checkpoint may be saved."""
+    save_if_due = checkpoint.Checkpointer.save_if_due
 
-    def wait(*arguments):
+    def act(checkpointer, signal_number):
+        if checkpointer.training.step:
+            signal_number = action(checkpointer) or signal_number
+        save_if_due(checkpointer, signal_number)
+
+    checkpoint.Checkpointer.save_if_due = act
+
+
+def slow_steps(seconds: float) -> None:
+    """Have this process print each step and wait after it."""
+
+    def wait(_):
         print("a step")
         time.sleep(seconds)
-        pause(*arguments)
 
-    resume.Keeper.pause = wait
+    after_each_step(wait)

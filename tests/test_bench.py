@@ -1,36 +1,157 @@
-from dataclasses import replace
+"""Planned epochs against sums by hand; the DataLoader's images against the suite's; the profile's shapes and FLOP."""
+
+import json
+import math
 
 import pytest
 import torch
+from PIL import Image
 
-from cifar import bench, data
-from cifar.config import Config
+from cifar import bench, data, datasets
+from cifar.errors import UserError
+from conftest import quick_config
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    """Time as little as possible: on a busy machine no duration can be asserted anyway."""
+    for name, value in {"_SECONDS": 0.0, "_ROUNDS": 1, "_WORKERS": (0,), "_MATRIX_SIZE": 64}.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+# A budget of minutes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "small_epochs", "plan"),  # of epochs of 10 and 20 seconds, of which `small_epochs` of 10 are small
+    [
+        (19, 5, (0, 0)),
+        (25, 5, (1, 0)),
+        (35, 5, (2, 1)),  # 10 + 20
+        (50, 5, (3, 1)),  # 10 + 40, nearer than 20 + 20
+        (49, 5, (3, 2)),
+        (60, 0, (3, 0)),
+        (95, 6, (6, 3)),  # 30 + 60, nearer than 40 + 40; the seven with 4.2 small ones would take 40 + 60
+        (1e300, 5, (100_000, 50_000)),  # the largest number of epochs
+    ],
+)
+def test_the_plan_is_the_longest_that_fits_in_the_recipes_proportions(tmp_path, seconds, small_epochs, plan):
+    config = quick_config(tmp_path, recipe="convnet", epochs=10, small_epochs=small_epochs)
+    assert bench.choose_epochs(config, seconds, {24: 8.0, 32: 18.0}, 2.0) == (*plan, 0)
+
+
+def test_hard_epochs_that_save_time_make_room_for_another_epoch(tmp_path):
+    config = quick_config(tmp_path, epochs=10, hard_epochs=1, hard_share=0.5)
+    assert bench.choose_epochs(config, 79, {32: 20.0}, 0.0) == (4, 0, 1)  # 3 of 20 seconds and one of 10
+    assert bench.choose_epochs(config, 69, {32: 20.0}, 0.0) == (3, 0, 0)  # at most a quarter are hard
 
 
 @pytest.fixture
-def config() -> Config:
-    return Config.create({"recipe": "simple", "batch_size": "8", "device": "cpu"})
+def measured(monkeypatch):
+    """The speed of a machine: epochs of 10 and 20 seconds, 2 of them for validation."""
+    monkeypatch.setattr(bench, "epoch_seconds", lambda *_: ({24: 8.0, 32: 18.0}, 2.0))
 
 
-def test_the_comparison_reports_speeds_and_their_ratio(config, digits, monkeypatch):
-    monkeypatch.setattr(bench, "_WORKERS", (0,))
-    monkeypatch.setattr(bench, "_WARM_STEPS", 1)
-    result = bench.compare(config, digits, steps=2, rounds=1)
-    assert result["suite_images_per_second"] > 0
-    assert result["loader_images_per_second"][0] > 0
-    assert result["ratio"] == result["suite_images_per_second"] / result["loader_images_per_second"][0]
+def test_the_planned_epochs_fit_the_minutes(measured, digits, tmp_path, capsys):
+    settings = {"epochs": 9, "small_epochs": 4, "hard_epochs": 2, "minutes": 2}
+    config = datasets.resolve(quick_config(tmp_path, recipe="convnet", **settings), digits)
+    planned = bench.plan_epochs(config, digits)
+    # 0.97 * 120 = 116.4 seconds: 8 epochs, 4 of them small, take 120 less 36% of two times 18; with 3 small, 10 more.
+    assert (planned.epochs, planned.small_epochs, planned.hard_epochs, planned.minutes) == (8, 4, 2, None)
+    assert datasets.resolve(planned, digits) == planned
+    assert (
+        "2 minutes are enough for 8 epochs: "
+        "4 at 24x24 of 10.0 s, 4 at 32x32 of 20.0 s, the last 2 on the hardest 64% of the images\n"
+    ) in capsys.readouterr().out
 
 
-def test_the_loaders_pictures_are_the_splits_normalized(config, digits):
+def test_too_few_minutes_are_an_error_that_names_how_many_suffice(measured, digits, tmp_path):
+    config = datasets.resolve(quick_config(tmp_path, minutes=0.2), digits)
+    with pytest.raises(UserError, match=r"^--minutes 0\.2 is too little: one epoch takes about 0\.35 minutes$"):
+        bench.plan_epochs(config, digits)
+    assert bench.plan_epochs(config.replace(minutes=0.35), digits).epochs == 1
+
+
+def test_an_epochs_time_is_that_of_its_steps_validation_and_checkpoints(digits, tmp_path, monkeypatch):
+    timed = []
+
+    def half_a_second(step, *_):
+        timed.append(step())
+        return 0.5
+
+    monkeypatch.setattr(bench, "step_seconds", half_a_second)
+    monkeypatch.setattr(bench, "_TIMED_IMAGES", 100)
+    config = datasets.resolve(quick_config(tmp_path, val_size=237, minutes=1), digits)
+    steps, ending = bench.epoch_seconds(config.replace(batch_size=250), digits)
+    # 1,000 of 1,200 images fill 4 steps of 250, each as long as 2.5 of 100; 237 images are validated 100 at a time.
+    assert steps == {32: pytest.approx(4 * 2.5 * 0.5)}
+    assert ending == pytest.approx(2.37 * 0.5 + bench._SAVE_SECONDS)
+    assert timed[-1].shape == (100, 10)
+
+
+def test_timing_repeats_a_step_to_warm_up_and_to_time_it():
+    calls = []
+    assert 0 <= bench.step_seconds(lambda: calls.append(1), torch.device("cpu")) < 1
+    assert len(calls) == 2
+    bench.step_seconds(lambda: calls.append(1), torch.device("cpu"), seconds=0.01)
+    assert len(calls) > 4
+
+
+# The comparison with a DataLoader
+
+
+def test_the_comparison_reports_speeds_and_their_ratio(digits, tmp_path, capsys):
+    config = datasets.resolve(quick_config(tmp_path, recipe="simple", batch_size=8), digits)
+    result = bench.compare(config, digits)
+    suite, loader = result["suite_images_per_second"], result["loader_images_per_second"][0]
+    assert min(suite, loader) > 0
+    assert result["ratio"] == suite / loader
+    bench.show_speeds("digits", {"simple": result})
+    assert f"simple on digits: {suite:,.0f} images a second, {suite / loader:.2f} times" in capsys.readouterr().out
+
+
+def test_the_loaders_images_are_the_splits_normalized(digits, tmp_path):
     split = digits.train[:20]
-    pictures = bench._Pictures(split, replace(config, crop=0, jitter=0.0, flip="none"))
+    augment = bench._augmentation(quick_config(tmp_path, crop=0, jitter=0.0, flip="none"), split)
     mean, std = (values.view(3, 1, 1) for values in split.mean_and_std())
-    for index in range(20):
-        image, label = pictures[index]
-        torch.testing.assert_close(image, (data.to_float(split.images)[index] - mean) / std, atol=1e-5, rtol=1e-5)
-        assert label == split.labels[index]
+    for pixels, expected in zip(split.images, (data.to_float(split.images) - mean) / std):
+        image = augment(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_loader_cuts_out_as_much_as_the_suite(config, digits):
-    pictures = bench._Pictures(digits.train[:20], replace(config, cutout=12))
-    assert all((pictures[index][0] == 0).all(0).sum() == 144 for index in range(20))
+# The profile of a step
+
+
+def test_the_matrix_rate_is_that_of_the_product_that_is_timed(monkeypatch):
+    monkeypatch.setattr(bench, "step_seconds", lambda step, *_: 0.5 if step().shape == (64, 64) else math.nan)
+    assert bench.matrix_rate(torch.device("cpu"), "float32") == 2 * 64**3 / 0.5
+
+
+def test_the_profile_covers_both_image_sizes(digits, tmp_path, capsys):
+    config = quick_config(tmp_path, recipe="convnet", epochs=3, small_epochs=1, batch_size=8, precision="float32")
+    profile = bench.profile(datasets.resolve(config, digits), digits)
+    assert list(profile["image_sizes"]) == [32, 24]
+    full, small = profile["image_sizes"].values()
+    assert full["flop"] > small["flop"] > 0
+    for size, step in profile["image_sizes"].items():
+        seconds = [row["seconds"] for row in step["operators"]]
+        assert seconds == sorted(seconds, reverse=True)
+        calls = {row["name"]: row["calls"] for row in step["operators"]}
+        assert calls[f"convolution_backward 8x3x{size}x{size} * 32x3x3x3"] == 1
+        assert calls["_fused_adam_"] == 1
+    bench.show_profile(json.loads(json.dumps(profile)))
+    shown = capsys.readouterr().out
+    assert "24x24 pixels: " in shown
+    assert "convolution_backward" in shown
+
+
+def test_the_benchmark_resolves_each_recipe_and_writes_its_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "compare", lambda config, _: {"model": config.model, "flip": config.flip})
+    monkeypatch.setattr(bench, "profile", lambda config, _: {"recipe": config.recipe, "precision": config.precision})
+    for name in ("show_profile", "show_speeds"):
+        monkeypatch.setattr(bench, name, lambda *_: None)
+    bench.run(quick_config(tmp_path, precision="float32"))
+    assert json.loads((tmp_path / "bench.json").read_text()) == {
+        "profile": {"recipe": "fast", "precision": "float32"},
+        "speeds": {name: {"model": name, "flip": "none"} for name in ("simple", "convnet")},
+    }

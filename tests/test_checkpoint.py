@@ -2,7 +2,6 @@ import contextlib
 import functools
 import io
 import os
-import pickle
 import subprocess
 import sys
 import zipfile
@@ -30,16 +29,16 @@ def save(path: Path, **changes) -> None:
 
 
 def rewrite(path: Path, **changes) -> None:
-    """Save a checkpoint and replace entries of it, past what `save` would write."""
+    """Save a checkpoint and replace entries of it, which `save` would not write."""
     save(path)
     torch.save({**torch.load(path, weights_only=True), **changes}, path)
 
 
 def use(path: Path) -> torch.nn.Module:
-    """A network with the weights of the checkpoint, taken up as a user of it does."""
-    taken = model.build("convnet", 2, 32)
-    checkpoint.put_weights(path, checkpoint.load(path), taken)
-    return taken
+    """Return a network with the weights of the checkpoint, loaded as its users do."""
+    loaded = model.build("convnet", 2, 32)
+    checkpoint.load_weights(path, checkpoint.load(path), loaded)
+    return loaded
 
 
 def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
@@ -51,7 +50,7 @@ def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
-def test_the_one_before_is_kept_under_the_name_that_is_given(tmp_path):
+def test_the_previous_checkpoint_is_kept_under_the_given_name(tmp_path):
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for epoch in (1, 2, 3):
         save(last, epoch=epoch, previous=previous)
@@ -59,32 +58,22 @@ def test_the_one_before_is_kept_under_the_name_that_is_given(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
 
 
-def test_a_missing_checkpoint_is_told(tmp_path):
+def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load(tmp_path / "best.pt")
 
 
-def test_a_checkpoint_that_may_not_be_read_is_told(tmp_path):
+def test_an_unreadable_checkpoint_is_named(tmp_path):
     save(tmp_path / "best.pt")
     (tmp_path / "best.pt").chmod(0)
     with as_nobody(), pytest.raises(UserError, match=r"cannot read the checkpoint .*best\.pt: Permission denied$"):
         checkpoint.load(tmp_path / "best.pt")
 
 
-@pytest.mark.parametrize("damage", [b"", b"rubbish", "truncated", "folder", "pipe", "flipped"])
-def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path, damage):
-    path = tmp_path / "best.pt"
-    if damage == "folder":
-        path.mkdir()
-    elif damage == "pipe":
-        os.mkfifo(path)
-    else:
-        save(path)
-        whole = path.read_bytes()
-        flipped = bytes(byte ^ 255 if 200 < index < 400 else byte for index, byte in enumerate(whole))
-        path.write_bytes({"truncated": whole[:-200], "flipped": flipped}.get(damage, damage))
-    with pytest.raises(UserError, match=r"is damaged or not one of this program's$"):
-        checkpoint.load(path)
+def test_a_pipe_in_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"is damaged or not from this program$"):
+        checkpoint.load(tmp_path / "best.pt")
 
 
 def test_a_single_wrong_bit_among_the_weights_is_found(tmp_path):
@@ -106,35 +95,19 @@ class _Command:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_code_in_a_checkpoint_is_not_executed(tmp_path, write):
-    write({"weights": _Command(tmp_path / "executed")}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match="is damaged or not"):
-        checkpoint.load(tmp_path / "best.pt")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_zip_that_unpacks_to_more_than_it_is_is_not_unpacked(tmp_path):
-    path = tmp_path / "best.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("archive/data.pkl", bytes(10**8))
-    with pytest.raises(UserError, match="is damaged or not"):
-        checkpoint.load(path)
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"format": 2}, "is not of format 1"),
-        ({"colour": 1}, "is not of format 1"),
+        ({"color": 1}, "is not of format 1"),
         ({"model": 1}, "its network has no name"),
-        ({"classes": []}, "its classes are no names"),
-        ({"classes": ["a", 2]}, "its classes are no names"),
+        ({"classes": []}, "its classes are not names"),
+        ({"classes": ["a", 2]}, "its classes are not names"),
         ({"classes": ["a"] * 1_000_000}, "damaged"),
         ({"image_size": 10**9}, "its image size is not possible"),
         ({"image_size": "32"}, "its image size is not possible"),
         ({"epoch": -1}, "its epoch is not possible"),
-        ({"weights": [1]}, "its weights are none"),
+        ({"weights": [1]}, "it has no weights"),
         ({"weights": {}}, "do not fit the network convnet"),
     ],
 )
@@ -182,7 +155,7 @@ def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, dama
 
 @functools.cache
 def bomb() -> bytes:
-    """A zip of 5 MB that unpacks to 1.2 GB."""
+    """Return a zip of 5 MB that unpacks to 1.2 GB."""
     file = io.BytesIO()
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
@@ -194,7 +167,7 @@ def bomb() -> bytes:
 
 
 def spoil(path: Path, rng: np.random.Generator) -> str:
-    """Write a checkpoint that is damaged in a way drawn by chance, and say in which."""
+    """Write a checkpoint with a random damage; returns its kind."""
     save(path)
     whole, weights = bytearray(path.read_bytes()), network().state_dict()
     name = str(rng.choice(sorted(weights)))
@@ -208,7 +181,8 @@ def spoil(path: Path, rng: np.random.Generator) -> str:
         case "empty":
             whole = b""
         case "command":
-            whole = pickle.dumps({**CONTENT, "weights": _Command(path.parent / "executed")})
+            torch.save({**CONTENT, "format": 1, "weights": _Command(path.parent / "executed")}, path)
+            return kind
         case "shape" | "type" | "nan":
             odd = {"shape": torch.zeros(3), "type": weights[name].half(), "nan": weights[name] * float("nan")}[kind]
             rewrite(path, weights={**weights, name: odd})
@@ -259,3 +233,8 @@ def test_damaged_checkpoints_take_under_five_seconds_and_a_gigabyte_and_execute_
         assert sentence != "loaded" or kinds[name] == "flipped", kinds[name]  # in the padding between the parts
     assert int(kilobytes) < 10**6
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_names_of_networks_in_older_checkpoints_are_still_understood(tmp_path):
+    rewrite(tmp_path / "best.pt", model="whitened")
+    assert checkpoint.load(tmp_path / "best.pt")["model"] == "airbench94"

@@ -1,5 +1,10 @@
+"""The leaderboard and comparisons, of hand-made runs whose results are worked out by hand or by SciPy."""
+
 import json
+import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,72 +12,63 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from scipy.stats import ttest_rel
+from rich.console import Console
+from scipy.stats import binomtest, ttest_rel
 
-from cifar import compare, compare_figure, outputs
+from cifar import compare, console, runs, style
+from cifar.config import PROJECT
 from cifar.errors import UserError
 from cifar.runs import Run
 from handmade import ESCAPED, erring_run, make_line
 
-RUBBISH = ("", "{", "[1]", "null", '{"seconds": [1], "accuracy": "high", "recipe": 3}', "\0\xff")
+DAMAGED = ("", "{", "[1]", "null", '{"seconds": [1], "accuracy": "high", "recipe": 3, "start": "soon"}', "\0\xff")
 
 
-def panels(figure: Figure) -> dict[str, Axes]:
-    return {axes.get_label(): axes for axes in figure.axes}
+def draw(comparison: dict) -> tuple[Figure, dict[str, Axes]]:
+    """The figure and its panels by name."""
+    with style.drawing():
+        figure = compare.draw(comparison)
+        figure.draw_without_rendering()
+    return figure, {axes.get_label(): axes for axes in figure.axes}
 
 
-def curves(axes: Axes) -> list[Line2D]:
-    """The lines that have points; those without are for the legend."""
-    return [line for line in axes.lines if len(line.get_xdata())]
+def dots(axes: Axes) -> list[float]:
+    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
 
 
-def test_the_better_of_two_is_told_with_mcnemars_p(tmp_path):
-    first = erring_run(tmp_path / "first", range(20))  # wrong on 20
-    second = erring_run(tmp_path / "second", range(18, 24), seed=1)  # on 6 of which both have 2: 18 against 4
+# Comparisons.
+
+
+def test_the_better_of_two_runs_is_named_with_mcnemars_p(tmp_path):
+    classes = ("NA", "1.0", "$")
+    first = erring_run(tmp_path / "first", range(20), classes=classes)
+    second = erring_run(tmp_path / "second", range(18, 24), classes=classes)  # both err on 2: 18 against 4
     (pair,) = compare.compare([first, second])["pairs"]
     assert (pair["only_first"], pair["only_second"], pair["n"]) == (4, 18, 300)
     # Twice the chance of at most 4 heads in 22 throws: (1 + 22 + 231 + 1540 + 7315) / 2**22.
     assert pair["p"] == pair["p_corrected"] == pytest.approx(2 * 9109 / 2**22)
     assert pair["difference"] == pytest.approx(14 / 300)
-    right = [np.array([i not in wrong for i in range(300)], float) for wrong in (range(20), range(18, 24))]
-    assert pair["interval_95"] == pytest.approx([*ttest_rel(right[1], right[0]).confidence_interval()])
+    correct = [np.array([i not in wrong for i in range(300)], float) for wrong in (range(20), range(18, 24))]
+    assert pair["interval_95"] == pytest.approx([*ttest_rel(correct[1], correct[0]).confidence_interval()])
     assert pair["better"] == "B"
-    assert pair["verdict"].startswith("B is better than A: +4.67 points, 95% interval +1.6")
-    assert pair["verdict"].endswith("p = 0.004")
-    (mirrored,) = compare.compare([second, first])["pairs"]
-    assert mirrored["verdict"] == pair["verdict"].replace("B is better than A", "A is better than B")
+    assert pair["verdict"].startswith("B - A is +4.67 points, 95% interval +1.6")
+    assert pair["verdict"].endswith("p = 0.004: B is better")
+    (swapped,) = compare.compare([second, first])["pairs"]
+    assert (swapped["better"], swapped["difference"]) == ("A", -pair["difference"])
 
 
-def test_a_difference_that_may_be_chance_is_called_not_significant(tmp_path):
-    pair = [
-        erring_run(tmp_path / "first", range(10)),
-        erring_run(tmp_path / "second", range(8, 20)),
-    ]  # 8 against 10
-    (pair,) = compare.compare(pair)["pairs"]
-    assert pair["better"] is None
-    assert pair["verdict"].startswith(
-        "no significant difference between A and B: B - A is -0.67 points, 95% interval -3."
-    )
-    assert pair["verdict"].endswith("p = 0.815")  # 1 - C(18,9) / 2**18
+def test_p_values_of_more_than_two_runs_are_corrected(tmp_path):
+    # 1 against 8 is 20 / 512 = 0.039, which three comparisons make 0.117, too much for a difference.
+    found = [erring_run(tmp_path / "a", range(8)), erring_run(tmp_path / "b", [20]), erring_run(tmp_path / "c", [20])]
+    assert compare.compare(found[:2])["pairs"][0]["better"] == "B"
+    comparison = compare.compare(found)
+    assert [pair["p_corrected"] for pair in comparison["pairs"]] == pytest.approx([60 / 512, 60 / 512, 1])
+    assert [pair["better"] for pair in comparison["pairs"]] == [None] * 3
+    assert comparison["pairs"][0]["verdict"].endswith("p = 0.117: no significant difference")
 
 
-def test_of_more_than_two_runs_the_p_values_are_corrected(tmp_path):
-    # 1 against 8 is 20 / 512 = 0.039, which three comparisons make 0.117.
-    runs = [
-        erring_run(tmp_path / "a", range(8)),
-        erring_run(tmp_path / "b", [20]),
-        erring_run(tmp_path / "c", [20]),
-    ]
-    assert compare.compare(runs[:2])["pairs"][0]["better"] == "B"
-    made = compare.compare(runs)
-    assert [pair["p_corrected"] for pair in made["pairs"]] == pytest.approx([60 / 512, 60 / 512, 1])
-    assert [pair["better"] for pair in made["pairs"]] == [None] * 3
-    assert "Holm for 3 comparisons" in made["method"]
-
-
-def test_runs_of_other_test_sets_are_not_paired_but_have_their_figures(tmp_path):
-    made = compare.compare(
+def test_runs_of_different_test_sets_are_not_paired(tmp_path):
+    comparison = compare.compare(
         [
             erring_run(tmp_path / "a", range(8)),
             erring_run(tmp_path / "b", range(9), test_sha256="other"),
@@ -81,180 +77,232 @@ def test_runs_of_other_test_sets_are_not_paired_but_have_their_figures(tmp_path)
             erring_run(tmp_path / "e", range(8), test_sha256=None),
         ]
     )
-    pairs = [pair["first"] + pair["second"] for pair in made["pairs"]]
-    assert pairs == ["AE", "BC", "BE", "CE"]
-    (note,) = made["notes"]
-    assert note.startswith("not paired, as they were measured on different test sets: A and B, A and C, A and D")
-    assert [row["accuracy"] for row in made["runs"]] == pytest.approx([1 - 8 / 300, 0.97, 0.9, 0.955, 1 - 8 / 300])
-    assert [ends is None for ends in made["classes"][0]["interval_95"]] == [True, True, True, False]
+    assert [pair["first"] + pair["second"] for pair in comparison["pairs"]] == ["AE", "BC", "BE", "CE"]
+    (note,) = comparison["notes"]
+    assert note.startswith("not tested, because the test sets differ: A and B, A and C, A and D")
+    assert [interval is None for interval in comparison["classes"][0]["interval_95"]] == [True, True, True, False]
 
 
-def test_classes_are_compared_where_they_are_the_same(tmp_path):
+def test_classes_are_compared_if_all_runs_have_the_same(tmp_path):
     first, second = erring_run(tmp_path / "a", [0, 3, 6, 1]), erring_run(tmp_path / "b", [0])
     cat, dog, ship = compare.compare([first, second])["classes"]
     assert (cat["class"], cat["recall"]) == ("cat", pytest.approx([0.97, 0.99]))
-    assert cat["difference"] == pytest.approx([0.02])
-    assert dog["difference"] == pytest.approx([0.01])
+    assert (cat["difference"], dog["difference"]) == (pytest.approx([0.02]), pytest.approx([0.01]))
     assert (ship["difference"], ship["interval_95"]) == ([0], [[0, 0]])
-    other = erring_run(tmp_path / "c", [0], classes=("a", "b"))
-    made = compare.compare([first, other])
-    assert (made["classes"], made["pairs"], len(made["notes"])) == ([], [], 1)
+    comparison = compare.compare([first, erring_run(tmp_path / "c", [0], classes=("a", "b"))])
+    assert (comparison["classes"], comparison["pairs"], len(comparison["notes"])) == ([], [], 1)
 
 
-def test_of_many_classes_those_are_shown_that_differ_most(tmp_path):
-    classes = [f"class {number}" for number in range(30)]
-    # The first errs on classes 0 to 9, the second on 25 to 28; of equals the earlier ones are shown.
-    made = compare.compare(
-        [
-            erring_run(tmp_path / "a", range(10), classes=classes),
-            erring_run(tmp_path / "b", range(85, 89), classes=classes),
-        ]
-    )
-    assert len(made["classes"]) == 30
-    assert [row["class"] for row in made["classes_shown"]] == [*classes[:16], *classes[25:29]]
-
-
-def test_only_the_settings_that_differ_are_told_and_no_places(tmp_path):
+def test_only_settings_that_differ_are_listed_without_locations(tmp_path):
     first = erring_run(tmp_path / "a", [0])
-    second = erring_run(
-        tmp_path / "b", [0], recipe="mlp", model="resnet18", optimizer="sgd", data_dir="x", output_dir="y"
-    )
+    second = erring_run(tmp_path / "b", [0], model="resnet18", optimizer="sgd", data_dir="x", output_dir="y")
     second.update(threads=4)
-    assert compare.compare([first, second])["settings"] == [
-        {"name": "recipe", "values": ["fast", "mlp"]},
-        {"name": "model", "values": ["whitened", "resnet18"]},
-        {"name": "optimizer", "values": ["muon", "sgd"]},
-        {"name": "threads", "values": [None, 4]},
+    third = erring_run(tmp_path / "c", [0])
+    content = runs.read_json(third.path / "config.json")
+    del content["hard_epochs"]  # as in an older run, which also has an older name of the same network
+    third.write("config.json", {**content, "model": "whitened"})
+    assert compare.compare([first, second, third])["settings"] == [
+        {"name": "model", "values": ["airbench94", "resnet18", "airbench94"]},
+        {"name": "optimizer", "values": ["muon", "sgd", "muon"]},
+        {"name": "hard_epochs", "values": [3, 3, "not set"]},
+        {"name": "threads", "values": ["not set", 4, "not set"]},
     ]
 
 
-@pytest.mark.parametrize("content", ["", "index,true\n", "\0", 'index,true,predicted\n0,"cat', None])
-def test_without_predictions_a_run_is_told_apart_and_still_tabulated(tmp_path, content):
-    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
+@pytest.mark.parametrize("content", ["", "index,true\n", "\0", 'index,true,predicted\n0,"cat', "another run's", None])
+def test_a_run_without_valid_predictions_is_compared_without_a_test(tmp_path, content):
+    first, second, other = (erring_run(tmp_path / name, range(wrong)) for name, wrong in zip("abc", (1, 1, 9)))
     path = second.path / "predictions.csv"
     path.unlink() if content is None else path.write_text(content)
-    made = compare.compare([first, second])
-    assert made["pairs"] == []
-    assert made["notes"][0].startswith("B is not paired with the others: ")
-    assert "predictions.csv" in made["notes"][0]
-    assert len(made["runs"]) == len(made["classes"][0]["recall"]) == 2
-
-
-def test_predictions_that_do_not_fit_the_metrics_are_not_paired(tmp_path):
-    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
-    shutil.copy(erring_run(tmp_path / "c", range(9)).path / "predictions.csv", second.path)
-    assert "not what its metrics.json was computed from" in compare.compare([first, second])["notes"][0]
-
-
-def test_runs_that_held_nothing_out_have_their_loss_drawn_alone(tmp_path):
-    found = [erring_run(tmp_path / name, [0], history=0) for name in "ab"]
-    for run in found:
-        run.append_history(make_line(1, validated=False))
-    axes = panels(compare_figure.draw(compare.compare(found)))
-    assert axes.keys() == {"accuracy", "loss", "classes"}
-    assert len(curves(axes["loss"])) == 2
-
-
-def test_runs_without_any_history_have_a_figure_that_says_so(tmp_path):
-    found = [erring_run(tmp_path / name, [0], history=0) for name in "ab"]
-    axes = panels(compare_figure.draw(compare.compare(found)))
-    assert [text.get_text() for text in axes["loss"].texts] == ["nothing was recorded"]
-
-
-@pytest.mark.parametrize("content", ["", '{"epoch": 1}\n', "[1]\n", '"rubbish"\n', None])
-def test_without_a_history_there_is_a_figure_without_curves(tmp_path, content):
-    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
-    path = second.path / "history.jsonl"
-    path.unlink() if content is None else path.write_text(content)
-    made = compare.compare([first, second])
-    assert len(made["notes"]) == (1 if content else 0)
-    axes = panels(compare_figure.draw(made))
-    assert [len(curves(axes[name])) for name in ("loss", "epochs", "seconds")] == [1, 1, 1]
+    if content == "another run's":
+        shutil.copy(other.path / path.name, path)
+    comparison = compare.compare([first, second])
+    assert comparison["pairs"] == []
+    assert re.match(r"B is left out of the paired tests: .*predictions.csv", comparison["notes"][0])
+    assert len(comparison["runs"]) == len(comparison["classes"][0]["recall"]) == 2
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
     first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     with pytest.raises(UserError, match="a is given twice"):
         compare.compare([first, second, first])
-    with pytest.raises(UserError, match="takes two runs or more"):
+    with pytest.raises(UserError, match="a comparison takes 2 to 26 runs, not 1;"):
         compare.compare([first])
-    for file, kept in [(file, second.read(file)) for file in ("config.json", "run.json", "metrics.json")]:
-        for content in RUBBISH:
+    with pytest.raises(UserError, match="2 to 26 runs, not 27"):
+        compare.compare([Run(tmp_path / str(number)) for number in range(27)])
+    for file in ("config.json", "run.json", "metrics.json"):
+        kept = (second.path / file).read_bytes()
+        for content in DAMAGED:
             (second.path / file).write_text(content, encoding="latin-1")
-            with pytest.raises(UserError, match=rf"/b/{file} [^\n]*$"):
+            with pytest.raises(UserError, match=rf"b/{file} [^\n]*$"):
                 compare.compare([first, second])
-        second.write(file, kept)
-    assert compare.compare([first, second])["pairs"]
+        (second.path / file).write_bytes(kept)
     (second.path / "metrics.json").unlink()
     with pytest.raises(UserError, match="b has not been evaluated"):
         compare.compare([first, second])
 
 
-def test_there_are_as_many_letters_as_runs_can_be_compared(tmp_path):
-    with pytest.raises(UserError, match="at most 26 runs can be compared at once, not 27"):
-        compare.compare([Run(tmp_path / str(number)) for number in range(27)])
+def test_a_comparison_is_written_into_a_folder_named_by_its_runs(tmp_path):
+    found = [erring_run(tmp_path / "a", range(30)), erring_run(tmp_path / "b", range(3), seed=1)]
+    comparison = compare.compare(found)
+    folder = compare.write(comparison, compare.folder(str(tmp_path), comparison))
+    assert folder == tmp_path / "compare" / "a_vs_b"
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png"}
+    assert json.loads((folder / "comparison.json").read_text(encoding="utf-8")) == comparison
+    with pytest.raises(UserError, match="cannot write"):
+        compare.write(comparison, folder / "comparison.json" / "folder")
+    rows = [{"run": f"run {number}" * 5} for number in range(20)]
+    long, other = (compare.folder("out", {"runs": rows[:count]}).name for count in (20, 19))
+    assert (len(long) < 255, long != other) == (True, True)
 
 
-def test_the_name_of_a_group_stands_for_its_runs(tmp_path):
-    for seed in (0, 1):
-        erring_run(tmp_path / "group" / f"run {seed}", [seed], seed=seed)
-    (tmp_path / "group" / "summary.json").write_text("{}")
-    assert [run.path.name for run in outputs.find_all(str(tmp_path), "group")] == ["run 0", "run 1"]
-    assert outputs.find_all(str(tmp_path), "run 1") == outputs.find_all(str(tmp_path), "group/run 1")
-    shutil.rmtree(tmp_path / "group" / "run 0")
-    (tmp_path / "group" / "run 1" / "metrics.json").unlink()
-    with pytest.raises(UserError, match="none of the runs in"):
-        outputs.find_all(str(tmp_path), "group")
+def test_a_comparison_is_shown_with_its_conclusions_last(capsys, tmp_path):
+    found = [erring_run(tmp_path / "a", range(20)), erring_run(tmp_path / "b", [1], seed=7)]
+    comparison = compare.compare(found)
+    compare.show_comparison({**comparison, "notes": ["a [note]"]})
+    printed = capsys.readouterr().out
+    low, high = binomtest(280, 300).proportion_ci(method="wilson")
+    lines = [line.split() for line in printed.splitlines()]
+    assert f"93.33% ({low:.2%} to {high:.2%})" in printed
+    assert ["seed", "│", "0", "│", "7"] in lines
+    assert ["cat", "│", "93.0%", "│", "100.0%"] in lines
+    *_, note, verdict, method = printed.splitlines()
+    assert (note, verdict, method) == ("a [note]", comparison["pairs"][0]["verdict"], comparison["method"])
 
 
-def test_a_comparison_has_a_folder_by_its_runs_whatever_their_number(tmp_path):
-    def folder(*names: str) -> str:
-        return compare.folder("out", {"runs": [{"run": name} for name in names]}).as_posix()
-
-    assert folder("a", "b") == "out/compare/a_vs_b"
-    long = folder(*(f"run {number}" * 5 for number in range(20)))
-    assert len(Path(long).name) < 255
-    assert long != folder(*(f"run {number}" * 5 for number in (*range(19), 21)))
+# The figure.
 
 
-def test_the_figure_draws_the_saved_numbers(tmp_path):
-    made = compare.compare([erring_run(tmp_path / "a", range(9)), erring_run(tmp_path / "b", [0], history=2, seed=1)])
-    figure = compare_figure.draw(json.loads(json.dumps(made)))
-    axes = panels(figure)
-    dots = [line.get_xdata()[0] for line in curves(axes["accuracy"]) if line.get_marker() == "o"]
-    assert dots == pytest.approx([0.97, 299 / 300])
-    assert [list(line.get_ydata()) for line in curves(axes["loss"])] == [[1, 1 / 2, 1 / 3], [1, 1 / 2]]
-    assert [list(line.get_ydata()) for line in curves(axes["epochs"])] == [[0.5, 0.75, 1 - 0.5 / 3], [0.5, 0.75]]
-    assert [list(line.get_xdata()) for line in curves(axes["seconds"])] == [[2, 4, 6], [2, 4]]
+def test_the_figure_draws_the_saved_values(tmp_path):
+    found = [erring_run(tmp_path / "a", range(9)), erring_run(tmp_path / "b", [0], history=2, seed=1)]
+    figure, axes = draw(json.loads(json.dumps(compare.compare(found))))
+    assert dots(axes["accuracy"]) == pytest.approx([0.97, 299 / 300])
+    assert [list(line.get_xdata()) for line in axes["epochs"].lines] == [[1, 2, 3], [1, 2]]
+    saved = [[epoch.val_accuracy for epoch in run.history()] for run in found]
+    assert [list(line.get_ydata()) for line in axes["epochs"].lines] == saved
     assert [label.get_text() for label in axes["classes"].get_yticklabels()] == [*ESCAPED]
-    differences = [line.get_xdata()[0] for line in curves(axes["classes"]) if line.get_marker() == "o"]
-    assert differences == pytest.approx([0.02, 0.03, 0.03])
+    assert dots(axes["classes"]) == pytest.approx([2, 3, 3])
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "A  a: fast on digits, seed 0",
-        "B  b: fast on digits, seed 1",
-    ]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["A  a: fast on digits, seed 0", "B  b: fast on digits, seed 1"]
 
 
-def test_a_class_may_be_called_like_a_formula(tmp_path):
-    classes = [f"$\\x{number}$" for number in range(10)]
-    found = [erring_run(tmp_path / name, wrong, classes=classes) for name, wrong in (("a", range(9)), ("b", range(5)))]
-    figure = compare_figure.draw(compare.compare(found))
-    figure.draw_without_rendering()
-    shown = {label.get_text() for label in panels(figure)["classes"].get_yticklabels()}
-    assert shown <= set(classes)
-    assert shown
+def test_a_run_without_a_valid_history_or_validation_has_no_curve(tmp_path):
+    first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0], history=0)
+    second.append_history(make_line(1, validated=False))
+    axes = draw(compare.compare([first, second]))[1]
+    assert len(axes["epochs"].lines) == 1
+    for content in ('{"epoch": 1}\n', "[1]\n", '"text"\n', "\0"):
+        (first.path / "history.jsonl").write_text(content)
+        comparison = compare.compare([first, second])
+        assert comparison["notes"][0].startswith("A has no curve: ")
+    assert draw(comparison)[1].keys() == {"accuracy", "classes"}
 
 
-def test_no_label_of_the_figure_is_cut_with_many_runs_and_classes(tmp_path):
-    classes = [f"a class with a long name, {number}" for number in range(100)]
-    found = [erring_run(tmp_path / f"run {n}", range(n, 60), classes=classes, seed=n) for n in range(9)]
-    figure = compare_figure.draw(compare.compare(found))
-    figure.draw_without_rendering()
+def test_no_label_is_cut_off_with_many_runs_and_classes_that_look_like_formulas(tmp_path):
+    classes = [f"$\\x{number}$ has a long name" for number in range(100)]
+    found = [erring_run(tmp_path / f"run {n}", range(8 * n, 45), classes=classes, seed=n) for n in range(6)]
+    figure, axes = draw(compare.compare(found))
     whole = figure.bbox
-    for box in [axes.get_tightbbox() for axes in figure.axes] + [figure.legends[0].get_window_extent()]:
+    for box in [panel.get_tightbbox() for panel in figure.axes] + [figure.legends[0].get_window_extent()]:
         assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
         assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
-    rows = [label.get_window_extent() for label in panels(figure)["classes"].get_yticklabels()]
-    assert len(rows) == 20
-    assert not any(one.overlaps(other) for one, other in pairwise(rows))
+    labels = axes["classes"].get_yticklabels()
+    assert [label.get_text() for label in labels] == classes[:10]  # of classes that differ as much, the first
+    assert not any(one.overlaps(other) for one, other in pairwise(label.get_window_extent() for label in labels))
+
+
+# The leaderboard.
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    """An old and a new run, and between them one in a group."""
+    for day, path in ((1, "old"), (2, "5-seeds/member"), (3, "new")):
+        run = erring_run(tmp_path / path, range(day), images=60)
+        run.update(start=f"2026-01-0{day}T00:00:00+00:00")
+    runs.write_json(tmp_path / "5-seeds" / "summary.json", {"status": "running", "config": {"seeds": 5}})
+    (tmp_path / "latest").symlink_to("new")
+    return tmp_path
+
+
+def test_the_leaderboard_has_every_run_once_newest_first(outputs):
+    rows = compare.leaderboard(str(outputs))
+    assert [row["run"] for row in rows] == ["new", "member", "old"]
+    new = {column: rows[0][column] for column in compare.COLUMNS}
+    assert new == {
+        **{"run": "new", "status": "completed", "recipe": "fast", "dataset": "digits", "seed": 0},
+        **{"accuracy": 0.95, "accuracy (TTA)": 0.95, "loss": 0.5, "calibration": 0.02, "epochs": 3, "seconds": 9.5},
+    }
+    with pytest.raises(UserError, match=r"there is no run in .*nowhere"):
+        compare.leaderboard(str(outputs / "nowhere"))
+
+
+def test_the_leaderboard_is_sorted_by_any_column_with_missing_values_last(outputs):
+    for path, value in (("old", 0.9), ("new", 0.8)):
+        run = Run(outputs / path)
+        run.write("metrics.json", {**run.metrics.model_dump(), "accuracy_tta": value, "loss": value})
+    (outputs / "5-seeds" / "member" / "metrics.json").unlink()
+
+    def names(column: str) -> list[str]:
+        return [row["run"] for row in compare.leaderboard(str(outputs), column)]
+
+    assert names("accuracy (TTA)") == names("accuracy_tta") == ["old", "new", "member"]
+    assert names("loss") == ["new", "old", "member"]
+    assert names("run") == ["member", "new", "old"]
+    for column in compare.COLUMNS:
+        assert sorted(names(column)) == ["member", "new", "old"]
+        assert column in compare.columns(column)[:3]
+    with pytest.raises(UserError, match="unknown column 'speed': did you mean seed"):
+        compare.leaderboard(str(outputs), "speed")
+
+
+@pytest.mark.parametrize("file", ["run.json", "config.json", "history.jsonl", "metrics.json"])
+def test_a_damaged_run_has_a_row_that_names_the_file(outputs, file):
+    path = outputs / "new" / file
+    harmless = {"history.jsonl": [None, ""], "metrics.json": [None]}.get(file, [])
+    for content in (*DAMAGED, "{}", None):
+        path.unlink() if content is None else path.write_text(content, encoding="latin-1")
+        for sort in (None, "accuracy", "status", "seed"):
+            damaged = {row["run"]: row["damaged"] for row in compare.leaderboard(str(outputs), sort)}
+            assert damaged == {"new": [] if content in harmless else [file], "member": [], "old": []}
+
+
+def test_groups_are_listed_with_mean_and_standard_deviation_even_if_damaged(outputs, capsys):
+    empty = {"group": "5-seeds", "accuracy": None, "accuracy (TTA)": None}
+    assert compare.groups(str(outputs)) == [{**empty, "status": "killed"}]
+    spread = {"mean": 0.9341, "standard_deviation": 0.0019}
+    summary = {"status": "completed", "config": {}, "figures": {"accuracy": spread, "accuracy_tta": spread}}
+    runs.write_json(outputs / "5-seeds" / "summary.json", summary)
+    (row,) = compare.groups(str(outputs))
+    assert (row["status"], row["accuracy"]) == ("completed", (0.9341, 0.0019))
+    compare.show_runs(compare.leaderboard(str(outputs)), [row], compare.columns())
+    assert "93.41% ± 0.19%" in capsys.readouterr().out
+    for content in (*DAMAGED, "{}"):
+        (outputs / "5-seeds" / "summary.json").write_text(content, encoding="latin-1")
+        assert compare.groups(str(outputs)) == [{**empty, "status": "damaged: summary.json"}]
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_list_of_runs_fits_the_terminal_and_names_what_it_leaves_out(capsys, monkeypatch, outputs, width):
+    monkeypatch.setattr(console, "out", Console(width=width, force_terminal=True, color_system=None))
+    (outputs / "new").rename(outputs / "2026-01-01_00-00-00_fast_cifar10")
+    rows = compare.leaderboard(str(outputs))
+    broken = {**rows[0], "run": "broken", "accuracy": None, "damaged": ["run.json", "metrics.json"]}
+    compare.show_runs([*rows, broken], [], compare.columns())
+    printed = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+    for part in ("2026-01-01_00-00-00_fast_cifar10", "damaged:", "run.json", "metrics.json"):
+        assert part in printed
+    header, _, left_out = printed.partition("too narrow for:")
+    shown = [column for column in compare.COLUMNS if f" {column} " in header.split("━")[0].replace("\n", " ")]
+    assert all(column in shown or column in " ".join(left_out.split()) for column in compare.COLUMNS)
+
+
+def test_the_leaderboard_does_not_import_torch_or_matplotlib(outputs):
+    code = (
+        "import sys; from cifar import compare; compare.leaderboard(sys.argv[1]); "
+        "print({'torch', 'matplotlib', 'pandas'} & sys.modules.keys() or 'none')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, outputs], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.strip() == "none", done.stderr

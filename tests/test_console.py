@@ -1,18 +1,26 @@
+"""What the terminal and a pipe show, exit codes, Ctrl-C and SIGTERM, and the wording of errors."""
+
+import errno
+import io
+import os
+import re
+import signal
+from pathlib import Path
+
 import pytest
+from rich.console import Console
+from rich.text import Text
 
-from cifar import console
+from cifar import console, errors
 from cifar.errors import UsageError, UserError
+from cifar.records import EpochRecord
+from handmade import make_line
 
-RECORD = {
-    "epoch": 1,
-    "image_size": 32,
-    "train_loss": 0.5,
-    "train_accuracy": 0.871,
-    "val_loss": 0.4,
-    "val_accuracy": 0.9123,
-    "images_per_second": 1034.4,
-    "seconds": 43.51,
-}
+EPOCH = EpochRecord(**make_line(1, train_loss=0.5, train_accuracy=0.871, val_loss=0.4, val_accuracy=0.9123))
+
+
+class OutOfMemoryError(RuntimeError):
+    """A stand-in for torch.OutOfMemoryError, which the CPU never raises."""
 
 
 def raising(error):
@@ -22,18 +30,36 @@ def raising(error):
     return action
 
 
+OUT_OF_MEMORY = "error: out of memory; a smaller --batch-size needs less\n"
+
+
 @pytest.mark.parametrize(
     ("action", "code", "printed"),
     [
         (lambda: None, 0, ""),
-        (raising(UserError("mend [this]")), 1, "error: mend [this]\n"),
+        (raising(UserError("fix [this]\x1b[31m\n")), 1, "error: fix [this]\\x1b[31m\\n\n"),
         (raising(UsageError("what?")), 2, "error: what?\n"),
-        (raising(KeyboardInterrupt()), 130, "error: interrupted\n"),
+        (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+        (raising(console.Interrupted(signal.SIGTERM, "resume with `x`")), 143, "resume with `x`\n"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "interrupted\n"),
+        (lambda: Path("/proc/none/file").read_text(), 1, "error: /proc/none/file: No such file or directory\n"),
+        (raising(OSError(errno.ENOSPC, "No space left on device")), 1, "error: No space left on device\n"),
+        (raising(OSError("cannot identify\nimage")), 1, "error: OSError: cannot identify\n"),
+        (raising(MemoryError()), 1, OUT_OF_MEMORY),
+        (raising(OutOfMemoryError("CUDA out of memory")), 1, OUT_OF_MEMORY),
+        (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 1, OUT_OF_MEMORY),
     ],
 )
-def test_a_mistake_is_one_sentence_and_an_exit_code(action, code, printed, capsys):
+def test_an_error_is_one_sentence_and_an_exit_code(action, code, printed, capsys):
     assert console.exit_code(action) == code
     assert capsys.readouterr().err == printed
+
+
+def test_torch_names_its_allocator_when_memory_runs_out():
+    import torch
+
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: "):
+        torch.empty(2**50)
 
 
 def test_a_programming_error_keeps_its_traceback():
@@ -41,61 +67,148 @@ def test_a_programming_error_keeps_its_traceback():
         console.exit_code(lambda: 1 / 0)
 
 
-def test_a_terminal_shows_the_training_live_and_keeps_a_line_for_each_epoch(terminal):
-    with console.TrainingDisplay([4, 4], [1.0, 1.0]) as display:
-        display.step(1, 3, 0.4321, 0.871, 1034.4)
-        display.progress.refresh()
-        display.end_epoch(RECORD, best=True)
+def test_messages_are_one_line_whatever_is_in_them(capsys):
+    console.say("[bold]é💥\udcff\r\n" + "x" * 300)
+    assert capsys.readouterr().out == "[bold]é💥\\udcff\\r\\n" + "x" * 300 + "\n"
+
+
+def test_a_banner_shows_a_sentence_and_nothing_without_one(capsys):
+    console.banner(None)
+    assert capsys.readouterr().out == ""
+    console.banner("this is [not] CIFAR-10")
+    shown = capsys.readouterr().out
+    assert "this is [not] CIFAR-10" in shown
+    assert max(map(len, shown.splitlines())) == 80
+
+
+def test_a_pipe_shows_all_columns_of_a_table(capsys):
+    wide = {f"column {n}": ["x" * 40] for n in range(20)}
+    console.out.print(console.table("all", wide))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in wide)
+    assert ("x" * 40 + " │ ") * 19 in printed
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(34, "status, 字"), (35, "字"), (57, "字"), (58, None)])
+def test_a_terminal_shows_the_columns_that_fit(terminal, width, left_out):
+    console.out.width = width  # they take 13 + 3 + 8 + 3 + 8, and 3 + 20
+    status = [Text("damaged:\nrun.json", style="red"), "ok"]
+    columns = {"run": ["first", "the\x1bsecond"], "accuracy": ["93.2%", "9.1%"], "status": status}
+    table = console.table("some", {**columns, "字": ["字" * 10, ""]})
+    assert (table.caption and table.caption.plain) == (left_out and f"too narrow for: {left_out}")
+    console.out.print(table)
+    lines = terminal.getvalue().splitlines()
+    assert any("the\\x1bsecond" in line and "   9.1%" in line for line in lines)
+
+
+def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal):
+    with console.TrainingProgress([4, 4], [1.0, 1.0]) as progress:
+        progress.step(1, 3, 0.4321, 0.871, 1034.4)
+        assert not progress.is_due()
+        progress.refresh()
+        progress.end_epoch(EPOCH, is_best=True)
     written = terminal.getvalue()
     for part in ("epoch 1/2", "batch 3/4", "loss 0.432", "acc 87.1%", "1,034 images/s", "91.23%"):
         assert part in written
 
 
-def test_a_terminal_shows_how_much_of_a_download_has_come(terminal):
-    with console.download_bar("archive.tar.gz", 1000, 400) as show:
-        show(500)
-    written = terminal.getvalue()
-    assert "archive.tar.gz" in written
-    assert "400/1.0 kB" in written or "0.4/1.0 kB" in written
-    assert "500/1.0 kB" in written or "0.5/1.0 kB" in written
-
-
-def test_without_a_terminal_a_download_is_one_plain_line(capsys):
-    for there in (0, 60_000_000):
-        with console.download_bar("archive.tar.gz", 170_000_000, there) as show:
-            show(there + 500)
-    assert capsys.readouterr().out.splitlines() == [
-        "downloading archive.tar.gz, 170 MB",
-        "downloading archive.tar.gz, 170 MB, of which 60 are there",
-    ]
-
-
-def test_without_a_terminal_an_epoch_is_one_plain_line(capsys):
-    with console.TrainingDisplay([22] * 11, [1.0] * 11) as display:
-        display.step(1, 22, 0.5, 0.871, 1034.4)
-        display.end_epoch(RECORD, best=True)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    assert len(printed.rstrip()) <= 80
-    assert "\x1b" not in printed
-    for part in ("epoch  1/11", "loss 0.500 val 0.400", "accuracy 87.1% val 91.23%*", "1,034/s"):
-        assert part in printed
-
-
-def test_an_epoch_without_validation_has_no_validation_in_its_line(capsys):
-    with console.TrainingDisplay([1, 1], [1.0, 1.0]) as display:
-        display.end_epoch({**RECORD, "val_loss": None, "val_accuracy": None}, best=True)
-    assert "val" not in capsys.readouterr().out
+def test_a_pipe_shows_one_line_for_each_epoch(capsys):
+    with console.TrainingProgress([22] * 11, [1.0] * 11) as progress:
+        progress.step(1, 22, 0.5, 0.871, 1034.4)
+        progress.end_epoch(EPOCH, is_best=True)
+        progress.end_epoch(EPOCH.model_copy(update={"val_loss": None, "val_accuracy": None}), is_best=True)
+    line, without_validation = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch  1/11  loss 0.500 val 0.400  accuracy 87.1% val 91.23%* 100/s ")
+    assert len(line) <= 80
+    assert "val" not in without_validation
 
 
 @pytest.mark.parametrize(
-    ("steps", "costs", "left"),
-    [([10, 5], [1.0, 1.0], "0:30"), ([10, 10], [1.0, 3.0], "3:00")],  # half the steps; three times the cost
+    ("steps", "costs", "resumed", "left"),
+    [
+        ([10, 5], [1.0, 1.0], None, "0:30"),  # half the steps are left
+        ([10, 10], [1.0, 3.0], None, "3:00"),  # at three times the cost
+        ([10, 10], [1.0, 1.0], (1, 5), "2:00"),  # five steps in 60 seconds, ten are left
+    ],
 )
-def test_the_time_left_counts_each_epochs_steps_at_their_cost(steps, costs, left, monkeypatch, capsys):
-    clock = iter([0.0, 0.0, 60.0, 60.0])
+def test_the_time_left_counts_each_step_of_this_process_at_its_cost(steps, costs, resumed, left, monkeypatch, capsys):
+    clock = iter([0.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 60.0))
-    with console.TrainingDisplay(steps, costs) as display:
-        display.step(1, 10, 0.5, 0.5, 100.0)
-        display.end_epoch(RECORD, best=False)
-    assert capsys.readouterr().out.strip().endswith(f" {left} left")
+    with console.TrainingProgress(steps, costs) as progress:
+        if resumed:
+            progress.resume(*resumed)
+        progress.end_epoch(EPOCH, is_best=False)
+        progress.resume(2, 0)
+    *before, epoch, again = capsys.readouterr().out.splitlines()
+    assert before == (["resuming at epoch 1, step 5 of 10"] if resumed else [])
+    assert epoch.endswith(f" {left} left")
+    assert again == "resuming at epoch 2"
+
+
+def test_a_terminal_shows_how_much_of_a_download_has_arrived(terminal):
+    with console.download_bar("archive[1].tar.gz", 1000, 400) as show:
+        show(500)
+    written = terminal.getvalue()
+    assert "archive[1].tar.gz" in written
+    assert re.search(r"(400|0\.4)/1\.0 kB", written)
+    assert re.search(r"(500|0\.5)/1\.0 kB", written)
+
+
+def test_a_pipe_shows_a_download_as_one_line_and_no_counting_bar(capsys):
+    for present in (0, 60_000_000):
+        with console.download_bar("archive.tar.gz", 170_000_000, present) as show, console.counting_bar("x", 3) as add:
+            show(present + 500)
+            add(1)
+    assert capsys.readouterr().out.splitlines() == [
+        "downloading archive.tar.gz, 170 MB",
+        "downloading archive.tar.gz, 170 MB (60 MB already present)",
+    ]
+
+
+def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with console.deferred_interrupt() as received:
+        assert received() is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received() == signal.SIGINT
+        assert capsys.readouterr().out == "finishing this step, then saving; press Ctrl-C again to quit now\n"
+        with pytest.raises(console.Interrupted) as second:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert console.signal_number(second.value) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_this_process_was_started_to_ignore_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with console.deferred_interrupt() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received() is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr(console, "out", Console(highlight=False))
+    assert console.exit_code(lambda: console.say("é")) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\\xe9\n"
+
+
+def test_errors_are_worded_in_one_line():
+    assert errors.describe(ImportError("\n\nIMPORTANT: read\nmore")) == "ImportError: IMPORTANT: read"
+    assert errors.first_line(ValueError()) == ""
+    assert (errors.listing("abc"), errors.listing("abcdefg")) == ("a, b, c", "a, b, c and 4 more")
+    assert errors.known_name("recipe", "fast", ("fast", "best")) == "fast"
+    sentence = "unknown recipe 'fats': did you mean fast? choose from fast, best, or a path"
+    with pytest.raises(UserError) as error:
+        errors.known_name("recipe", "fats", ("fast", "best"), "a path")
+    assert str(error.value) == sentence
+
+
+def test_a_path_is_shown_from_the_working_directory_unless_that_is_longer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert errors.display_path(tmp_path / "runs" / "one") == os.path.join("runs", "one")
+    assert errors.display_path("/etc/x") == "/etc/x"

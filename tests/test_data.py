@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
-    plain = {"batch_size": 10, "crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0, "cutout": 0}
-    return data.Batches(split, **{**plain, **settings}, generator=generator(seed))
+    none = {"crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0, "cutout": 0}
+    epochs = {"epochs": 4, "small_epochs": 0, "small_size": 8, "hard_epochs": 0, "hard_share": 0.5}
+    return data.Batches(split, SimpleNamespace(**{"batch_size": 10, **none, **epochs, **settings}), generator(seed))
 
 
 def test_the_hash_changes_with_one_pixel_or_label():
@@ -32,7 +35,7 @@ def test_the_hash_changes_with_one_pixel_or_label():
     assert len(hashes) == 3
 
 
-def test_mean_and_deviation_are_those_of_all_pixels():
+def test_mean_and_standard_deviation_are_those_of_all_pixels():
     images = random_images(50)
     mean, std = data.Split(images, torch.zeros(50)).mean_and_std()
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
@@ -50,9 +53,9 @@ def test_real_cifar10_has_its_published_statistics(real_cifar10):
 # Splitting
 
 
-def test_validation_has_each_class_in_its_share_and_shares_no_image_with_training(digits):
+def test_validation_is_stratified_and_has_no_image_of_training(digits):
     numbered = data.Split(torch.arange(len(digits.train)), digits.train.labels)
-    train, val = data.hold_out(numbered, 143, seed=1)
+    train, val = data.train_val_split(numbered, 143, seed=1)
     assert sorted([*train.images.tolist(), *val.images.tolist()]) == list(range(1437))
     shares = val.labels.bincount() / digits.train.labels.bincount()
     assert shares.min() > 0.09
@@ -60,13 +63,13 @@ def test_validation_has_each_class_in_its_share_and_shares_no_image_with_trainin
 
 
 def test_the_seed_draws_the_validation_split(digits):
-    first, again, other = (data.hold_out(digits.train, 100, seed)[1].sha256() for seed in (1, 1, 2))
+    first, again, other = (data.train_val_split(digits.train, 100, seed)[1].sha256() for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_no_validation_leaves_all_images_to_training(digits):
-    train, val = data.hold_out(digits.train, 0, seed=0)
+    train, val = data.train_val_split(digits.train, 0, seed=0)
     assert (len(train), len(val)) == (1437, 0)
 
 
@@ -76,7 +79,7 @@ def test_no_validation_leaves_all_images_to_training(digits):
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("reflect", "reflect"), ("zeros", "constant")])
 def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
     images = random_images(200)
-    crops = data.shift(images, data.random_shifts(200, 2, generator()), 2, mode)
+    crops = data.random_crop(images, data.random_offsets(200, 2, generator()), 2, mode)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
     seen = set()
     for crop, around in zip(crops.numpy(), padded):
@@ -87,22 +90,22 @@ def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
 
 
 def test_a_crop_wider_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="pad 8 must be from 0 to 7"):
-        data.shift(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
+    with pytest.raises(ValueError, match="padding 8 must be from 0 to 7"):
+        data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
 
 
-def test_mirror_turns_the_chosen_images_alone():
+def test_horizontal_flip_changes_the_given_images_alone():
     images = random_images(2)
-    mirrored = data.mirror(images, torch.tensor([True, False]))
-    assert np.array_equal(mirrored[0], images.numpy()[0, :, :, ::-1])
-    assert torch.equal(mirrored[1], images[1])
+    flipped = data.horizontal_flip(images, torch.tensor([True, False]))
+    assert np.array_equal(flipped[0], images.numpy()[0, :, :, ::-1])
+    assert torch.equal(flipped[1], images[1])
 
 
 def by_label(batches: data.Batches, epoch: int) -> dict[int, torch.Tensor]:
-    return {int(label): image for images, labels, _ in batches.epoch(epoch, 8) for image, label in zip(images, labels)}
+    return {int(label): image for batch in batches.epoch(epoch) for image, label in zip(batch.images, batch.labels)}
 
 
-def test_alternating_flip_shows_each_image_mirrored_every_other_epoch():
+def test_alternating_flip_flips_each_image_in_every_other_epoch():
     split = data.Split(random_images(100), torch.arange(100))
     batches = make_batches(split, flip="alternating")
     epochs = [by_label(batches, epoch) for epoch in (1, 2, 3)]
@@ -113,7 +116,7 @@ def test_alternating_flip_shows_each_image_mirrored_every_other_epoch():
         assert torch.equal(epochs[2][n], epochs[0][n])
 
 
-def test_random_flip_draws_anew_in_each_epoch():
+def test_random_flip_draws_again_in_each_epoch():
     split = data.Split(random_images(100), torch.arange(100))
     batches = make_batches(split, flip="random")
     first, second = by_label(batches, 1), by_label(batches, 2)
@@ -137,16 +140,16 @@ def test_color_jitter_of_nothing_changes_nothing():
     torch.testing.assert_close(data.color_jitter(images, torch.ones(3, 5)), images)
 
 
-def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
+def test_cutout_fills_one_square_of_each_image_anywhere_within_it():
     images = 0.1 + 0.8 * torch.rand(400, 3, 8, 10)
-    colour = torch.tensor([0.0, 0.5, 1.0])
-    blotted = data.cut_out(images, data.random_corners(400, 3, (8, 10), generator()), 3, colour)
+    color = torch.tensor([0.0, 0.5, 1.0])
+    filled = data.cutout(images, data.random_corners(400, 3, (8, 10), generator()), 3, color)
     corners = set()
-    for image, before in zip(blotted, images):
+    for image, before in zip(filled, images):
         rows, columns = (image != before).any(0).nonzero().T
         (top, bottom), (left, right) = (rows.min(), rows.max()), (columns.min(), columns.max())
         assert (bottom - top, right - left) == (2, 2)
-        assert image[:, top : bottom + 1, left : right + 1].equal(colour.view(3, 1, 1).expand(3, 3, 3))
+        assert image[:, top : bottom + 1, left : right + 1].equal(color.view(3, 1, 1).expand(3, 3, 3))
         assert (image != before).any(0).sum() == 9
         corners.add((int(top), int(left)))
     assert corners == {(row, column) for row in range(6) for column in range(8)}
@@ -154,52 +157,107 @@ def test_cutout_blots_out_one_square_of_each_image_anywhere_within_it():
         data.random_corners(400, 9, (8, 10), generator())
 
 
-def test_batches_cut_out_with_the_mean_of_the_training_images():
+def test_batches_cut_out_with_the_mean_color_of_the_training_images():
     split = data.Split(random_images(20), torch.arange(20))
     mean = split.mean_and_std()[0]
-    for images, _, _ in make_batches(split, cutout=4).epoch(1, 8):
-        assert ((images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
+    for batch in make_batches(split, cutout=4).epoch(1):
+        assert ((batch.images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
 
 
-def test_shrink_averages_as_pillow_does():
+def test_resize_averages_as_pillow_does():
     images = random_images(3, size=32)
-    shrunken = data.shrink(data.to_float(images), 24)
-    for image, before in zip(shrunken, images):
+    resized = data.resize(data.to_float(images), 24)
+    for image, before in zip(resized, images):
         pillow = Image.fromarray(before.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(image.permute(1, 2, 0) * 255, np.asarray(pillow), atol=1.5)
 
 
-# Batching
+# Batches
+
+
+def images_of(batches: data.Batches, epoch: int) -> torch.Tensor:
+    return torch.cat([batch.images for batch in batches.epoch(epoch)])
 
 
 def test_an_epoch_shows_each_image_once_but_for_an_incomplete_last_batch():
     split = data.Split(random_images(95), torch.arange(95))
     batches = make_batches(split)
-    labels = torch.cat([labels for _, labels, _ in batches.epoch(1, 8)])
-    assert len(batches) == 9
-    assert len(labels) == len(set(labels.tolist())) == 90
-    for images, chosen, _ in batches.epoch(2, 8):
-        assert torch.equal((images * 255).round().to(torch.uint8), split.images[chosen])
+    for epoch in (1, 2):
+        shown = list(batches.epoch(epoch))
+        indices = torch.cat([batch.indices for batch in shown])
+        assert len(shown) == len(batches) == batches.steps(epoch) == 9
+        assert len(indices) == len(set(indices.tolist())) == 90
+        for batch in shown:
+            assert torch.equal(batch.labels, split.labels[batch.indices])
+            assert torch.equal((batch.images * 255).round().to(torch.uint8), split.images[batch.indices])
 
 
-def test_an_epoch_has_only_the_images_that_it_takes_and_tells_where_they_are_from():
-    split = data.Split(random_images(95), torch.arange(95))
-    taken = torch.arange(95) % 3 == 0
-    for images, labels, places in make_batches(split).epoch(1, 8, taken):
-        assert taken[places].all()
-        assert torch.equal(labels, split.labels[places])
-        assert torch.equal((images * 255).round().to(torch.uint8), split.images[places])
-    places = torch.cat([places for _, _, places in make_batches(split).epoch(1, 8, taken)])
-    assert len(places) == len(set(places.tolist())) == 30  # of 32
+def test_the_last_epochs_take_the_images_of_the_highest_loss():
+    batches = make_batches(data.Split(random_images(95), torch.arange(95)), epochs=4, hard_epochs=1, hard_share=0.33)
+    losses = torch.randperm(95, generator=generator()).float()
+    for batch in batches.epoch(3):
+        batches.record_losses(batch.indices, losses[batch.indices])
+    left_out = set(range(95)) - set(
+        torch.cat(
+            [batch.indices for batch in make_batches(data.Split(random_images(95), torch.arange(95))).epoch(1)]
+        ).tolist()
+    )
+    assert [batches.steps(epoch) for epoch in (3, 4)] == [9, 3]
+    shown = torch.cat([batch.indices for batch in batches.epoch(4)]).tolist()
+    never_seen = [index for index in range(95) if batches.image_losses[index] > 1000]
+    assert len(never_seen) == len(left_out) == 5
+    hardest = sorted(set(range(95)) - set(never_seen), key=lambda index: -losses[index])[:25]
+    assert set(shown) == {*never_seen, *hardest}
 
 
-def test_batches_follow_the_generator_alone():
+def test_the_first_epochs_are_small():
+    batches = make_batches(data.Split(random_images(20, size=32), torch.arange(20)), small_epochs=1, small_size=24)
+    assert [images_of(batches, epoch).shape[-1] for epoch in (1, 2)] == [24, 32]
+
+
+SETTINGS = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9}
+
+
+def test_batches_follow_their_generator_alone():
     split = data.Split(random_images(100, size=32), torch.arange(100))
-    settings = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9}
 
     def everything(seed):
         torch.manual_seed(np.random.default_rng().integers(2**31).item())
-        return torch.cat([images for images, _, _ in make_batches(split, seed, **settings).epoch(1, 24)])
+        return images_of(make_batches(split, seed, **SETTINGS), 1)
 
     assert torch.equal(everything(1), everything(1))
     assert not torch.equal(everything(1), everything(2))
+
+
+def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left():
+    split = data.Split(random_images(100, size=32), torch.arange(100))
+    settings = {**SETTINGS, "epochs": 4, "hard_epochs": 1}
+
+    def train_on(batches, epoch, steps=99, skip=0):
+        shown = []
+        for batch, _ in zip(batches.epoch(epoch, skip=skip), range(steps)):
+            batches.record_losses(batch.indices, batch.images.mean((1, 2, 3)))
+            shown.append(batch.images)
+        return shown
+
+    batches = make_batches(split, **settings)
+    for epoch in (1, 2, 3):
+        train_on(batches, epoch)
+    shown = batches.epoch(4)
+    for _ in range(2):
+        batch = next(shown)
+        batches.record_losses(batch.indices, torch.full((10,), 99.0))  # does not change what this epoch takes
+    saved = {name: value.clone() for name, value in batches.state_dict().items()}
+    rest = [batch.images for batch in shown]
+    resumed = make_batches(split, 5, **settings)
+    resumed.first_flip = batches.first_flip
+    resumed.load_state_dict(saved)
+    assert len(rest) == 3
+    assert all(map(torch.equal, train_on(resumed, 4, skip=2), rest))
+    assert torch.equal(resumed.generator.get_state(), batches.generator.get_state())
+
+
+def test_a_state_of_other_images_is_refused():
+    small, large = (make_batches(data.Split(random_images(count), torch.arange(count))) for count in (20, 30))
+    with pytest.raises(ValueError, match="of other images"):
+        large.load_state_dict(small.state_dict())

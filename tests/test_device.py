@@ -9,14 +9,14 @@ from cifar.config import PROJECT
 from cifar.errors import UserError
 
 
-def test_auto_takes_the_fastest_device_that_is_there(monkeypatch):
+def test_auto_is_the_fastest_available_device(monkeypatch):
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
         assert device.choose("auto").type == expected
 
 
-def test_a_device_that_is_not_there_is_refused_and_those_that_are_named(monkeypatch):
+def test_a_missing_device_is_refused_and_the_available_ones_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="no device 'cuda': it has cpu"):
@@ -24,7 +24,7 @@ def test_a_device_that_is_not_there_is_refused_and_those_that_are_named(monkeypa
 
 
 @pytest.mark.parametrize(("flag", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
-def test_bfloat16_is_taken_where_the_processor_has_it(monkeypatch, flag, precision):
+def test_auto_precision_is_bfloat16_where_the_processor_has_it(monkeypatch, flag, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
     assert device.resolve_precision("auto", torch.device("cpu")) == precision
     assert device.resolve_precision("float32", torch.device("cpu")) == "float32"
@@ -63,13 +63,13 @@ def test_kept_memory_is_reused_without_page_faults():
 
 
 @pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())])
-def test_elsewhere_than_on_glibc_nothing_is_tuned(platform, library, monkeypatch):
+def test_without_glibc_nothing_is_set(platform, library, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: library)
     assert not device.keep_freed_memory()
 
 
-def test_apples_gpu_computes_in_float32_and_is_called_by_its_type():
+def test_apples_gpu_computes_in_float32_and_is_described_by_its_type():
     mps = torch.device("mps")
     assert device.resolve_precision("auto", mps) == "float32"
     assert device.describe(mps) == "mps"

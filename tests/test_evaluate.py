@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import functools
+import json
 import math
 import shutil
 
@@ -16,7 +17,7 @@ from cifar.runs import Run
 
 
 class Brightness(nn.Module):
-    """Logits that tell where a picture is bright: its left, its right and its upper half."""
+    """A network whose logits are the brightness of the left, the right and the upper half."""
 
     def __init__(self):
         super().__init__()
@@ -42,32 +43,32 @@ def test_no_images_give_no_logits():
     assert evaluate.infer(Brightness(), random_images(0), precision="float32").shape == (0, 3)
 
 
-@pytest.mark.parametrize("mirrors", [True, False])
-def test_augmented_logits_are_the_weighted_mean_of_the_views(mirrors):
+@pytest.mark.parametrize("flips", [True, False])
+def test_tta_is_the_weighted_mean_of_the_copies(flips):
     images = random_images(7)
     network = Brightness()
     hot = 1e6  # at which the network is unsure of all
-    plain, mean = evaluate.infer_augmented(network, images, mirrors=mirrors, temperature=hot, precision="float32")
+    plain, mean = evaluate.infer_tta(network, images, flips=flips, temperature=hot, precision="float32")
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect")
     expected = 0
-    for view, weight in ((images.numpy(), 0.5), (padded[:, :, :8, :8], 0.25), (padded[:, :, 2:, 2:], 0.25)):
-        views = [view, view[..., ::-1].copy()] if mirrors else [view]
-        expected += weight * sum(network(torch.from_numpy(one) / 255) for one in views) / len(views)
+    for copies, weight in ((images.numpy(), 0.5), (padded[:, :, :8, :8], 0.25), (padded[:, :, 2:, 2:], 0.25)):
+        both = [copies, copies[..., ::-1].copy()] if flips else [copies]
+        expected += weight * sum(network(torch.from_numpy(one) / 255) for one in both) / len(both)
     torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(plain, network(images / 255))
 
 
-def test_views_of_an_image_that_the_network_is_sure_of_are_not_looked_at():
+def test_tta_is_for_unsure_images_alone():
     images = random_images(7)
-    views = functools.partial(evaluate.infer_augmented, Brightness(), images, mirrors=True, precision="float32")
-    plain, all_views = views(temperature=1e6)
+    tta = functools.partial(evaluate.infer_tta, Brightness(), images, flips=True, precision="float32")
+    plain, always = tta(temperature=1e6)
     leads = plain.topk(2).values.diff().abs().flatten()
     temperature = leads.median().item() / math.log(19)  # at which a lead of the median makes 0.95 of two classes
-    mean = views(temperature=temperature)[1]
+    mean = tta(temperature=temperature)[1]
     sure = (plain.double() / temperature).softmax(1).amax(1) >= 0.95
     assert 0 < sure.sum() < 7
     assert mean[sure].equal(plain[sure])
-    torch.testing.assert_close(mean[~sure], all_views[~sure])
+    torch.testing.assert_close(mean[~sure], always[~sure])
     assert not mean[~sure].equal(plain[~sure])
 
 
@@ -77,7 +78,10 @@ def saved_predictions(run) -> list[dict[str, str]]:
 
 
 def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, digits):
-    rows, metrics = saved_predictions(evaluated_run), evaluated_run.read("metrics.json")
+    rows, metrics = (
+        saved_predictions(evaluated_run),
+        json.loads((evaluated_run.path / "metrics.json").read_text(encoding="utf-8")),
+    )
     true, predicted = [row["true"] for row in rows], [row["predicted"] for row in rows]
     assert true == [digits.classes[label] for label in digits.test.labels]
     assert metrics["accuracy"] == pytest.approx(accuracy_score(true, predicted))
@@ -97,14 +101,14 @@ def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, d
 
 def test_the_saved_confidence_is_that_of_the_predicted_class(evaluated_run):
     for row in saved_predictions(evaluated_run):
-        shares = {name: float(row[name]) for name in "0123456789"}
-        assert float(row["confidence"]) == shares[row["predicted"]] == max(shares.values())
+        probabilities = {name: float(row[name]) for name in "0123456789"}
+        assert float(row["confidence"]) == probabilities[row["predicted"]] == max(probabilities.values())
 
 
 def test_the_classification_report_is_kept_as_text(evaluated_run):
     report = (evaluated_run.path / "classification_report.txt").read_text(encoding="utf-8")
     assert "precision" in report
-    assert f"{evaluated_run.read('metrics.json')['accuracy']:.4f}" in report
+    assert f"{evaluated_run.metrics.accuracy:.4f}" in report
 
 
 def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run, digits):
@@ -121,29 +125,29 @@ def test_a_run_is_not_evaluated_on_changed_training_images(evaluated_run, digits
 
 
 def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, digits):
-    calibration = evaluate.evaluate(make_run(val_size=0), digits, "cpu")["calibration"]
-    assert (calibration["temperature"], calibration["threshold"], calibration["fitted_on"]) == (1, None, 0)
+    calibration = evaluate.evaluate(make_run(val_size=0), digits, "cpu").metrics.calibration
+    assert (calibration.temperature, calibration.threshold, calibration.fitted_on) == (1, None, 0)
 
 
 def test_a_run_without_a_checkpoint_says_so(make_run, digits):
-    run = make_run(epochs=1)
+    run = make_run()
     (run.checkpoints / "best.pt").unlink()
     with pytest.raises(UserError, match="there is no checkpoint"):
         evaluate.evaluate(run, digits, "cpu")
 
 
 def test_weights_of_another_network_are_refused(make_run):
-    run = make_run(epochs=1)
+    run = make_run()
     content = torch.load(run.checkpoints / "best.pt", weights_only=True)
-    weights = model.build("mlp", 10, 32).state_dict()
+    weights = model.build("convnet", 10, 32).state_dict()
     torch.save({**content, "weights": weights}, run.checkpoints / "best.pt")
-    with pytest.raises(UserError, match="do not fit the network convnet"):
-        evaluate.load(run, "0123456789")
+    with pytest.raises(UserError, match="do not fit the network mlp"):
+        evaluate.load_network(run, "0123456789")
 
 
 def test_weights_for_other_classes_are_refused(evaluated_run):
     with pytest.raises(UserError, match="is for other classes: 0, 1, 2 and 7 more"):
-        evaluate.load(evaluated_run, "abcdefghij")
+        evaluate.load_network(evaluated_run, "abcdefghij")
 
 
 def test_a_checkpoint_that_names_another_network_imports_nothing(evaluated_run, tmp_path, monkeypatch):
@@ -152,6 +156,35 @@ def test_a_checkpoint_that_names_another_network_imports_nothing(evaluated_run, 
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
     path = run.checkpoints / "best.pt"
     torch.save({**torch.load(path, weights_only=True), "model": "hostile:build"}, path)
-    with pytest.raises(UserError, match="is of a network hostile:build, not convnet"):
-        evaluate.load(run, "0123456789")
+    with pytest.raises(UserError, match="is of the network hostile:build, not mlp"):
+        evaluate.load_network(run, "0123456789")
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:-5].replace("\n", "\n,"),
+        lambda text: "\x00\x01",
+        lambda text: text.replace("confidence", "sureness"),
+        lambda text: text.replace("\n0,", "\n1,", 1),
+        lambda text: text.splitlines()[0] + "\n0,1,1,1.5" + ",0" * 10,
+        lambda text: text.splitlines()[0] + "\n0,1,1,high" + ",0" * 10,
+    ],
+)
+def test_damaged_predictions_are_one_sentence(evaluated_run, tmp_path, damage):
+    text = (evaluated_run.path / "predictions.csv").read_text(encoding="utf-8")
+    (tmp_path / "predictions.csv").write_text(damage(text), encoding="utf-8")
+    with pytest.raises(UserError, match=r"predictions\.csv is damaged: .*`invoke evaluate --run .*`"):
+        evaluate.read_predictions(Run(tmp_path))
+
+
+def test_predictions_are_read_as_they_were_written(tmp_path):
+    classes, labels = ("NA", 'a "b", c'), np.array([0, 1, 1])
+    probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
+    evaluate.write_predictions(Run(tmp_path), probabilities, labels, classes)
+    table = evaluate.read_predictions(Run(tmp_path))
+    assert table["true"].tolist() == ["NA", 'a "b", c', 'a "b", c']
+    assert table["predicted"].tolist() == ["NA", "NA", 'a "b", c']
+    assert table["confidence"].tolist() == [0.75, 0.5, 0.875]

@@ -6,76 +6,77 @@ from torch import nn
 from cifar import device, layers
 
 
-@pytest.mark.parametrize(("count", "side"), [(1, 1), (12, 2), (7, 3), (10, 5), (16, 7), (9, 8)])
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (12, 2), (7, 3), (10, 5), (16, 7), (9, 8)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_a_convolution_of_images_side_by_side_has_the_gradients_of_torchs(count, side, layout):
+def test_a_convolution_of_images_side_by_side_has_the_gradients_of_torchs(count, size, layout):
     generator = torch.Generator().manual_seed(0)
     features, weight, factors = (
         torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
-        for shape in ((count, 5, side, side), (4, 5, 3, 3), (count, 4, side, side))
+        for shape in ((count, 5, size, size), (4, 5, 3, 3), (count, 4, size, size))
     )
     found = []
-    for convolve in (layers._SideBySide.apply, lambda *tensors: F.conv2d(*tensors, padding=1)):
-        own = [tensor.clone().requires_grad_() for tensor in (features, weight)]
-        output = convolve(*own)
+    for convolve in (layers._SideBySideConv.apply, lambda *tensors: F.conv2d(*tensors, padding=1)):
+        inputs = [tensor.clone().requires_grad_() for tensor in (features, weight)]
+        output = convolve(*inputs)
         (output * factors).sum().backward()
-        found.append([output, *(tensor.grad for tensor in own)])
+        found.append([output, *(tensor.grad for tensor in inputs)])
     torch.testing.assert_close(*found)
 
 
-def test_images_side_by_side_are_apart_by_a_column_of_zeros():
+def test_a_column_of_zeros_separates_images_side_by_side():
     images = torch.arange(1.0, 9.0).view(2, 1, 2, 2)
-    assert layers._SideBySide.lay(images).tolist() == [[[[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]]]]
+    assert layers.side_by_side(images).tolist() == [[[[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]]]]
 
 
-@pytest.mark.parametrize(
-    ("side", "settings", "has_tiles", "is_training", "is_laid"),
-    [
-        (8, {}, True, True, True),
-        (9, {}, True, True, False),
-        (8, {"stride": 2}, True, True, False),
-        (8, {}, False, True, False),
-        (8, {}, True, False, False),
-    ],
-)
-def test_images_are_laid_side_by_side_in_training_on_small_features_where_it_gains(
-    side, settings, has_tiles, is_training, is_laid, monkeypatch
-):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_tiles})
-    conv = layers.Conv2d(5, 4, **settings).train(is_training)
-    reference = nn.Conv2d(5, 4, 3, padding=1, bias=False, **settings)
-    reference.load_state_dict(conv.state_dict())
-    found = []
-    for module in (conv, reference):
-        features = torch.ones(6, 5, side, side).requires_grad_()
-        with device.autocast(features.device, "bfloat16"):
-            output = module(features)
-        output.float().square().sum().backward()
-        found.append((output, module.weight.grad, features.grad))
-    assert ("SideBySide" in found[0][0].grad_fn.name()) == is_laid
-    torch.testing.assert_close(*found)
-    assert found[0][1].dtype == torch.float32
+FAST = {"size": 8, "stride": 1, "precision": "bfloat16", "has_tiles": True, "is_training": True}
+SLOW = {"size": 9, "stride": 2, "precision": "float32", "has_tiles": False, "is_training": False}
 
 
-def test_in_float32_no_images_are_laid_side_by_side(monkeypatch):
+@pytest.mark.parametrize("changed", [None, *SLOW])
+def test_images_are_joined_only_where_it_is_faster(changed, monkeypatch):
+    case = {name: SLOW[name] if name == changed else value for name, value in FAST.items()}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": case["has_tiles"]})
+    conv = layers.Conv2d(5, 4, case["stride"]).train(case["is_training"])
+    with device.autocast(torch.device("cpu"), case["precision"]):
+        output = conv(torch.rand(6, 5, case["size"], case["size"]).requires_grad_())
+    assert ("SideBySide" in output.grad_fn.name()) == (changed is None)
+
+
+def test_a_convolution_in_bfloat16_has_the_gradients_of_torchs_within_its_precision(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    output = layers.Conv2d(5, 4)(torch.ones(6, 5, 8, 8).requires_grad_())
-    assert output.grad_fn.name() == "ConvolutionBackward0"
+    torch.manual_seed(0)
+    conv = layers.Conv2d(5, 4)
+    features = torch.rand(6, 5, 8, 8).requires_grad_()
+    with device.autocast(features.device, "bfloat16"):
+        output = conv(features)
+    output.float().square().sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (features, conv.weight)]
+    F.conv2d(*exact, padding=1).square().sum().backward()
+    for tensor, expected in zip((features, conv.weight), exact):
+        assert tensor.grad.dtype == torch.float32
+        # bfloat16 rounds by up to 2**-9; the errors of weights, output and gradient add up.
+        assert (tensor.grad - expected.grad).abs().max() < 2**-6 * expected.grad.abs().max()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("side", "images"), [(7, 5), (8, 3), (31, 4)])
-def test_pooling_in_parts_is_pooling(layout, dtype, side, images, monkeypatch):
-    monkeypatch.setattr(layers._PoolInParts, "PART_BYTES", 2 * 8 * side**2 * dtype.itemsize)  # two images
-    features = torch.randint(-3, 3, (images, 8, side, side), generator=torch.Generator().manual_seed(0))  # with ties
+@pytest.mark.parametrize(("size", "images"), [(7, 5), (8, 3), (31, 4)])
+def test_pooling_in_chunks_is_pooling(layout, dtype, size, images, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 2 * 8 * size**2 * dtype.itemsize)  # two images
+    features = torch.randint(-3, 3, (images, 8, size, size), generator=torch.Generator().manual_seed(0))  # with ties
     found = []
     for pool in (layers.MaxPool2d(), nn.MaxPool2d(2)):
-        own = features.to(dtype, memory_format=layout).requires_grad_()
-        pooled = pool(own)
+        inputs = features.to(dtype, memory_format=layout).requires_grad_()
+        pooled = pool(inputs)
         (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
-        found.append((pooled, own.grad))
+        found.append((pooled, inputs.grad))
     (got, got_grad), (expected, expected_grad) = found
+    assert "Chunked" in got.grad_fn.name()
     assert torch.equal(got, expected)
     assert torch.equal(got_grad, expected_grad)
     assert got.is_contiguous(memory_format=layout)
+
+
+def test_the_global_average_is_the_mean_over_the_pixels():
+    features = torch.rand(2, 3, 5, 4)
+    torch.testing.assert_close(layers.GlobalAveragePool()(features), features.mean((2, 3)))

@@ -1,30 +1,32 @@
+import copy
 import math
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cifar import model, optim
+from cifar import config, model, optim
 
-COMMON = {
-    "lr": 0.1,
-    "momentum": 0.5,
-    "weight_decay": 0.0,
-    "steps": [5] * 4,
-    "precision": "float32",
-}
+STEPS = [5] * 4  # of each epoch
 
 
-def rates(schedule: str, steps: int) -> list[float]:
+def settings(optimizer: str, **changes) -> SimpleNamespace:
+    common = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "schedule": "linear", "precision": "float32"}
+    return SimpleNamespace(optimizer=optimizer, **{**common, **changes})
+
+
+def learning_rates(schedule: str, steps: int) -> list[float]:
     network = model.build("convnet", 10, 32)
-    updates = optim.build(network, optimizer="sgd", schedule=schedule, **COMMON)
+    optimizer = optim.build(network, settings("sgd", schedule=schedule), STEPS)
     seen = []
     for _ in range(steps):
-        seen.append(updates.lr)
+        seen.append(optimizer.lr)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        updates.step()
+        optimizer.step()
     return seen
 
 
@@ -35,8 +37,8 @@ def rates(schedule: str, steps: int) -> list[float]:
         ("cosine", lambda step: 0.05 * (1 + math.cos(math.pi * step / 20))),
     ],
 )
-def test_the_rate_follows_its_schedule_step_by_step(schedule, expected):
-    np.testing.assert_allclose(rates(schedule, 20), [expected(step) for step in range(20)])
+def test_the_learning_rate_follows_its_schedule_step_by_step(schedule, expected):
+    np.testing.assert_allclose(learning_rates(schedule, 20), [expected(step) for step in range(20)])
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
@@ -61,7 +63,7 @@ def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient(
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_muon_keeps_the_share_of_the_past_that_momentum_says_and_looks_ahead_by_it():
+def test_muon_has_nesterov_momentum():
     weight = nn.Parameter(torch.eye(4, 6))
     first, second = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
     muon = optim.Muon([weight], lr=0.1, momentum=0.5, dtype=torch.float32)
@@ -75,37 +77,68 @@ def test_muon_keeps_the_share_of_the_past_that_momentum_says_and_looks_ahead_by_
 
 
 def test_muon_trains_the_convolutions_and_sgd_the_head_and_the_biases():
-    network = model.build("whitened", 10, 32)
-    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
-    muon, sgd = updates.optimizers
+    network = model.build("airbench94", 10, 32)
+    optimizer = optim.build(network, settings("muon"), STEPS)
+    muon, sgd = optimizer.optimizers
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    trained_by = [[names[id(p)] for group in rule.param_groups for p in group["params"]] for rule in (muon, sgd)]
+    trained_by = [[names[id(p)] for group in own.param_groups for p in group["params"]] for own in (muon, sgd)]
     assert len(trained_by[0]) == 6
     assert all(".conv" in name for name in trained_by[0])
     assert {"whiten.bias", "head.weight", "groups.2.norm2.bias"} <= set(trained_by[1])
     assert len(trained_by[0] + trained_by[1]) == sum(p.requires_grad for p in network.parameters())
 
 
-def test_the_whitening_bias_stops_after_three_epochs_and_asks_for_no_more_gradients():
-    network = model.build("whitened", 10, 32)
-    updates = optim.build(network, optimizer="muon", schedule="linear", **COMMON)
+def test_the_whitening_bias_is_frozen_after_three_epochs():
+    network = model.build("airbench94", 10, 32)
+    optimizer = optim.build(network, settings("muon"), STEPS)
     for step in range(16):
         assert network.whiten.bias.requires_grad == (step < 15)
         network(torch.rand(4, 3, 32, 32)).square().sum().backward()
-        updates.step()
+        optimizer.step()
     assert network.groups[0].conv1.weight.requires_grad
-    updates.go_to(1)  # as where the last checkpoint is damaged and the one before is taken up
+    optimizer.seek(1)  # as after falling back to an earlier checkpoint
     assert network.whiten.bias.requires_grad
 
 
-def test_adam_is_torchs_with_the_given_rate_and_decay():
+def test_adam_is_torchs_with_the_given_learning_rate_and_weight_decay():
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
     twin = nn.Linear(3, 2)
     twin.load_state_dict(network.state_dict())
-    updates = optim.build(network, optimizer="adam", schedule="linear", **{**COMMON, "weight_decay": 0.1})
+    optimizer = optim.build(network, settings("adam", weight_decay=0.1), STEPS)
     reference = torch.optim.Adam(twin.parameters(), lr=0.1, weight_decay=0.1)
-    for layer, step in ((network, updates.step), (twin, reference.step)):
+    for layer, step in ((network, optimizer.step), (twin, reference.step)):
         layer(torch.ones(1, 3)).square().sum().backward()
         step()
     torch.testing.assert_close(network.weight, twin.weight)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_restored_optimizer_continues_as_the_saved_one(name):
+    def trained(optimizer, network, steps):
+        for step in range(steps):
+            network(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))).square().mean().mul(
+                1e-4
+            ).backward()
+            optimizer.step()
+
+    def new():
+        torch.manual_seed(0)
+        network = model.build("airbench94" if name == "muon" else "mlp", 10, 32).eval()
+        return optim.build(network, settings(name), STEPS), network
+
+    optimizer, network = new()
+    trained(optimizer, network, 3)
+    restored, twin = new()
+    twin.load_state_dict(network.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in ((optimizer, network), (restored, twin)):
+        trained(*one, 2)
+    assert (restored.steps, restored.lr) == (5, optimizer.lr)
+    assert all(map(torch.equal, network.parameters(), twin.parameters()))
+
+
+def test_optimizers_and_schedules_are_those_that_the_settings_allow():
+    fields = config.Config.model_fields
+    assert set(get_args(fields["optimizer"].annotation)) == set(optim.OPTIMIZERS)
+    assert set(get_args(fields["schedule"].annotation)) == set(optim.SCHEDULES)

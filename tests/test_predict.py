@@ -1,103 +1,168 @@
+"""Predictions for image files: found, computed, shown and written."""
+
+import csv
+import io
 import json
 import os
-import shutil
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from cifar import data, evaluate, predict
+from cifar import console, data, predict
 from cifar.errors import UserError
-from cifar.picture import decode
-from cifar.runs import Run
-from picture_files import SIZE, saved
+from cifar.predict import Prediction
+from conftest import CIFAR10_CLASSES
 
 
 @pytest.fixture(scope="module")
 def predictor(evaluated_run) -> predict.Predictor:
-    return predict.Predictor(evaluated_run)
+    return predict.Predictor(evaluated_run, "cpu")
 
 
-def test_a_folder_of_the_test_images_gets_the_answers_of_evaluate(predictor, evaluated_run, digits, tmp_path):
+def stand_in(classes, threshold=0.5) -> SimpleNamespace:
+    """What `write` and `show_predictions` need of a predictor."""
+    return SimpleNamespace(
+        classes=tuple(classes),
+        run=SimpleNamespace(path=Path("my-run")),
+        threshold=threshold,
+        is_probably_none=lambda probabilities: bool(probabilities.max() < threshold),
+    )
+
+
+def save(image: torch.Tensor, path: Path) -> Path:
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+def test_a_folder_of_the_test_images_gets_the_predictions_of_evaluate(predictor, evaluated_run, digits, tmp_path):
     for index, image in enumerate(digits.test.images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:05}.png")
-    answers = list(predictor.answer(predict.find_pictures([str(tmp_path)])))
-    kept = np.genfromtxt(evaluated_run.path / "predictions.csv", delimiter=",", skip_header=1)
-    np.testing.assert_allclose([answer.probabilities for answer in answers], kept[:, 4:], atol=1e-6)
+        save(image, tmp_path / f"{index:05}.png")
+    predictions = list(predictor.predict(predict.find_images([str(tmp_path)])))
+    saved = np.genfromtxt(evaluated_run.path / "predictions.csv", delimiter=",", skip_header=1)
+    np.testing.assert_allclose([prediction.probabilities for prediction in predictions], saved[:, 4:], atol=1e-6)
 
 
-def test_one_picture_gets_the_logits_that_it_gets_among_many(predictor, digits):
-    together = predictor.logits(digits.test.images[:100])
-    alone = torch.cat([predictor.logits(digits.test.images[index : index + 1]) for index in range(100)])
-    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+def test_an_image_that_cannot_be_read_keeps_its_place(predictor, digits, tmp_path):
+    good = save(digits.test.images[0], tmp_path / "good.png")
+    sources = [good, b"not an image", tmp_path / "missing.png", good.read_bytes()]
+    predictions = list(predictor.predict(sources))
+    names = [str(good), "standard input", str(tmp_path / "missing.png"), "standard input"]
+    assert [prediction.name for prediction in predictions] == names
+    errors = [prediction.error for prediction in predictions]
+    assert [errors[0], "not an image" in errors[1], "No such file" in errors[2], errors[3]] == [None, True, True, None]
+    np.testing.assert_allclose(predictions[0].probabilities, predictions[3].probabilities, atol=1e-6)
+    with pytest.raises(UserError, match="unknown fit 'stretch'"):
+        list(predictor.predict([good], "stretch"))
 
 
-def test_real_images_as_png_files_get_the_logits_of_the_arrays(real_cifar10, predictor):
-    images = real_cifar10.test.images[:200]
-    files = [saved(Image.fromarray(image.permute(1, 2, 0).numpy()), "PNG") for image in images]
-    decoded = torch.stack([decode(file, SIZE) for file in files])
-    torch.testing.assert_close(predictor.logits(decoded), predictor.logits(images), atol=1e-5, rtol=0)
-
-
-def test_a_refused_picture_keeps_its_place_among_the_others(predictor, digits):
-    good = digits.test.images[0].permute(1, 2, 0).numpy()
-    answers = list(predictor.answer([("a", good), ("b", b"no picture"), ("c", good)]))
-    assert [answer.source for answer in answers] == ["a", "b", "c"]
-    assert answers[1].probabilities is None
-    assert "not a picture" in answers[1].refusal
-    np.testing.assert_allclose(answers[0].probabilities, answers[2].probabilities, atol=1e-5)
-
-
-def test_probabilities_are_calibrated_and_sum_to_one(predictor, digits):
-    images = digits.test.images[:10]
-    logits = evaluate.infer(predictor.network, images, precision=predictor.precision)
-    expected = (logits.double() / predictor.temperature).softmax(1)
-    np.testing.assert_allclose(predictor.probabilities(images), expected, atol=1e-12)
-    np.testing.assert_allclose(predictor.probabilities(images).sum(1), 1)
-
-
-def test_the_threshold_is_what_all_but_a_twentieth_of_the_validation_images_reach(predictor, evaluated_run, digits):
-    val = data.hold_out(digits.train, evaluated_run.config.val_size, evaluated_run.config.seed)[1]
-    unsure = [predictor.is_probably_none(row) for row in predictor.probabilities(val.images)]
-    assert abs(np.mean(unsure) - 0.05) < 0.02
+def test_a_twentieth_of_the_validation_images_is_below_the_threshold(predictor, evaluated_run, digits):
+    _, val = data.train_val_split(digits.train, evaluated_run.config.val_size, evaluated_run.config.seed)
+    below = [predictor.is_probably_none(row) for row in predictor.probabilities(val.images)]
+    assert abs(np.mean(below) - 0.05) < 0.02
     assert predictor.is_probably_none(np.full(10, 0.1))
 
 
 def test_a_run_that_was_not_evaluated_says_what_to_do(make_run):
-    with pytest.raises(UserError, match="has not been evaluated: `invoke evaluate"):
-        predict.Predictor(make_run(epochs=1))
+    with pytest.raises(UserError, match="has not been evaluated; run `invoke evaluate"):
+        predict.Predictor(make_run())
 
 
-def test_a_run_without_a_threshold_says_what_to_do(evaluated_run, tmp_path):
-    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "early"))
-    metrics = run.metrics
-    del metrics["calibration"]["threshold"]
-    run.write("metrics.json", metrics)
-    with pytest.raises(UserError, match=r"early has no threshold in its metrics\.json: evaluate it anew"):
-        predict.Predictor(run)
-
-
-def test_files_folders_and_globs_are_found_in_order_and_hidden_files_passed_over(tmp_path):
-    for name in ("b.png", "a.png", ".hidden", "inner/c.png", "x.txt"):
+def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_path, monkeypatch):
+    for name in ("b.png", "a.png", ".hidden", ".git/d.png", "inner/c.png", "[1]/e.png", "x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    names = lambda *patterns: [os.path.relpath(name, tmp_path) for name, _ in predict.find_pictures(patterns)]  # noqa: E731
-    assert names(str(tmp_path)) == ["a.png", "b.png", "inner/c.png", "x.txt"]
-    assert names(str(tmp_path / "*.png")) == ["a.png", "b.png"]
-    assert names(str(tmp_path / "none.png"), str(tmp_path / "a.png")) == ["none.png", "a.png"]
+    monkeypatch.chdir(tmp_path)
+
+    def found(*paths: str) -> list[str]:
+        return [str(path) for path in predict.find_images(paths)]
+
+    assert found(".") == ["[1]/e.png", "a.png", "b.png", "inner/c.png", "x.txt"]
+    assert found("*.png") == ["a.png", "b.png"]
+    assert found("[1]") == ["[1]/e.png"]
+    absolute = str(tmp_path / "a.png")
+    assert found("none.png", absolute, "inner/c.png") == ["none.png", absolute, "inner/c.png"]
 
 
-def test_answers_are_written_as_csv_and_json(predictor, digits, tmp_path):
-    answers = list(predictor.answer([("a", digits.test.images[0].permute(1, 2, 0).numpy()), ("b", b"")]))
-    for name in ("answers.csv", "answers.json"):
-        predict.write(tmp_path / name, answers, predictor)
-    rows = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
-    winner = "0123456789"[answers[0].probabilities.argmax()]
-    assert (rows[0]["picture"], rows[0]["predicted"]) == ("a", winner)
-    assert rows[0]["confidence"] == rows[0][winner] == pytest.approx(answers[0].probabilities.max(), abs=1e-6)
-    assert rows[1] == {"picture": "b", "refusal": "the file is empty"}
-    header, first, second = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()
-    assert header.startswith("picture,predicted,confidence,probably_none,refusal,0,1,2")
-    assert first.startswith(f"a,{winner},")
-    assert second.startswith("b,,,,the file is empty")
+def test_a_dash_is_standard_input_and_a_closed_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"image")))
+    assert predict.find_images(["-"]) == [b"image"]
+    sys.stdin.close()
+    for closed in (sys.stdin, None):
+        monkeypatch.setattr(sys, "stdin", closed)
+        with pytest.raises(UserError, match="standard input is closed"):
+            predict.find_images(["-"])
+
+
+def predictions_of(names, classes: int, sure=0.9) -> list[Prediction]:
+    """One prediction for each name; the first is of class 0, the second of class 1 and so on."""
+    rows = np.full((len(names), classes), (1 - sure) / max(1, classes - 1))
+    rows[np.arange(len(names)), np.arange(len(names)) % classes] = sure
+    return [Prediction(Path(name), row) for name, row in zip(names, rows)]
+
+
+@pytest.fixture(params=[80, 120])
+def written(request, monkeypatch) -> io.StringIO:
+    """What is written to a terminal of so many columns."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=request.param, highlight=False)
+    monkeypatch.setattr(console, "out", terminal)
+    return terminal.file
+
+
+def test_class_names_are_whole_and_control_characters_escaped_whatever_the_path(written):
+    names = ["/data/" + "a_long_folder/" * 9 + "photo.png", "relative/[red].png", "bell\a.png"]
+    classes = (*CIFAR10_CLASSES[:2], "[bold]cat\n")
+    predict.show_predictions(predictions_of(names, 3, sure=0.4), stand_in(classes))
+    printed = written.getvalue()
+    assert max(map(len, printed.splitlines()[:6])) <= console.out.width
+    for part in ("_folder/photo.png", "relative/[red].png", r"bell\x07.png", "automobile 40.0%", r"[bold]cat\n 40.0%"):
+        assert part in printed
+    assert "probably none of the classes (confidence below 50.0%): /data/a_long" in printed
+
+
+def test_of_many_images_a_summary_and_the_first_are_shown(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    predictions = predictions_of([f"{n:04}.png" for n in range(1200)], 13)
+    predictions[-1] = Prediction(Path("broken"), None, "the file is empty")
+    predict.show_predictions(predictions, stand_in(f"class {number}" for number in range(13)))
+    printed = written.getvalue()
+    summary = re.findall(r"class (\d+) *│ *(\d+)$", printed, re.MULTILINE)
+    # Image n is of class n modulo 13, and 1200 is 92 times 13 and 4; the one that cannot be read was of class 3.
+    assert summary == [(str(number), "93" if number < 3 else "92") for number in range(10)]
+    assert printed.count(".png") == 10
+    assert "and 1,190 more images; --output saves all predictions" in printed
+    assert "cannot read broken: the file is empty" in printed
+
+
+def test_predictions_are_written_as_csv_and_json(tmp_path):
+    classes = ("image", "error", "=1+1", "-")
+    predictions = [*predictions_of(["@a.png", "b.png", "c,\udc80.png"], 4, sure=0.7), Prediction(b"", None, "empty")]
+    for name in ("new/a.csv", "a.json"):
+        predict.write(tmp_path / name, predictions, stand_in(classes))
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert rows[0] == {
+        "image": "@a.png",
+        "predicted": "image",
+        "confidence": 0.7,
+        "probably_none": False,
+        "probabilities": {"image": 0.7, "error": 0.1, "=1+1": 0.1, "-": 0.1},
+    }
+    assert rows[3] == {"image": "standard input", "error": "empty"}
+    with (tmp_path / "new" / "a.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["image", "predicted", "confidence", "probably_none", "error", "image", "error", "'=1+1", "'-"]
+    assert lines == [
+        ["'@a.png", "image", "0.7", "False", "", "0.7", "0.1", "0.1", "0.1"],
+        ["b.png", "error", "0.7", "False", "", "0.1", "0.7", "0.1", "0.1"],
+        ["c,\udc80.png", "'=1+1", "0.7", "False", "", "0.1", "0.1", "0.7", "0.1"],
+        ["standard input", "", "", "", "empty", "", "", "", ""],
+    ]
+    with pytest.raises(UserError, match="cannot write"):
+        predict.write(tmp_path / "a.json" / "b.csv", predictions, stand_in(classes))
+    assert not [name for name in os.listdir(tmp_path) if "partial" in name]

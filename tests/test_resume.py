@@ -1,4 +1,4 @@
-"""Trainings in processes of their own that are killed, interrupted and hindered, and go on."""
+"""Trainings in separate processes that are killed, interrupted and hindered, and then resumed."""
 
 import functools
 import os
@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, data, datasets, resume, runs, train
-from cifar.errors import UserError
-from cifar.files import lock
-from cifar.outputs import find
-from processes import Outputs, results, slow_steps, slowly, wait_until
+from cifar import checkpoint, data, datasets, pipeline, runs, train
+from cifar.errors import UserError, display_path
+from cifar.runs import find, lock
+from processes import Outputs, after_each_step, results, slow_steps, slowly, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,10 @@ def outputs(tmp_path) -> Outputs:
 
 
 @pytest.mark.parametrize("seed", [0, 1, *slowly(range(2, 27))])
-def test_a_run_that_is_killed_at_any_instants_ends_as_if_it_had_not_been(outputs, uninterrupted, duration, seed):
+def test_a_run_that_is_killed_at_any_instants_ends_as_an_uninterrupted_one(outputs, uninterrupted, duration, seed):
     chance = random.Random(seed)
     for _ in range(chance.choice((1, 2, 3))):  # the second kill is one during the resume
-        process = outputs.begin_or_go_on()
+        process = outputs.start_or_resume()
         process.join(chance.uniform(0, duration))
         process.kill()
         process.join()
@@ -80,7 +79,7 @@ POINTS = 60  # more than there are
 
 
 @pytest.mark.parametrize("point", [24, *slowly(range(1, POINTS))])
-def test_a_run_that_is_killed_at_a_write_sync_or_rename_ends_as_if_it_had_not_been(
+def test_a_run_that_is_killed_at_a_write_sync_or_rename_ends_as_an_uninterrupted_one(
     outputs, uninterrupted, tmp_path, point
 ):
     process = outputs.start(functools.partial(kill_at, point, tmp_path / "came so far"))
@@ -93,22 +92,22 @@ def test_a_run_that_is_killed_at_a_write_sync_or_rename_ends_as_if_it_had_not_be
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_step_under_way_and_tells_the_command_that_goes_on(outputs, uninterrupted, number, code):
+def test_a_signal_ends_the_step_saves_and_prints_the_command_that_resumes(outputs, uninterrupted, number, code):
     process = outputs.start(functools.partial(slow_steps, 0.02))
     wait_until(lambda: outputs.said().count("a step") >= 25)
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code
-    command = f"python main.py --resume {os.path.relpath(outputs.run.path)}"
-    assert outputs.said().splitlines()[-1] == f"error: interrupted: `{command}` goes on with it"
+    command = f"python main.py --resume {display_path(outputs.run.path)}"
+    assert outputs.said().splitlines()[-1] == f"interrupted; resume with `{command}`"
     record = outputs.run.record
-    assert (record["status"], "error" in record) == ("interrupted", False)
-    assert record["end"] >= record["start"]
+    assert (record.status, record.error) == ("interrupted", None)
+    assert record.end >= record.start
     saved = checkpoint.load(outputs.run.checkpoints / "last.pt")["training"]["state"]
-    assert saved["updates"] > 20
+    assert saved["optimizer"]["steps"] > 20
     assert outputs.finish() == uninterrupted
-    resumed = outputs.run.record["resumed"]
-    assert [(again["epoch"], again["step"]) for again in resumed] == [(saved["epoch"], saved["step"])]
+    resumed = outputs.run.record.resumed
+    assert [(again.epoch, again.step) for again in resumed] == [(saved["epoch"], saved["step"])]
 
 
 def test_a_second_ctrl_c_leaves_at_once(outputs, uninterrupted):
@@ -120,22 +119,22 @@ def test_a_second_ctrl_c_leaves_at_once(outputs, uninterrupted):
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == 130
-    assert outputs.run.record["status"] == "interrupted"
+    assert outputs.run.record.status == "interrupted"
     assert outputs.finish() == uninterrupted
 
 
 def save_every_step() -> None:
-    resume._SAVE_SECONDS = 0.0
+    checkpoint._SAVE_SECONDS = 0.0
 
 
-def test_saving_within_an_epoch_changes_nothing_and_is_what_a_killed_run_goes_on_from(outputs, uninterrupted):
+def test_saving_within_an_epoch_changes_nothing_and_a_killed_run_resumes_from_it(outputs, uninterrupted):
     process = outputs.start(save_every_step)
     wait_until(outputs.has_an_epoch)
     process.kill()
     process.join()
     saved = checkpoint.load(outputs.run.checkpoints / "last.pt")["training"]["state"]
     before = checkpoint.load(outputs.run.checkpoints / "previous.pt")["training"]["state"]
-    assert saved["updates"] - before["updates"] in (0, 1)
+    assert saved["optimizer"]["steps"] - before["optimizer"]["steps"] in (0, 1)
     process = outputs.start(save_every_step, "")
     process.join(60)
     assert results(outputs.run) == uninterrupted
@@ -156,13 +155,13 @@ def small_files(bytes: int, from_save: int = 1) -> None:
 
 
 @pytest.mark.parametrize("from_save", [3, *slowly([1, 2])])
-def test_on_a_full_disk_the_run_fails_with_a_sentence_and_what_was_saved_goes_on(outputs, uninterrupted, from_save):
+def test_on_a_full_disk_the_run_fails_with_a_sentence_and_resumes_later(outputs, uninterrupted, from_save):
     process = outputs.start(functools.partial(small_files, 10**6, from_save))
     process.join(60)
     name = "best.pt" if from_save == 1 else "last.pt"
     sentence = f"cannot write {outputs.run.checkpoints / name}: File too large"
     assert (process.exitcode, outputs.said().splitlines()[-1]) == (1, f"error: {sentence}")
-    assert (outputs.run.record["status"], outputs.run.record["error"]) == ("failed", sentence)
+    assert (outputs.run.record.status, outputs.run.record.error) == ("failed", sentence)
     assert not list(outputs.run.path.rglob("*.partial"))
     assert outputs.finish() == uninterrupted
 
@@ -179,19 +178,17 @@ def test_a_folder_that_is_removed_during_the_training_ends_it_with_a_sentence(ou
     assert "Traceback" not in outputs.said()
 
 
-def lose_rights(folder: Path, updates: int) -> None:
-    """Have this process be without the right to write into the folder after so many steps."""
-    pause = resume.Keeper.pause
+def lose_rights(folder: Path, steps: int) -> None:
+    """Have this process lose the right to write into the folder after so many steps."""
 
-    def pause_without_rights(keeper, signal_number):
-        if keeper.state.updates.steps == updates and os.geteuid():
+    def lose(checkpointer):
+        if checkpointer.training.optimizer.steps == steps and os.geteuid():
             for path in folder.rglob("*"):
                 path.chmod(0o555)
-        elif keeper.state.updates.steps == updates:
+        elif checkpointer.training.optimizer.steps == steps:
             os.seteuid(65534)  # root may write everywhere
-        pause(keeper, signal_number)
 
-    resume.Keeper.pause = pause_without_rights
+    after_each_step(lose)
 
 
 def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outputs, uninterrupted):
@@ -218,7 +215,7 @@ def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(out
     second = outputs.start(name=outputs.run.path.name)
     second.join(60)
     assert second.exitcode == 1
-    sentence = f"{outputs.run.path.name} is in use: another process writes into it"
+    sentence = f"{outputs.run.path.name} is in use by another process"
     assert outputs.said().splitlines()[-1] == f"error: {sentence}"
     assert outputs.run.status() == "running"
     os.kill(first.pid, signal.SIGCONT)
@@ -237,12 +234,9 @@ def test_two_trainers_in_one_outputs_folder_both_finish(outputs, uninterrupted):
     assert find(str(outputs.folder)).path in [run.path for run in made]
 
 
-def stop_after(updates: int) -> None:
-    """Have this process leave after so many steps, as if it had been interrupted then."""
-    pause = resume.Keeper.pause
-    resume.Keeper.pause = lambda keeper, _: pause(
-        keeper, lambda: signal.SIGINT if keeper.state.updates.steps == updates else None
-    )
+def stop_after(steps: int) -> None:
+    """Have this process stop after so many steps, as if it had been interrupted then."""
+    after_each_step(lambda checkpointer: signal.SIGINT if checkpointer.training.optimizer.steps == steps else None)
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +262,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(inte
     damage(interrupted.run.checkpoints / "last.pt")
     assert interrupted.finish() == uninterrupted
     said = " ".join(interrupted.said().replace("│", " ").split())
-    assert "last.pt is damaged or not one of this program's: going on from previous.pt." in said
-    assert interrupted.run.record["resumed"][0]["step"] == 0
+    assert "last.pt is damaged or not from this program: resuming from previous.pt." in said
+    assert interrupted.run.record.resumed[0].step == 0
 
 
 @pytest.mark.slow
@@ -279,7 +273,7 @@ def test_a_missing_last_checkpoint_falls_back_too(interrupted, uninterrupted):
 
 
 @pytest.mark.slow
-def test_without_any_checkpoint_a_run_begins_anew(interrupted, uninterrupted):
+def test_without_any_checkpoint_a_run_starts_again(interrupted, uninterrupted):
     for path in interrupted.run.checkpoints.iterdir():
         path.unlink()
     assert interrupted.finish() == uninterrupted
@@ -298,42 +292,18 @@ def test_a_run_whose_files_are_damaged_is_refused_with_a_sentence(interrupted, d
         path = interrupted.run.path / name
         damage(path if path.exists() else interrupted.run.checkpoints / name)
     with pytest.raises(UserError, match=sentence):
-        go_on(interrupted, digits)
+        resume(interrupted, digits)
 
 
-def go_on(outputs: Outputs, dataset: datasets.Dataset) -> None:
-    """Resume in this process."""
+def resume(outputs: Outputs, dataset: datasets.Dataset) -> None:
+    """Resume the run in this process."""
     threads = torch.get_num_threads()
     try:
-        run, _ = train.take_up(outputs.run.path.name, {"output_dir": str(outputs.folder)})
+        run, _ = pipeline.resume(outputs.run.path.name, {"output_dir": str(outputs.folder)})
         with run.lifetime():
             train.fit(run, dataset)
     finally:
         torch.set_num_threads(threads)
-
-
-def with_epochs(run: runs.Run, monkeypatch) -> None:
-    run.write("config.json", {**run.read("config.json"), "epochs": 9})
-
-
-def with_images(run: runs.Run, monkeypatch) -> None:
-    monkeypatch.setattr(data.Split, "sha256", lambda split: "0" * 64)
-
-
-def with_pytorch(run: runs.Run, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "9.0")
-
-
-def with_code(run: runs.Run, monkeypatch) -> None:
-    monkeypatch.setattr(resume, "_sha256", lambda path: str(path.name == "optim.py"))
-
-
-def without_premises(run: runs.Run, monkeypatch) -> None:
-    run.update(premises=None)
-
-
-def with_another_checkpoint(run: runs.Run, monkeypatch) -> None:
-    change_checkpoints(run, lambda content: content["training"]["premises"].update(seed=5))
 
 
 def change_checkpoints(run: runs.Run, change) -> None:
@@ -343,12 +313,20 @@ def change_checkpoints(run: runs.Run, change) -> None:
         torch.save(content, path)
 
 
+def with_epochs(run: runs.Run, monkeypatch) -> None:
+    run.write("config.json", {**run.config.model_dump(), "epochs": 9})
+
+
+def with_images(run: runs.Run, monkeypatch) -> None:
+    monkeypatch.setattr(data.Split, "sha256", lambda split: "0" * 64)
+
+
+def with_another_seed(run: runs.Run, monkeypatch) -> None:
+    change_checkpoints(run, lambda content: content["training"]["requirements"].update(seed=5))
+
+
 def without_training(run: runs.Run, monkeypatch) -> None:
     change_checkpoints(run, lambda content: content.pop("training"))
-
-
-def with_a_damaged_state(run: runs.Run, monkeypatch) -> None:
-    change_checkpoints(run, lambda content: content["training"]["state"].update(step=-1))
 
 
 def with_an_older_best(run: runs.Run, monkeypatch) -> None:
@@ -356,26 +334,74 @@ def with_an_older_best(run: runs.Run, monkeypatch) -> None:
     torch.save({**torch.load(path, weights_only=True), "epoch": 0}, path)
 
 
+AGAIN = "; `python main.py --config .*config.json` starts again$"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (without_training, r"last.pt holds no training that could go on; `.*` begins it anew$"),
-        (with_a_damaged_state, r"the checkpoint .*last.pt is damaged: .*; `.*` begins it anew$"),
-        (with_an_older_best, r"best.pt is not of epoch \d+, as .*last.pt wants it; `.*` begins it anew$"),
-        (with_epochs, r"was made with something else, so that it cannot go on: epochs was 2 and is 9$"),
-        (with_images, r"training images was [0-9a-f]{64} and is 0{64}$"),
-        (with_pytorch, r"PyTorch was \d.* and is 9.0$"),
-        (with_code, r"cifar/optim.py has changed"),
-        (without_premises, r"does not say what it was made with"),
-        (
-            with_another_checkpoint,
-            r"last.pt was made with something else, .*: seed was 5 and is 0; `.*` begins it anew$",
-        ),
+        (without_training, rf"last.pt has no training to resume{AGAIN}"),
+        (with_an_older_best, rf"best.pt is not of epoch \d+, as .*last.pt requires{AGAIN}"),
+        (with_epochs, rf"cannot resume from .*last.pt: these settings have changed: epochs was 2 and is 9{AGAIN}"),
+        (with_images, rf"training images \(SHA-256\) was [0-9a-f]{{64}} and is 0{{64}}{AGAIN}"),
+        (with_another_seed, rf"these settings have changed: seed was 5 and is 0{AGAIN}"),
     ],
 )
-def test_a_run_that_was_begun_with_something_else_is_refused_with_the_difference(
-    interrupted, digits, monkeypatch, change, sentence
-):
+def test_a_run_whose_settings_or_images_have_changed_is_refused(interrupted, digits, monkeypatch, change, sentence):
     change(interrupted.run, monkeypatch)
     with pytest.raises(UserError, match=sentence):
-        go_on(interrupted, digits)
+        resume(interrupted, digits)
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "said"),
+    [
+        ("hardware", "an abacus", "hardware was an abacus and is "),
+        ("processes", 2, "processes was 2 and is 1: the results can differ from an uninterrupted run's"),
+        ("commit", "0" * 40, f"commit was {'0' * 40} and is "),
+    ],
+)
+def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(
+    interrupted, digits, capsys, name, then, said
+):
+    interrupted.run.update(**{name: then})
+    resume(interrupted, digits)
+    assert said in capsys.readouterr().out
+    assert interrupted.run.record.status == "completed"
+
+
+def set_entry(*keys, to):
+    """Return a damage of a training's state: the entry at the keys becomes `to`, or `to` of the entry."""
+
+    def damage(content: dict) -> None:
+        part = content["training"]["state"]
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = to(part[keys[-1]]) if callable(to) else to
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["training"]["state"].pop("batches"),
+        set_entry("epoch", to="1"),
+        set_entry("epoch", to=0),
+        set_entry("epoch", to=3),
+        set_entry("step", to=-1),
+        set_entry("losses", to=lambda losses: losses[:-1]),
+        set_entry("losses", to=[1.0]),
+        set_entry("losses", to=lambda losses: losses / 0),
+        set_entry("batches", "rng_state", to=lambda state: state[:-1]),
+        set_entry("batches", "image_losses", to=lambda losses: losses[:1]),
+        set_entry("optimizer", "optimizers", to={}),
+        set_entry("optimizer", "optimizers", to=lambda states: states * 2),
+        set_entry("optimizer", "optimizers", 0, to=[]),
+        set_entry("optimizer", "optimizers", 0, 0, "exp_avg", to=lambda average: average / 0),
+    ],
+)
+def test_a_damaged_state_of_a_training_is_refused_with_a_sentence(interrupted, digits, damage):
+    change_checkpoints(interrupted.run, damage)
+    with pytest.raises(UserError, match=rf"the checkpoint .*last.pt is damaged: .*{AGAIN}"):
+        resume(interrupted, digits)

@@ -1,17 +1,24 @@
+"""The run directory: its record from start to end, locks, finding runs, and files that are written whole."""
+
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
-from cifar import files, outputs, runs
-from cifar.config import Config
+from cifar import runs
+from cifar.config import PROJECT, Config
+from cifar.console import Interrupted
 from cifar.errors import UserError
-from handmade import make_line
+from cifar.records import EpochRecord
+from handmade import make_line, make_metrics
 
 
 @pytest.fixture
@@ -19,33 +26,42 @@ def config(tmp_path) -> Config:
     return Config(dataset="digits", val_size=10, output_dir=str(tmp_path / "outputs"))
 
 
-def test_a_run_records_its_configuration_and_what_made_it(config):
-    run = runs.create(config, seed=7)
-    assert run.path.name.endswith("_fast_digits")
-    assert run.config == config
-    record = run.record
-    assert record["status"] == "running"
-    assert record["seed"] == 7
-    assert record["versions"].keys() >= {"python", "torch", "torchvision"}
-    assert {"commit", "dirty", "command", "start", "end", "seconds"} <= record.keys()
+@pytest.fixture
+def run(config) -> runs.Run:
+    return runs.create(config, seed=7)
 
 
-def test_without_git_a_run_names_no_commit(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert runs.create(config).record["commit"] is None
-
-
-def test_two_runs_in_one_second_get_directories_of_their_own(config):
-    paths = {runs.create(config).path for _ in range(5)}
-    assert len(paths) == 5
-    assert all((path / "run.json").exists() for path in paths)
-
-
-def end(run: runs.Run, error: BaseException | None) -> dict:
+def end(run: runs.Run, error: BaseException | None = None) -> runs.RunRecord:
     with contextlib.suppress(KeyboardInterrupt, OSError), run.lifetime(), run.stage("train"):
         if error:
             raise error
     return run.record
+
+
+# The record of a run.
+
+
+def test_a_new_run_records_its_settings_and_what_made_it(run, config, monkeypatch, tmp_path):
+    assert run.path.name.endswith("_fast_digits")
+    assert run.config == config
+    content = json.loads((run.path / "run.json").read_text())
+    keys = ("status", "start", "end", "seconds", "command", "commit", "dirty", "versions", "platform", "seed")
+    assert tuple(content) == keys
+    assert (content["status"], content["end"], content["seed"]) == ("running", None, 7)
+    assert content["versions"].keys() >= {"python", "torch", "torchvision"}
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert runs.create(config).record.commit is None
+
+
+@pytest.mark.parametrize("password", ["secret", "p@ss:é", 'qu"o\\te', "%2F"])
+def test_the_credentials_of_a_url_are_stored_nowhere(config, monkeypatch, password):
+    url = f"https://user:{password}@host.example:8000/@me/"
+    monkeypatch.setattr(sys, "argv", ["main.py", "--mirror", url, f"--mirror={url}"])
+    run = runs.create(config.replace(mirror=url), note=f"from {url}")
+    clean = "https://host.example:8000/@me/"
+    assert run.config.mirror == clean
+    assert run.record.command[1:] == ["--mirror", clean, f"--mirror={clean}"]
+    assert run.record.note == f"from {clean}"
 
 
 @pytest.mark.parametrize(
@@ -53,202 +69,303 @@ def end(run: runs.Run, error: BaseException | None) -> dict:
 )
 def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, status):
     before = runs.create(config)
-    end(before, None)
+    end(before)
     run = runs.create(config)
-    assert outputs.find(config.output_dir).path == before.path
+    assert runs.find(config.output_dir).path == before.path
     record = end(run, error)
-    assert record["status"] == status
-    assert record["end"] >= record["start"]
-    assert record["seconds"]["train"] >= 0
-    assert record.get("error") == ("disk full" if status == "failed" else None)
-    assert outputs.find(config.output_dir).path == run.path
+    assert record.status == status
+    assert record.end >= record.start
+    assert record.seconds["train"] >= 0
+    assert record.error == ("disk full" if status == "failed" else None)
+    assert runs.find(config.output_dir).path == run.path
     assert os.readlink(run.path.parent / "latest") == run.path.name
 
 
-def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config, monkeypatch, tmp_path):
-    older, run = runs.create(config), runs.create(config)
-    end(run, None)
-    end(older, None)
-    assert outputs.find(config.output_dir, str(run.path)).path == run.path
-    assert outputs.find(config.output_dir, run.path.name).path == run.path
-    (run.path.parent / "latest").unlink()
-    assert outputs.find(config.output_dir).path == run.path
-    monkeypatch.chdir(tmp_path)
-    assert outputs.find("outputs", f"outputs/{older.path.name}").path == older.path
+def test_an_interrupted_run_says_how_to_resume_it(run, monkeypatch):
+    monkeypatch.chdir(run.path.parent.parent)
+    with pytest.raises(Interrupted) as stop, run.lifetime():
+        raise Interrupted(15)
+    assert str(stop.value) == f"interrupted; resume with `python main.py --resume outputs/{run.path.name}`"
+    assert stop.value.number == 15
 
 
-def test_a_run_that_says_it_runs_while_no_process_does_is_recorded_as_killed(config):
-    run = runs.create(config)
-    with run.lifetime():
+def test_a_resumed_run_loses_the_marks_of_its_end_and_half_written_files_and_sums_its_seconds(run):
+    end(run, OSError("disk full"))
+    (run.checkpoints / "last.pt.partial").write_text("half")
+    with run.lifetime(), run.stage("train"):
+        assert (run.record.status, run.record.end, run.record.error) == ("running", None, None)
+        assert not list(run.checkpoints.iterdir())
+        run.mark_resumed(3, 7, 100.0)
+        run.mark_resumed(4, 0, 200.0)
+    assert 200 <= run.record.seconds["train"] < 201
+    assert [(resumed.epoch, resumed.step) for resumed in run.record.resumed] == [(3, 7), (4, 0)]
+
+
+def test_an_update_keeps_what_this_version_does_not_know(run):
+    run.write("run.json", {**json.loads((run.path / "run.json").read_text()), "premises": {"seed": 0}})
+    run.update(note="é\udcff")
+    content = json.loads((run.path / "run.json").read_text())
+    assert (content["premises"], content["note"]) == ({"seed": 0}, "é\udcff")
+    assert "threads" not in content
+
+
+def test_a_run_is_of_one_dataset_and_complete_once_it_is_evaluated(run):
+    run.check_dataset("digits")
+    with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
+        run.check_dataset("cifar10")
+    end(run)
+    with pytest.raises(UserError, match=r"has not been evaluated; run `invoke evaluate --run .*`"):
+        _ = run.metrics
+    for content, is_complete in (({}, False), (make_metrics(), True)):
+        run.write("metrics.json", content)
+        assert run.is_complete() == is_complete
+
+
+# Locks, and what a process that was killed leaves behind.
+
+
+def test_the_claim_of_a_process_that_is_killed_ends_with_it(run, config):
+    code = (
+        "import sys, time; from pathlib import Path; from cifar.runs import Run\n"
+        "with Run(Path(sys.argv[1])).lifetime(): print('claimed', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, cwd=PROJECT)
+    with process:
+        assert process.stdout.readline() == b"claimed\n"
         assert run.status() == "running"
-        assert run.record["end"] is None
-    assert run.status() == "completed"
-    killed = runs.create(config)
-    assert outputs.find(config.output_dir, killed.path.name).record["status"] == "killed"
-    assert killed.record["end"] >= killed.record["start"]
+        process.kill()
+    assert runs.find(config.output_dir, run.path.name).record.status == "killed"
+    assert run.record.end >= run.record.start
 
 
-def test_a_run_that_is_claimed_cannot_be_claimed_again_until_it_is_let_go(config, monkeypatch):
+def test_a_claimed_run_cannot_be_claimed_again_until_it_is_released(run, monkeypatch):
     monkeypatch.setattr(runs, "_PATIENCE", 0.0)
-    run = runs.create(config)
-    with run.claim(), pytest.raises(UserError, match="is in use: another process writes into it"), run.lifetime():
+    with run.claim(), pytest.raises(UserError, match="is in use by another process"), run.lifetime():
         raise AssertionError("it was claimed twice")
     with run.claim():
         pass
 
 
-def test_a_claim_waits_for_one_that_is_held_for_a_glance(config):
-    run = runs.create(config)
+def test_a_claim_waits_for_a_short_lock(run):
     with run._open_lock() as file:
-        assert files.lock(file)
+        assert runs.lock(file)
         threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
         with run.claim():
             pass
 
 
-def test_the_newest_run_that_did_not_come_to_its_end_is_the_one_to_resume(config):
-    with pytest.raises(UserError, match=r"there is no run in .* that could be resumed"):
-        outputs.find_resumable(config.output_dir)
-    failed, killed, interrupted, completed, damaged = (runs.create(config) for _ in range(5))
+def test_a_run_that_ends_while_its_status_is_read_has_the_status_of_its_end(run, monkeypatch):
+    monkeypatch.setattr(runs, "lock", lambda _: run.update(status="completed") or True)
+    assert run.status() == "completed"
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(run, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with run.claim(), run.claim():
+        pass
+
+
+def test_a_group_is_killed_when_it_says_running_and_nobody_works_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_PATIENCE", 0.0)
+    runs.write_json(tmp_path / "summary.json", {"status": "running", "config": {}})
+    assert runs.group_status(tmp_path) == "killed"
+    with runs.claim_group(tmp_path):
+        assert runs.group_status(tmp_path) == "running"
+        with pytest.raises(UserError, match="is in use by another process"), runs.claim_group(tmp_path):
+            raise AssertionError("it was claimed twice")
+    assert runs.group_status(tmp_path) == "killed"
+    runs.write_json(tmp_path / "summary.json", {"status": "completed", "config": {}})
+    assert runs.group_status(tmp_path) == "completed"
+
+
+# Names, and finding runs.
+
+
+def test_runs_made_in_one_second_never_share_a_directory(config, monkeypatch):
+    monkeypatch.setattr(runs, "datetime", SimpleNamespace(now=lambda: datetime(2026, 5, 4, 3, 2, 1)))
+    names = [runs.make_directory(config).name for _ in range(3)]
+    assert names == [f"2026-05-04_03-02-01_fast_digits{end}" for end in ("", "_2", "_3")]
+
+
+def test_an_output_folder_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output_dir in (str(tmp_path / "file" / "outputs"), str(tmp_path / "file")):
+        with pytest.raises(UserError, match="cannot write to the output folder"):
+            runs.create(Config(output_dir=output_dir))
+
+
+def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config, monkeypatch, tmp_path):
+    older, run = runs.create(config), runs.create(config)
+    end(run)
+    end(older)
+    assert runs.find(config.output_dir, str(run.path)).path == run.path
+    assert runs.find(config.output_dir, run.path.name).path == run.path
+    (run.path.parent / "latest").unlink()
+    assert runs.find(config.output_dir).path == run.path
+    monkeypatch.chdir(tmp_path)
+    assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+
+
+def test_the_newest_run_that_was_not_completed_is_the_one_to_resume(config):
+    with pytest.raises(UserError, match=r"there is no run in .* that can be resumed"):
+        runs.find_resumable(config.output_dir)
+    failed, interrupted, completed, damaged = (runs.create(config) for _ in range(4))
     end(failed, OSError("disk full"))
-    end(completed, None)
+    end(completed)
     (damaged.path / "run.json").write_text("{")
-    assert outputs.find_resumable(config.output_dir).path == interrupted.path
-    for run in (interrupted, killed):
-        end(run, None)
-    assert outputs.find_resumable(config.output_dir).path == failed.path
-    assert outputs.find_resumable(config.output_dir, completed.path.name).path == completed.path
+    assert runs.find_resumable(config.output_dir).path == interrupted.path
+    end(interrupted)
+    assert runs.find_resumable(config.output_dir).path == failed.path
+    assert runs.find_resumable(config.output_dir, completed.path.name).path == completed.path
 
 
-def test_a_run_that_goes_on_loses_the_marks_of_its_end(config):
-    run = runs.create(config)
-    end(run, OSError("disk full"))
-    (run.checkpoints / "last.partial").write_text("half")
-    with run.lifetime():
-        assert (run.record["status"], run.record["end"], "error" in run.record) == ("running", None, False)
-        assert not list(run.checkpoints.iterdir())
-
-
-def test_the_seconds_of_a_stage_that_was_resumed_are_those_of_all_its_parts(config):
-    run = runs.create(config)
-    run.mark_resumed(3, 7, 100.0)
-    end(run, None)
-    assert 100 <= run.record["seconds"]["train"] < 101
-    assert [(again["epoch"], again["step"]) for again in run.record["resumed"]] == [(3, 7)]
-
-
-@pytest.mark.parametrize("rest", ["", '{"epoch": 3}\n', '{"epo', "\n\n"])
-def test_the_history_is_cut_back_to_the_epochs_that_are_known(config, rest):
-    run = runs.create(config)
-    lines = '{"epoch": 1}\n{"epoch": 2}\n'
-    (run.path / "history.jsonl").write_text(lines + rest)
-    run.cut_history(2)
-    assert (run.path / "history.jsonl").read_text() == lines
-    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
-        run.cut_history(3)
-
-
-def test_what_is_no_run_is_told_in_one_sentence(config, tmp_path):
+def test_what_is_not_a_run_is_reported(config, tmp_path):
     with pytest.raises(UserError, match="there is no finished run in"):
-        outputs.find(config.output_dir)
-    with pytest.raises(UserError, match="there is no run at nowhere"):
-        outputs.find(config.output_dir, "nowhere")
-    with pytest.raises(UserError, match="is not a run directory"):
-        outputs.find(config.output_dir, str(tmp_path))
+        runs.find(config.output_dir)
+    for name in ("nowhere", "\0"):
+        with pytest.raises(UserError, match=f"there is no run at {name}"):
+            runs.find(config.output_dir, name)
+    with pytest.raises(UserError, match=r"is not a run directory: it has no run\.json and no config\.json"):
+        runs.find(config.output_dir, str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "{}", "[" * 100_000, '{"status": NaN}', "\x00"])
-def test_a_damaged_file_of_a_run_is_named(config, damage):
-    run = runs.create(config)
+def test_the_runs_of_a_group_are_found_by_its_name_and_its_latest_run_is_linked_from_outside(config, tmp_path):
+    group = runs.make_directory(config, "_2-seeds")
+    runs.write_json(group / "summary.json", {"status": "running", "config": {}})
+    members = [runs.create(config.replace(output_dir=str(group), seed=seed)) for seed in (0, 1)]
+    for run in members:
+        end(run)
+    assert os.readlink(tmp_path / "outputs" / "latest") == f"{group.name}/{members[1].path.name}"
+    assert runs.find(config.output_dir, members[0].path.name).path == members[0].path
+    with pytest.raises(UserError, match="holds the runs of several seeds; name one of them"):
+        runs.find(config.output_dir, group.name)
+    with pytest.raises(UserError, match=r"none of the runs in .* has been evaluated"):
+        runs.find_all(config.output_dir, group.name)
+    for run in members:
+        (run.path / "metrics.json").touch()
+    assert runs.find_all(config.output_dir, group.name) == members
+    assert runs.find_all(config.output_dir, members[1].path.name) == [members[1]]
+
+
+def test_runs_are_listed_newest_first_with_those_of_groups_and_damaged_ones_and_no_other_folder(tmp_path):
+    files = ("01_a/run.json", "03_group/02_b/config.json", "03_group/summary.json", "04_c/history.jsonl")
+    for file in (*files, "05_2-seeds/06_d/run.json", "reference/07_e/run.json", "notes/text"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    (tmp_path / "latest").symlink_to("04_c")
+    assert [path.name for path in runs.directories(tmp_path)] == ["06_d", "04_c", "02_b", "01_a"]
+    assert runs.directories(tmp_path / "nowhere") == []
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[1]", "{}", "[" * 100_000, '{"x": NaN}', '{"x": 1e999}', "\x00", "9" * 5000]
+)
+def test_a_damaged_file_is_named(run, damage):
     (run.path / "run.json").write_text(damage)
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         _ = run.record
 
 
-def test_a_missing_file_of_a_run_is_named(config):
-    with pytest.raises(UserError, match=r"cannot read .*metrics\.json"):
-        runs.create(config).read("metrics.json")
+def test_a_damaged_file_comes_with_the_command_that_writes_it_again(run, monkeypatch):
+    monkeypatch.chdir(run.path)
+    (run.path / "corruptions.json").write_text('{"n": -1}')
+    sentence = "corruptions.json is damaged: n should be greater than or equal to 0"
+    with pytest.raises(UserError) as error:
+        run.read("corruptions.json")
+    assert str(error.value) == f"{sentence}; `invoke evaluate --corruptions --run .` writes it again"
 
 
-def test_a_run_that_ends_while_one_looks_is_as_it_ended(config, monkeypatch):
-    run = runs.create(config)
-
-    def ends(_) -> bool:
-        run.update(status="completed")
-        return True
-
-    monkeypatch.setattr(runs, "lock", ends)
-    assert run.status() == "completed"
-
-
-def test_a_run_without_its_configuration_or_its_dataset_says_so(config):
-    run = runs.create(config)
-    with pytest.raises(UserError, match=r"run\.json is damaged: it does not say what the dataset was"):
+def test_a_missing_file_is_named_or_none(run):
+    assert run.read_if_present("metrics.json") is None
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.json: No such file"):
+        run.read("metrics.json")
+    with pytest.raises(UserError, match=r"run\.json is damaged: dataset is missing"):
         _ = run.dataset
-    (run.path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*config\.json: No such file"), run.claim():
-        pass
 
 
-def test_a_thousandth_run_in_one_second_is_refused(config, monkeypatch):
-    monkeypatch.setattr(runs, "datetime", SimpleNamespace(now=lambda: datetime(2026, 5, 4, 3, 2, 1)))
-    first = runs.make_directory(config)
-    assert first.name == "2026-05-04_03-02-01_fast_digits"
-    for number in range(2, 999):
-        first.with_name(f"{first.name}_{number}").mkdir()
-    assert runs.make_directory(config).name == f"{first.name}_999"
-    with pytest.raises(UserError, match="already has 999 runs called 2026-05-04_03-02-01_fast_digits"):
-        runs.make_directory(config)
-
-
-def test_a_configuration_with_an_unknown_setting_is_refused(config):
-    run = runs.create(config)
-    run.write("config.json", {**run.read("config.json"), "colour": 1})
-    with pytest.raises(UserError, match="unknown settings: colour"):
+@pytest.mark.parametrize(("key", "value"), [("colour", 1), ("lr", "x"), ("seed", None)])
+def test_wrong_settings_are_reported_with_their_file(run, key, value):
+    run.write("config.json", {**run.config.model_dump(), key: value})
+    with pytest.raises(UserError, match=rf"config\.json is damaged: .*{key}"):
         _ = run.config
 
 
-def test_an_output_folder_that_cannot_be_written_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to the output folder"):
-        runs.create(Config(output_dir=str(tmp_path / "file" / "outputs")))
-    with pytest.raises(UserError, match="cannot write to the output folder"):
-        runs.create(Config(output_dir=str(tmp_path / "file")))
-
-
-def test_the_history_is_read_as_it_was_appended(config):
-    run = runs.create(config)
+def test_the_history_is_read_as_it_was_appended(run):
+    lines = [make_line(1, validated=False), make_line(2, validated=False, new_metric=0.5)]
     assert run.history() == []
-    epochs = [make_line(1, validated=False), make_line(2, validated=False)]
-    for epoch in epochs:
-        run.append_history(epoch)
-    assert run.history() == epochs
-    whole = (run.path / "history.jsonl").read_text()
-    first, second = whole.splitlines()
-    validated = json.dumps(make_line(3))
-    for damage in (whole[:-20], f"{first}\n\n{second}", second, f"{first}\n{first}", f"{whole}{validated}", "{}", "[]"):
+    run.append_history(lines[0])
+    run.append_history(EpochRecord(**lines[1]))
+    assert [epoch.model_dump(exclude_unset=True) for epoch in run.history()] == lines
+    assert run.history()[1].new_metric == 0.5
+    first, second = (run.path / "history.jsonl").read_text().splitlines()
+    validated = json.dumps(make_line(2))
+    for damage in (first[:-20], f"{first}\n\n{second}", second, f"{first}\n{first}", f"{first}\n{validated}", "[]"):
         (run.path / "history.jsonl").write_text(damage)
         with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
             run.history()
 
 
-def test_a_file_is_replaced_whole_and_never_with_what_is_not_json(config):
-    run = runs.create(config)
+@pytest.mark.parametrize("rest", ["", "{}\n", '{"epo', "\n\n", "\udcff"])
+def test_the_history_is_cut_to_the_epochs_of_the_checkpoint(run, rest):
+    run.append_history(make_line(1))
+    run.append_history(make_line(2))
+    whole = (run.path / "history.jsonl").read_bytes()
+    (run.path / "history.jsonl").write_bytes(whole + os.fsencode(rest))
+    run.truncate_history(2)
+    assert (run.path / "history.jsonl").read_bytes() == whole
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
+        run.truncate_history(3)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_file_that_cannot_be_written_keeps_its_content(run, monkeypatch, failing):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     before = run.record
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fails)
+        with pytest.raises(UserError, match=r"run\.json: Input/output error"):
+            run.update(note="new")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        run.write("run.json", {"loss": float("nan")})
+        run.update(note=float("nan"))
     assert run.record == before
-    run.update(note="é")
-    assert json.loads((run.path / "run.json").read_text(encoding="utf-8"))["note"] == "é"
     assert not list(run.path.glob("*.partial"))
 
 
-def test_runs_are_listed_newest_first_with_those_of_groups_and_the_damaged_and_without_the_link(tmp_path):
-    for place in ("2026-01-01_a", "2026-01-03_group/2026-01-02_b", "2026-01-04_c", "notes", "compare/a_vs_b"):
-        (tmp_path / place).mkdir(parents=True)
-    for file in ("2026-01-01_a/run.json", "2026-01-03_group/2026-01-02_b/config.json", "2026-01-04_c/history.jsonl"):
-        (tmp_path / file).write_text("")
-    (tmp_path / "2026-01-03_group" / "summary.json").write_text("{}")
-    (tmp_path / "latest").symlink_to("2026-01-04_c")
-    assert [place.name for place in outputs.directories(tmp_path)] == ["2026-01-04_c", "2026-01-02_b", "2026-01-01_a"]
-    assert outputs.directories(tmp_path / "nowhere") == []
+def test_the_file_before_is_kept_under_another_name(tmp_path):
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for content in ("first", "second", "third"):
+        with runs.atomic_write(path, previous) as partial:
+            partial.write_text(content)
+    assert (previous.read_text(), path.read_text()) == ("second", "third")
+
+
+# Symbolic links inside a run directory, through which a copied run could overwrite other files.
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.json.partial", "history.jsonl"])
+def test_a_file_is_never_written_through_a_link(run, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.write_text((run.path / "run.json").read_text() if "run" in name else "")
+    before = outside.read_text()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(outside)
+    run.update(note="new")
+    run.append_history(make_line(1))
+    assert outside.read_text() == before
+    assert (run.record.note, len(run.history())) == ("new", 1)
+
+
+@pytest.mark.parametrize("name", ["figures", "checkpoints"])
+def test_a_run_with_a_linked_folder_is_not_written(run, tmp_path, name):
+    (run.path / name).rmdir()
+    (run.path / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"), run.lifetime():
+        raise AssertionError("it was claimed")

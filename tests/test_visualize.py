@@ -1,100 +1,271 @@
 import dataclasses
+import itertools
+import os
+import subprocess
+import sys
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from cifar import visualize
+from cifar import model, records, visualize
+from cifar.config import PROJECT
 from cifar.errors import UserError
-from drawn import figures
-from handmade import make_dataset, make_run
+from cifar.records import EpochRecord, LayerRecord, ModelRecord, RiskCoverage, Selective
+from cifar.visualize import FIGURES
+from handmade import CLASSES, CORRUPTIONS, LAYERS, MATRIX, make_dataset, make_line, make_metrics, make_run
 
-NAMES = [
-    "training_history.png",
-    "confusion_matrix.png",
-    "per_class_metrics.png",
-    "precision_recall.png",
-    "misclassified.png",
-    "dataset_samples.png",
-    "sample_predictions.png",
-    "architecture.png",
-    "calibration.png",
-    "risk_coverage.png",
-    "corruptions.png",
-]
+SUBJECT = "fast on digits"
 
 
-def test_every_figure_is_a_png_at_150_dpi(tmp_path):
-    run, dataset = make_run(tmp_path), make_dataset()
-    paths = visualize.visualize(run, dataset)
-    assert paths == [run.figures / name for name in NAMES]
-    assert sorted(path.name for path in run.figures.iterdir()) == sorted(NAMES)
+def all_figures(run, dataset) -> dict:
+    results = visualize.read_results(run, dataset)
+    with visualize.drawing():
+        return {name: visualize.draw(name, results) for name in visualize.drawable(results)}
+
+
+def metrics_of(*arguments, **keywords) -> records.Metrics:
+    return records.parse("metrics.json", make_metrics(*arguments, **keywords))
+
+
+def history_of(*lines: dict) -> list[EpochRecord]:
+    return records.parse("history.jsonl", list(lines)).root
+
+
+def boxes(figure, labels) -> list:
+    figure.draw_without_rendering()
+    return [label.get_window_extent() for label in labels if label.get_text()]
+
+
+def test_every_figure_is_drawn_in_order_as_a_png_at_150_dpi(tmp_path):
+    run = make_run(tmp_path)
+    paths = visualize.visualize(run, make_dataset())
+    assert paths == [run.figures / f"{name}.png" for name in FIGURES]
+    assert set(run.figures.iterdir()) == set(paths)
     for path in paths:
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
-            assert len(picture.convert("L").getcolors()) > 10, f"{path.name} is blank"
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+            assert len(image.convert("L").getcolors()) > 10, f"{path.name} is blank"
         assert str(tmp_path).encode() not in path.read_bytes()
-    with Image.open(run.figures / "training_history.png") as picture:
-        assert picture.size == (1950, 630)
 
 
-def test_every_title_names_recipe_and_dataset_and_what_was_not_augmented(tmp_path):
-    titles = {name: figure.get_suptitle() for name, figure in figures(make_run(tmp_path), make_dataset()).items()}
-    assert [f"{name}.png" for name in titles] == NAMES
-    assert all("fast on digits" in title for title in titles.values())
-    plain = {name for name, title in titles.items() if "test split, without test-time augmentation" in title}
-    assert plain == set(titles) - {"training_history", "dataset_samples", "architecture"}
-
-
-@pytest.mark.parametrize("count", [2, 3, 100])
-def test_nothing_is_cut_at_the_edge(tmp_path, count):
-    classes = [f"aquarium_fish_{number}" for number in range(count)]
-    true = list(range(count)) * 2
-    predicted = [(label + index % 3) % count for index, label in enumerate(true)]
-    run = make_run(tmp_path, classes, true=true, predicted=predicted, confidence=[0.5] * len(true))
-    for name, figure in figures(run, make_dataset(classes, true)).items():
+@pytest.mark.parametrize(
+    "classes",
+    [["no", "yes"], [f"aquarium_fish_{number}" for number in range(150)], ["x" * 200, "\x1b[31mred", "$a$\nb"]],
+    ids=["two", "many", "strange"],
+)
+def test_titles_say_what_is_shown_and_nothing_is_cut_or_too_large(tmp_path, classes):
+    true = [*range(len(classes))] * 2
+    predicted = [(label + index % 3) % len(classes) for index, label in enumerate(true)]
+    run = make_run(tmp_path, classes, true=true, predicted=predicted, confidence=[0.6] * len(true))
+    for name, figure in all_figures(run, make_dataset(classes, true)).items():
+        is_plain = "test split, without test-time augmentation" in figure.get_suptitle()
+        assert is_plain == (name not in ("training_history", "dataset_samples", "architecture"))
+        assert SUBJECT in figure.get_suptitle()
         figure.draw_without_rendering()
         inner, outer = figure.get_tightbbox(), figure.bbox_inches
-        assert inner.xmin >= 0, name
-        assert inner.ymin >= 0, name
+        assert min(inner.xmin, inner.ymin) >= 0, name
         assert inner.xmax <= outer.xmax, name
-        assert inner.ymax <= outer.ymax, name
+        assert inner.ymax <= outer.ymax < 25, name
 
 
-def test_a_run_without_evaluation_draws_the_rest_and_leaves_the_test_split_closed(tmp_path):
+def test_without_an_evaluation_the_test_split_stays_closed(tmp_path):
     dataset = make_dataset()
     paths = visualize.visualize(make_run(tmp_path, evaluated=False), dataset)
-    assert [path.name for path in paths] == ["training_history.png", "dataset_samples.png", "architecture.png"]
+    assert [path.stem for path in paths] == ["training_history", "dataset_samples", "architecture"]
     assert "test" not in vars(dataset)
 
 
-def test_a_run_that_measured_nothing_cannot_be_drawn(tmp_path):
-    run = make_run(tmp_path, epochs=0, evaluated=False)
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="has nothing to draw"):
-        visualize.visualize(run, make_dataset())
-
-
-def test_another_dataset_is_refused(tmp_path):
-    other = dataclasses.replace(make_dataset(), key="cifar10")
-    with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
-        visualize.visualize(make_run(tmp_path), other)
-
-
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+        visualize.visualize(make_run(tmp_path, epochs=0, evaluated=False), make_dataset())
     run = make_run(tmp_path)
+    with pytest.raises(UserError, match=r"predictions.csv is damaged: it does not match the test split of digits"):
+        visualize.visualize(run, make_dataset(true=(1,) * 12))
+    with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
+        visualize.visualize(run, dataclasses.replace(make_dataset(), key="cifar10"))
     run.figures.write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match=r"^cannot write .*training_history.png: "):
         visualize.visualize(run, make_dataset())
 
 
-def test_the_users_matplotlib_stays_as_it_was(tmp_path):
+def test_the_users_matplotlib_is_left_alone():
     with matplotlib.rc_context({"axes.facecolor": "black", "figure.dpi": 40}):
         before = dict(matplotlib.rcParams)
-        paths = visualize.visualize(make_run(tmp_path), make_dataset())
+        with visualize.drawing():
+            axes = visualize.canvas("a title", 4, 4).add_subplot()
         assert dict(matplotlib.rcParams) == before
+    assert axes.get_facecolor() == (1, 1, 1, 1)
     assert pyplot.get_fignums() == []
-    with Image.open(paths[0]) as picture:
-        assert picture.convert("L").getextrema() == (0, 255)
-        assert picture.convert("L").histogram()[255] > picture.width * picture.height / 2, "the user's black shows"
+
+
+def test_a_backend_that_is_not_installed_does_not_matter(tmp_path):
+    script = "import sys; from cifar import visualize; import seaborn; visualize.canvas('x', 2, 2).savefig(sys.argv[1])"
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
+    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path / "figure.png")]
+    subprocess.run(command, cwd=PROJECT, env=environment, check=True)
+    assert (tmp_path / "figure.png").stat().st_size
+
+
+def test_characters_that_no_font_has_are_one_sentence(tmp_path, capsys):
+    with visualize.drawing():
+        for name in "\N{MUSICAL SYMBOL G CLEF}\N{LINEAR A SIGN AB001}":
+            visualize.canvas(name, 4, 4).savefig(tmp_path / "figure.png")
+    assert capsys.readouterr().out.count("no installed font") == 1
+
+
+def test_the_history_is_plotted_as_saved():
+    history = history_of(*(make_line(epoch) for epoch in range(1, 5)))
+    keys = ("train_loss", "val_loss"), ("train_accuracy", "val_accuracy"), ("lr",)
+    for axes, names in zip(visualize.training_history(history, SUBJECT).axes, keys, strict=True):
+        for line, name in zip(axes.lines, names):
+            assert line.get_xydata().tolist() == [[saved.epoch, getattr(saved, name)] for saved in history]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 200])
+def test_epoch_ticks_are_whole_numbers_from_one(epochs):
+    figure = visualize.training_history(history_of(*map(make_line, range(1, epochs + 1))), SUBJECT)
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert set(ticks) <= set(range(1, epochs + 1))
+        assert epochs > 1 or axes.lines[0].get_markersize() > 0, "a single epoch needs a marker"
+
+
+def test_epochs_on_small_and_on_hard_images_are_shaded():
+    lines = [make_line(1, images=40, image_size=24), make_line(2, images=40), make_line(3, images=10)]
+    for axes in visualize.training_history(history_of(*lines), SUBJECT).axes:
+        shades = {shade.get_label(): (shade.get_x(), shade.get_width()) for shade in axes.patches}
+        assert shades == {"trained at 24x24": (0.5, 1), "trained on the hardest 25%": (2.5, 1)}
+
+
+def test_the_kept_epoch_is_the_best_of_the_validation_or_the_last():
+    lines = [make_line(epoch, val_accuracy=accuracy) for epoch, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9))]
+    marker = visualize.training_history(history_of(*lines), SUBJECT).axes[0].lines[-1]
+    assert (list(marker.get_xdata()), marker.get_label()) == ([2, 2], "best epoch 2 (kept)")
+    lines = [make_line(epoch, validated=False) for epoch in (1, 2, 3)]
+    labels = [line.get_label() for line in visualize.training_history(history_of(*lines), SUBJECT).axes[0].lines]
+    assert labels == ["training (augmented)", "last epoch 3 (kept)"]
+
+
+def test_the_confusion_matrix_shows_counts_and_colors_fractions():
+    axes = visualize.confusion_matrix(metrics_of(), SUBJECT).axes[0]
+    assert [text.get_text() for text in axes.texts] == [str(count) for row in MATRIX for count in row]
+    assert np.allclose(axes.collections[0].get_array(), [[75, 25, 0], [0, 100, 0], [50, 0, 50]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(CLASSES)
+    empty = visualize.confusion_matrix(metrics_of(matrix=((3, 1, 0), (0, 4, 0), (0, 0, 0))), SUBJECT)
+    assert np.allclose(empty.axes[0].collections[0].get_array()[2], 0), "no division by zero"
+
+
+@pytest.mark.parametrize("draw", [visualize.confusion_matrix, visualize.per_class_metrics])
+def test_labels_of_many_classes_do_not_overlap_and_the_worst_classes_are_shown(draw):
+    classes = [f"aquarium_fish_{number}" for number in range(150)]
+    matrix = np.eye(150, dtype=int) * 50
+    matrix[range(50, 150), range(149, 49, -1)] += 1
+    axes = draw(metrics_of(classes, matrix), SUBJECT).axes[0]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert not any(first.overlaps(second) for first, second in itertools.pairwise(boxes(axes.figure, labels)))
+    assert {label.get_text() for label in axes.get_yticklabels()} == set(classes[50:])
+    assert "the 100 of 150 classes" in axes.figure.get_suptitle()
+
+
+def test_dots_are_the_saved_scores_with_the_highest_f1_on_top():
+    metrics = metrics_of()
+    axes = visualize.per_class_metrics(metrics, SUBJECT).axes[0]
+    order = [label.get_text() for label in axes.get_yticklabels()]
+    assert (order, axes.yaxis_inverted()) == (["dog", "cat", "ship"], True)
+    dots = {group.get_label(): group.get_offsets() for group in axes.collections[1:]}
+    for name, key in (("precision", "precision"), ("recall", "recall"), ("F1", "f1")):
+        assert np.allclose(dots[name], [(getattr(metrics.per_class[name], key), row) for row, name in enumerate(order)])
+
+
+@pytest.mark.parametrize(("matrix", "start"), [(np.eye(3, dtype=int) * 9 + 1, 0.8), ([[0, 1, 0]] * 3, 0)])
+def test_an_axis_that_does_not_start_at_zero_says_so(matrix, start):
+    axes = visualize.per_class_metrics(metrics_of(matrix=matrix), SUBJECT).axes[0]  # the lowest score is 10/12 or 0
+    assert axes.get_xlim()[0] == pytest.approx(start)
+    assert axes.get_xlabel() == f"score (the axis starts at {start:.0%})"
+
+
+def test_calibration_bars_are_the_saved_bins():
+    before, after, counts, _ = visualize.calibration(metrics_of(), SUBJECT).axes
+    empty, bar = before.patches
+    assert np.isnan(empty.get_height())
+    assert (bar.get_x(), bar.get_width(), bar.get_height()) == (0.5, 0.5, 0.75)
+    assert before.lines[0].get_xydata()[1].tolist() == [0.8, 0.75]
+    assert [text.get_text() for text in counts.texts] == ["0", "12"]
+    assert "expected calibration error 5.00%, negative log-likelihood 0.7000" in before.get_title()
+    assert "T = 1.250, fitted on 10 validation images" in after.get_title()
+
+
+def test_the_three_lowest_precision_recall_curves_stand_out(tmp_path):
+    true, predicted = [*range(5)] * 2, [0, 1, 2, 3, 4, 0, 2, 2, 3, 3]
+    run = make_run(tmp_path, list("abcde"), true=true, predicted=predicted, confidence=[0.6] * 10)
+    metrics, analysis = run.metrics, run.read("analysis.json")
+    axes = visualize.precision_recall(analysis, metrics, SUBJECT).axes[0]
+    lowest = sorted("abcde", key=lambda name: metrics.average_precision[name])[:3]
+    expected = [f"{name}, average precision {metrics.average_precision[name]:.1%}" for name in lowest]
+    assert [line.get_label() for line in axes.lines[:4]] == [*expected, "other classes (2)"]
+    curve = analysis.precision_recall[lowest[0]]
+    assert axes.lines[0].get_xydata()[1:].tolist() == [list(point) for point in zip(curve.recall, curve.precision)]
+    assert axes.lines[0].get_marker() == "o", "two images make two points"
+    assert len({line.get_color() for line in axes.lines}) == 4
+
+
+def test_the_risk_is_plotted_as_saved_and_the_coverage_at_99_percent_is_marked(tmp_path):
+    run = make_run(tmp_path)
+    curve = {"risk_coverage": RiskCoverage(coverage=[0.5, 1.0], risk=[0.0, 0.2])}
+    for coverage, count in ((0.5, 2), (0.0, 1)):
+        selective = {"selective": Selective(area_under_risk_coverage=0.05, coverage_at_99_accuracy=coverage)}
+        analysis, metrics = run.read("analysis.json").model_copy(update=curve), run.metrics.model_copy(update=selective)
+        axes = visualize.risk_coverage(analysis, metrics, SUBJECT).axes[0]
+        assert axes.lines[0].get_xydata().tolist() == [[0.5, 0.0], [1.0, 0.2]]
+        labels = ["area under the curve 5.00%", "99% accuracy on the most confident 50.0%"]
+        assert axes.get_legend_handles_labels()[1] == labels[:count]
+
+
+def test_corruptions_are_percentages_the_mildest_on_top():
+    figure = visualize.corruptions(records.parse("corruptions.json", CORRUPTIONS), SUBJECT)
+    accuracy, error = figure.axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["shift", "noise"]
+    assert [text.get_text() for text in accuracy.texts] == ["70.0", "30.0", "50.0", "10.0"]
+    assert [text.get_text() for text in error.texts] == ["10.0", "30.0", "10.0", "30.0"]
+    assert accuracy.get_title() == "accuracy in percent: 75.0% on clean images, mean 40.0%"
+
+
+@pytest.mark.parametrize("name", ["airbench96", "resnet18"])
+def test_the_architecture_holds_every_layer_once_without_overlaps(name):
+    layers = [LayerRecord(**dataclasses.asdict(layer)) for layer in model.layers(model.build(name, 10, 32), 32)]
+    blocks = visualize.blocks(layers)
+    for key in ("parameters", "multiply_adds"):
+        assert sum(getattr(block, key) for block in blocks) == sum(getattr(layer, key) for layer in layers)
+    assert blocks[-1].output_shape == [10]
+    figure = visualize.architecture(ModelRecord(name=name, parameters=1, multiply_adds=1, layers=layers), SUBJECT)
+    texts = boxes(figure, figure.axes[0].texts)
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(texts, 2))
+    for axes in figure.axes:
+        assert all(box.x1 < axes.bbox.x1 for box in boxes(figure, axes.texts))
+
+
+def layers_called(*names: str) -> list[LayerRecord]:
+    return [LayerRecord(**{**LAYERS[0], "name": name}) for name in names]
+
+
+def test_layers_are_grouped_by_their_dotted_names():
+    names = ["normalize", "stem.0", "stem.1", "stages.0.0.conv1.0", "stages.0.0.shortcut.0", "stages.0.1.norm2"]
+    names += ["blocks.0.0.0", "blocks.0.2", "groups.1.conv1", "groups.1.pool", "head"]
+    blocks = visualize.blocks(layers_called(*names))
+    expected = ["normalize", "stem", "stages.0.0", "stages.0.1", "blocks.0", "groups.1", "head"]
+    assert [block.name for block in blocks] == expected
+    assert blocks[1].kind == "Conv2d → Conv2d"
+    assert blocks[2].kind == "Conv2d  +  shortcut Conv2d"
+    assert (blocks[1].output_shape, blocks[1].parameters) == ([4, 8, 8], 216)
+
+
+def test_very_deep_networks_fit():
+    blocks = visualize.blocks(layers_called("stem.0", *(f"stages.0.{number}.conv" for number in range(400)), "head"))
+    assert [block.name for block in blocks] == ["stem", "stages", "head"]
+    assert blocks[1].kind == " → ".join(["Conv2d"] * 10) + " → …, 400 layers"

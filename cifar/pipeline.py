@@ -1,0 +1,133 @@
+"""A run from its settings to its report: create it or take an interrupted one, then stage after stage."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from cifar import bench, console, datasets, device, model, report, runs, train
+from cifar.config import LOCATIONS, Config, flag
+from cifar.datasets import Dataset
+from cifar.errors import UsageError
+from cifar.runs import Run
+
+
+def create(config: Config) -> tuple[Run, Dataset]:
+    """Find the dataset, adapt the settings to it, and make the run's directory.
+
+    Of several processes all must call it; rank 0 downloads, decides and writes.
+    Raises UserError for a setting that does not fit the machine or the dataset, if the dataset or the network is not
+    available, or if the directory cannot be made.
+    """
+    started = time.perf_counter()
+    config, dataset, note = prepare(config)
+    if config.minutes is not None:
+        config = device.broadcast_object(bench.plan_epochs(config, dataset) if device.rank() == 0 else None)
+    run = create_run(config, dataset) if device.rank() == 0 else None
+    if run:
+        run.update(note=note, seconds={"data": round(time.perf_counter() - started, 3)})
+    return device.broadcast_object(run), dataset
+
+
+def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
+    """Find the dataset and adapt the settings to it; returns a note, too, that must not be overlooked."""
+    device.choose(config.device)
+    model.require(config.model)
+    if device.rank() == 0:
+        runs.check_writable(config.output_dir)
+        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    device.broadcast_object(None)  # the others wait for a download
+    if device.rank():
+        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    dataset, note = found
+    console.banner(note)
+    return datasets.resolve(config, dataset), dataset, note
+
+
+def create_run(config: Config, dataset: Dataset) -> Run:
+    """Make the run's directory, with its settings and what is known before training."""
+    hardware = device.choose(config.device)
+    image_size = dataset.train.images.shape[-1]
+    network = model.build(config.model, len(dataset.classes), image_size)
+    layers = model.layers(network, image_size)
+    return runs.create(
+        config,
+        device=hardware.type,
+        hardware=device.describe(hardware),
+        precision=device.resolve_precision(config.precision, hardware),
+        threads=torch.get_num_threads(),
+        processes=device.world_size(),
+        seed=config.seed,
+        dataset={"name": dataset.name, "train_sha256": dataset.train.sha256(), "classes": list(dataset.classes)},
+        model={
+            "name": config.model,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "multiply_adds": sum(layer.multiply_adds for layer in layers),
+            "layers": [asdict(layer) for layer in layers],
+        },
+    )
+
+
+def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
+    """Find the run of that name, or for "" the newest that did not complete, and its dataset.
+
+    given: the settings that the command line names, of which only locations are allowed.
+    Raises UserError if there is no such run, or if its settings or images have changed.
+    """
+    if others := [flag(field) for field, value in given.items() if value is not None and field not in LOCATIONS]:
+        raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(others)}")
+    run = device.broadcast_object(
+        runs.find_resumable(Config.create(given).output_dir, name) if device.rank() == 0 else None
+    )
+    run.check_dataset(run.dataset.name)
+    dataset = datasets.of_run(run, given.get("data_dir"))
+    if run.record.status != "completed":
+        _say_what_differs(run)
+    return run, dataset
+
+
+def _say_what_differs(run: Run) -> None:
+    """Say in which ways the machine or the program differs from what has trained so far; none prevents resuming."""
+    record, provenance = run.record, runs.provenance()
+    hardware = device.choose(run.config.device)
+    then_and_now = {
+        "hardware": (record.hardware, device.describe(hardware)),
+        "precision": (record.precision, device.resolve_precision(run.config.precision, hardware)),
+        "processes": (record.processes, device.world_size()),
+        "PyTorch": ((record.versions or {}).get("torch"), provenance["versions"]["torch"]),
+        "commit": (record.commit, provenance["commit"]),
+    }
+    for name, (then, now) in then_and_now.items():
+        if then is not None and then != now:
+            console.say(f"{name} was {then} and is {now}: the results can differ from an uninterrupted run's")
+    if record.threads and record.processes == device.world_size():
+        torch.set_num_threads(record.threads)  # another number of threads sums in another order
+
+
+def run_stages(run: Run, dataset: Dataset) -> None:
+    """Train, evaluate, visualize and report, all in the run's directory. Of several processes, all train."""
+    if run.is_complete():
+        console.say(f"{run.path.name} is complete: there is nothing to resume")
+        return
+    is_trained = run.record.status == "completed"
+    if device.rank():
+        return None if is_trained else train.fit(run, dataset)
+
+    from cifar import analysis, evaluate, visualize
+
+    with run.lifetime():
+        dataset.verify()
+        if not is_trained:
+            with run.stage("train"):
+                train.fit(run, dataset)
+        with run.stage("evaluate"):
+            evaluation = evaluate.evaluate(run, dataset, run.config.device)
+            analysis.write(run, dataset, evaluation)
+        report.show_metrics(evaluation.metrics)
+        with run.stage("visualize"):
+            visualize.visualize(run, dataset)
+        with run.stage("report"):
+            report.write(run, dataset)
+    report.show_run(run)

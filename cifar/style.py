@@ -1,0 +1,69 @@
+"""The look of all figures. matplotlib is imported from here, so that its first import is the one that cannot fail."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+try:
+    import matplotlib.style
+except ValueError:  # MPLBACKEND names a backend that is not installed, as in a `!python` of a notebook
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.style
+from matplotlib import font_manager
+from matplotlib.axes import Axes as Axes
+from matplotlib.colors import PowerNorm as PowerNorm
+from matplotlib.figure import Figure as Figure
+from matplotlib.ticker import MaxNLocator as MaxNLocator
+from matplotlib.ticker import PercentFormatter
+
+from cifar import console
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito 2008: safe if color-blind
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "figure.dpi": 150,
+    "figure.titlesize": "large",
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called "$"
+}
+# For class names in scripts that matplotlib's own font lacks: what Linux, Windows and macOS bring along.
+_MORE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai"),
+    *("Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Leelawadee UI", "Arial Unicode MS", "Hiragino Sans GB"),
+)
+
+
+def canvas(title: str, width: float, height: float, layout: str = "constrained") -> Figure:
+    """Return an empty figure, in inches, independent of pyplot and of the user's backend."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    figure.suptitle(title)
+    return figure
+
+
+def label(name: str, most: int = 30) -> str:
+    """Return a name as a figure shows it: control characters escaped, and at most so many characters."""
+    name = console.printable(name)
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def label_percent(axes: Axes, which: str) -> None:
+    """Label the ticks along "x", "y" or both, "xy", in percent."""
+    for name in which:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1))
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in the figures' style; characters that no font has become one sentence instead of warnings."""
+    fonts = ["DejaVu Sans", *(font for font in _MORE_FONTS if font in font_manager.get_font_names())]
+    style = ["default", _STYLE, {"font.family": fonts}]
+    with matplotlib.style.context(style), warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message="Glyph")
+        yield
+    if any(str(warning.message).startswith("Glyph") for warning in caught):
+        console.say("some names have characters that no installed font has: the figures show boxes", style="yellow")

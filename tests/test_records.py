@@ -1,0 +1,111 @@
+"""The JSON files of a run: which contents are accepted, and how a wrong one is reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cifar import records
+from cifar.config import PROJECT
+
+REFERENCE = PROJECT / "outputs" / "reference"
+RUN = REFERENCE / "2026-11-21_10-12-15_convnet_cifar10"
+FILES = sorted(path for path in REFERENCE.rglob("*.json*") if path.name in records.RECORDS)
+
+
+def load(path: Path):
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def test_the_reference_runs_hold_every_kind_of_file_but_corruptions():
+    assert {path.name for path in FILES} == records.RECORDS.keys() - {"corruptions.json"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_reference_file_is_read_and_written_with_the_same_content(path):
+    content = load(path)
+    model = records.parse(path.name, content)
+    assert json.loads(json.dumps(model.model_dump(exclude_unset=True))) == content
+
+
+def test_a_new_metric_needs_no_field():
+    content = load(RUN / "metrics.json")
+    content["top5"], content["per_class"]["cat"]["specificity"] = {"accuracy": 0.99}, 0.5
+    metrics = records.Metrics(**content)
+    assert (metrics.top5["accuracy"], metrics.per_class["cat"].specificity) == (0.99, 0.5)
+    assert json.loads(json.dumps(metrics.model_dump(exclude_unset=True))) == content
+
+
+def test_what_an_older_version_did_not_write_is_none():
+    record = records.parse("run.json", {"status": "running", "start": "2026-11-21T10:12:15+00:00", "seconds": {}})
+    assert (record.end, record.dataset, record.versions, record.threads) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "sentence"),
+    [
+        ("run.json", "status", ..., "status is missing"),
+        ("run.json", "status", "fine", "status should be 'running', 'completed', 'interrupted', 'failed' or 'killed'"),
+        ("run.json", "end", "0001-01-01T00:00:00", "end should be a time in ISO 8601"),
+        ("run.json", "seconds.train", True, "seconds.train should be a valid number"),
+        ("run.json", "seconds", [], "seconds should be a JSON object"),
+        ("run.json", "dataset.classes", "cat", "dataset.classes should be a list"),
+        ("run.json", "model.layers.1.name", 1, "model.layers.1.name should be text"),
+        ("run.json", "commit", "\udcff", "commit has characters that are not valid Unicode"),
+        ("history.jsonl", "0.val_loss", ..., "0.val_loss is missing"),
+        ("history.jsonl", "1.epoch", 1, "its epochs are not 1, 2, 3 and so on"),
+        ("history.jsonl", "1.val_accuracy", None, "some of its epochs have no validation"),
+        ("metrics.json", "calibration.temperature", 0, "calibration.temperature should be greater than 0"),
+        ("metrics.json", "accuracy", 1.5, "accuracy should be less than or equal to 1"),
+        ("metrics.json", "loss", float("nan"), "loss should be a finite number"),
+        ("metrics.json", "loss", 10**400, "loss should be a valid number"),
+        ("metrics.json", "loss", -1e308, "loss should be greater than -1000"),
+        ("metrics.json", "n", 10_001, "its confusion_matrix does not sum to n"),
+        ("metrics.json", "accuracy", 0.79, "its confusion_matrix contradicts its accuracy"),
+        ("metrics.json", "per_class.cat", ..., "its confusion_matrix does not have a row and a column for each class"),
+        ("metrics.json", "average_precision.cat", ..., "its average_precision does not have the same classes as"),
+        ("metrics.json", "interval_95", [0.5], "interval_95.1 is missing"),
+        ("metrics.json", "interval_95", [0.5, 0.6, 0.7], "interval_95 should be a shorter list"),
+        ("analysis.json", "risk_coverage.risk", [0.5], "risk_coverage should be a curve: two lists of one length"),
+        ("analysis.json", "precision_recall.cat", {"recall": [], "precision": []}, "precision_recall.cat should be a"),
+        ("analysis.json", "confident_mistakes.3.index", 1.0, "confident_mistakes.3.index should be a valid integer"),
+    ],
+)
+def test_a_wrong_value_is_reported_with_its_place(file, place, value, sentence):
+    content = part = load(RUN / file)
+    *path, last = (int(key) if key.isdecimal() else key for key in place.split("."))
+    for key in path:
+        part = part[key]
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        records.parse(file, content)
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+def test_corruptions_are_a_table():
+    scores = {"accuracy": 0.5, "expected_calibration_error": 0.1}
+    content = {"n": 12, "clean": scores, "mean": scores, "corruptions": {"noise": [scores] * 2, "blur": [scores] * 2}}
+    assert records.parse("corruptions.json", content).corruptions["blur"][1].accuracy == 0.5
+    for wrong in ({}, {"noise": []}, {**content["corruptions"], "jpeg": [scores]}):
+        with pytest.raises(ValueError, match="corruptions do not all have the same severities"):
+            records.parse("corruptions.json", {**content, "corruptions": wrong})
+
+
+@pytest.mark.parametrize("file", records.RECORDS)
+@pytest.mark.parametrize("content", [None, "x", {"": None}, [3], [{}]])
+def test_content_of_another_kind_is_refused(file, content):
+    with pytest.raises(ValueError, match=r"should be a|is missing"):
+        records.parse(file, content)
+
+
+def test_records_are_immutable_and_whole_numbers_are_accepted_as_fractions():
+    spread = records.Spread(mean=1, standard_deviation=0, interval_95=[0, 1])
+    assert isinstance(spread.mean, float)
+    assert spread.interval_95 == (0.0, 1.0)
+    with pytest.raises(ValueError, match="frozen"):
+        spread.mean = 2.0

@@ -1,0 +1,247 @@
+"""The invoke tasks and main.py as a user types them: flags, words, chains, mistakes."""
+
+import json
+import random
+import re
+import resource
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import tasks
+from cifar import analysis, bench, demo, evaluate, predict, train, visualize
+from cifar.config import FIELDS, PROJECT, flag
+from cifar.errors import UserError
+from commands import INVOKE, MAIN, invoke, main, run
+
+TASKS = (
+    *("train", "evaluate", "visualize", "predict", "demo", "export", "compare"),
+    *("data", "doctor", "bench", "test", "lint"),
+)
+QUICK = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, digits) -> Path:
+    """A folder with the first three test images."""
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(3):
+        Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    return folder
+
+
+# Help.
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ((*INVOKE, "--list"), 0),
+        ((MAIN, "--help"), 0),
+        ((MAIN, "--epochs", "0"), 1),
+        ((*INVOKE, "data", "--dataset"), 1),
+    ],
+)
+def test_help_and_a_mistake_take_less_than_half_a_second(command, expected):
+    def cpu_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = cpu_seconds()  # other processes, which share the cores, do not change it
+    assert run(*command)[0] == expected
+    assert cpu_seconds() - before < 0.5
+
+
+@pytest.mark.parametrize("arguments", [(), ("--list",)])
+def test_invoke_lists_the_tasks(arguments):
+    code, out, err = invoke(*arguments)
+    assert (code, err) == (0, "")
+    assert set(re.findall(r"^  (\w+)", out, re.M)) == {*TASKS, "list"}
+
+
+def test_every_setting_but_seeds_is_a_flag_of_main_and_of_train():
+    texts = [" ".join(call[1].split()) for call in (main("--help"), invoke("train", "--help"))]
+    for name in FIELDS:
+        assert f"{flag(name)} " in texts[0]
+        assert (f"{flag(name)}=" in texts[1]) == (name != "seeds")
+    assert all("passes over the training images; default 13 (best: 40," in text for text in texts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_help(task):
+    for words in ((task, "--help"), ("--help", task)):
+        code, out, err = invoke(*words)
+        assert (code, err) == (0, "")
+        assert re.search(r"Docstring:\n  (?!none)\w+", out)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--dataset", "mnist"), 1, "unknown dataset 'mnist'"),
+        (("--model", "airbench"), 1, "unknown model 'airbench'"),
+        (("--config", "none.toml"), 1, "cannot read none.toml"),
+        (("--config", ""), 2, "--config must not be empty"),
+        (("--dataset", ""), 2, "--dataset must not be empty"),
+        (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
+        ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
+        ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
+        ((*QUICK, "--device", "mps"), 1, "this machine has no device 'mps'"),
+        (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py"),
+        (("--resume", "nowhere"), 1, "there is no run at nowhere"),
+        (("--resume", "x", "--epochs", "3", "--lr", "1"), 2, "leave out --epochs, --lr"),
+    ],
+)
+@pytest.mark.parametrize("call", [main, lambda *arguments: invoke("train", *arguments)], ids=["main", "train"])
+def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code, sentence):
+    returned, out, err = call(*arguments)
+    assert (returned, out) == (code, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("evaluate", "--run", ""), 2, "--run must not be empty"),
+        (("evaluate", "--output-dir", "{empty}"), 1, "there is no finished run in {empty}"),
+        (("evaluate", "--device", "gpu"), 1, "unknown device 'gpu'"),
+        (("visualize", "--run", "{empty}"), 1, "{empty} is not a run directory"),
+        (("predict",), 2, "name image files, folders or glob patterns, or - for standard input"),
+        (("predict", "x.png", "--output", "x.txt"), 1, "--output takes a file that ends in .csv or .json, not 'x.txt'"),
+        (("predict", "x.png", "--fit", "stretch", "--run", "{run}"), 1, "unknown fit 'stretch'"),
+        (("export", "--output", "net.txt"), 1, "--output takes a file that ends in .pt2, not 'net.txt'"),
+        (("compare", "one", "two", "--output-dir", "{empty}"), 1, "there is no run at one"),
+        (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort is for the list of all runs"),
+        (("demo", "--auth", ""), 2, "--auth must not be empty"),
+        (("demo", "--host", "\udcff"), 2, "--host takes an address or a name, not '\\udcff'"),
+        (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
+        (("train", "--config", "{empty}/seeds.toml"), 2, "makes one run; use `python main.py --seeds 3` for several"),
+    ],
+)
+def test_a_mistake_in_any_task_is_one_sentence(evaluated_run, tmp_path, arguments, code, sentence):
+    (tmp_path / "seeds.toml").write_text("seeds = 3")
+    places = {"run": evaluated_run.path, "empty": tmp_path}
+    returned, out, err = invoke(*(argument.format(**places) for argument in arguments))
+    assert (returned, out) == (code, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    assert sentence.format(**places) in err
+
+
+def test_doctor_exits_with_1_if_a_run_would_fail():
+    code, out, err = invoke("doctor", "--dataset", "digits", "--output-dir", "main.py")
+    assert code == 1
+    assert "failure" in out
+    assert re.fullmatch(r"error: a run would fail: see [^\n]+\n", err)
+
+
+# Words, chains and results.
+
+
+@pytest.mark.parametrize("order", ["flags first", "words first", "mixed"])
+def test_predict_takes_several_words_between_flags(evaluated_run, images, tmp_path, order):
+    files = [str(images / f"{index}.png") for index in range(3)]
+    flags = ["--run", str(evaluated_run.path), f"--output={tmp_path / 'predictions.csv'}"]
+    words = {"flags first": flags + files, "words first": files + flags, "mixed": [files[0], *flags, *files[1:]]}
+    code, out, err = invoke("predict", *words[order])
+    assert (code, err) == (0, "")
+    assert all(Path(file).name in out for file in files)
+    rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    saved = (evaluated_run.path / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == [row.split(",")[2] for row in saved[1:4]]
+
+
+def test_predict_tries_every_image_and_then_exits_with_1(evaluated_run, images):
+    code, out, err = invoke("predict", __file__, str(images), "--run", str(evaluated_run.path))
+    assert (code, err) == (1, "error: 1 of 4 images could not be read\n")
+    assert "2.png" in out
+
+
+def test_the_tasks_of_a_chain_use_the_run_of_the_first_and_corruptions_enter_its_report(
+    evaluated_run, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(analysis, "CORRUPTIONS", {"noise": (0.1,)})
+    for name in ("first", "second"):
+        shutil.copytree(evaluated_run.path, tmp_path / name)
+    (tmp_path / "latest").symlink_to("second")
+    (tmp_path / "second" / "checkpoints" / "best.pt").unlink()
+    (tmp_path / "first" / "report.html").touch()
+    evaluation = ("evaluate", "--run", "first", "--corruptions", "--output-dir", str(tmp_path))
+    with (images / "0.png").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, out, err = invoke(*evaluation, "predict", "-")
+    assert (code, err, "standard input" in out) == (0, "", True)
+    assert "accuracy and calibration error by corruption" in (tmp_path / "first" / "report.html").read_text().lower()
+    assert "best.pt" in invoke("evaluate", "--output-dir", str(tmp_path))[2]  # without --run: the latest
+
+
+# Hostile command lines: an answer or one sentence, and never a traceback.
+
+WORDS = """
+    -1 0 1 2 -0 1.5 1e999 1e-400 nan -inf 0x10 1_000 ١٢ ½ 4294967296 18446744073709551616 0.0.0.0:1 ::1 None true [1] {}
+    {0} %s%n [bold]x[/] * [ ** $(id) -- --x = lr=nan epochs=1e9 x=1 ../.. ~ /dev/null /dev/full /proc/self/mem
+    /proc/version file folder folder/x.json no/where.csv run latest nowhere fast plain digits cpu os:getcwd os.path:join
+    run/config.json deep.json deep.toml odd.json
+"""
+VALUES = [
+    *("", " ", "\n", "\t", "\x1b[31m", "\udcff", "💥", "'; ls", "é" * 300, "a" * 5000, "a/" * 3000),
+    *("9" * 400, "9" * 5000, *WORDS.split()),
+]
+
+
+def reached(*arguments, **options):
+    """Stand in for what takes long or waits for visitors."""
+    raise UserError("reached")
+
+
+@pytest.fixture
+def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
+    """A working directory with odd files and a run, where slow functions only say that they were reached."""
+    slow = ((train, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (predict, "export"), (demo, "build"))
+    for module, name in (*slow, (bench, "profile"), (bench, "compare"), (bench, "plan_epochs")):
+        monkeypatch.setattr(module, name, reached)
+    shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")
+    (tmp_path / "folder").mkdir()
+    for name, text in (("file", "text"), ("deep.json", "[" * 10**5), ("deep.toml", "a=" + "[" * 10**5)):
+        (tmp_path / name).write_text(text)
+    odd = {"data_dir": "\0", "output_dir": "\ud800", "recipe": ["fast"], "batch_size": 10**400, "lr": {}}
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    for name in ("main.py", "tasks.py", "cifar"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    return tmp_path
+
+
+def typed(chance: random.Random, port: int) -> list[str]:
+    """Draw a command line with one or two hostile values."""
+    name = chance.choice(["main", *TASKS[:-2]])
+    kinds = dict.fromkeys((*FIELDS, "config", "resume"), str)
+    if name != "main":
+        kinds = {argument.name: argument.kind for argument in getattr(tasks, name).get_arguments()}
+    flags = [field for field, kind in kinds.items() if kind is str]
+    quick = dict(zip(("recipe", "dataset", "epochs"), QUICK[1::2])) | {"device": "cpu", "output_dir": "outputs"}
+    given = {field: value for field, value in {**quick, "port": str(port)}.items() if field in flags}
+    given |= {chance.choice(flags): chance.choice(VALUES) for _ in range(chance.choice((1, 2)))}
+    words = [word for field, value in given.items() for word in (flag(field), value)]
+    names = [value for value in VALUES if not value.startswith("-")]  # invoke takes those for flags
+    return [name, *words, *(chance.choices(names, k=2) if name in ("predict", "compare") else [])]
+
+
+@pytest.mark.parametrize("lines", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_no_command_line_ends_in_a_traceback(hasty, lines):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    chance = random.Random(lines)
+    for _ in range(lines):
+        name, *words = typed(chance, port)
+        code, out, err = main(*words, cwd=hasty) if name == "main" else invoke(name, *words, cwd=hasty)
+        assert code in (0, 1, 2), (name, words)
+        assert "Traceback" not in out + err, (name, words)
+        assert bool(code) == bool(err), (name, words, err)
+        assert err.count("\n") <= 1 or "usage:" in err, (name, words, err)
