@@ -252,50 +252,51 @@ def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
     return settings | given
 
 
-def resolve(
-    config: Config,
-    *,
-    dataset_key: str,
-    dataset_name: str,
-    images: int,
-    classes: int,
-    image_size: int,
-    can_flip: bool,
-) -> tuple[Config, list[str]]:
-    """Fit the settings to a dataset; returns them, and a sentence for each setting that had to change.
+def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:
+    """Fit the settings to a datasets.Dataset; returns them, and a sentence for each setting that had to change.
 
-    images: number of training images, validation included. can_flip: whether a flipped image keeps its class.
     Raises UserError if the image size is wrong, or if training or validation would have fewer images than classes.
     """
+    images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.images.shape[-1]
+    size = f"{image_size}x{image_size}"
     if config.image_size != image_size:
-        raise UserError(f"--image-size is for folders of images: those of {dataset_name} are {image_size}x{image_size}")
+        raise UserError(f"--image-size is for folders of images: those of {dataset.name} are {size}")
     val_size = max(images // 10, classes) if config.val_size is None else config.val_size
     if val_size and not classes <= val_size <= images - classes:
         raise UserError(
-            f"--val-size {val_size} does not fit: {dataset_name} has {images:,} training images in {classes:,} "
+            f"--val-size {val_size} does not fit: {dataset.name} has {images:,} training images in {classes:,} "
             f"classes; use 0, or {classes} to {images - classes}"
         )
-    size = f"{image_size}x{image_size}"
-    train_size = images - val_size
-    batch_limits = [(max(2, train_size // _MIN_STEPS), f"an epoch of {train_size:,} images needs at least 20 steps")]
-    if image_size > 32:
-        batch_limits.append((_MAX_STEP_PIXELS // image_size**2, f"a step of {size} images needs too much memory"))
     limits = {
         "small_epochs": (max_small_epochs(config.epochs), "at most two thirds of the epochs may use small images"),
         "hard_epochs": (max_hard_epochs(config.epochs), "at most a quarter of the epochs may leave out easy images"),
-        "batch_size": min(batch_limits),
+        "batch_size": _batch_limit(config.batch_size, images - val_size, image_size, processes),
         "small_size": (image_size, f"the images are {size}"),
         "cutout": (image_size // 2, f"at most half of {size} images may be cut out"),
     }
     changes = {name: limit for name, limit in limits.items() if (getattr(config, name) or 0) > limit[0]}
-    if not can_flip and config.flip != "none":
-        changes["flip"] = ("none", f"a flipped image of {dataset_name} may show another class")
+    if not dataset.can_flip and config.flip != "none":
+        changes["flip"] = ("none", f"a flipped image of {dataset.name} may show another class")
     sentences = [
         f"{name.replace('_', ' ')} {getattr(config, name)} -> {value}: {reason}"
         for name, (value, reason) in changes.items()
     ]
-    resolved = {"dataset": dataset_key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
+    resolved = {"dataset": dataset.key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
     return config.replace(**resolved | {name: value for name, (value, _) in changes.items()}), sentences
+
+
+def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> tuple[int, str]:
+    """Return the largest batch size up to the wanted one that is possible, and what limits it."""
+    limits = [(wanted, ""), (max(2, images // _MIN_STEPS), f"an epoch of {images:,} images needs at least 20 steps")]
+    if image_size > 32:
+        reason = f"a step of {image_size}x{image_size} images needs too much memory"
+        limits.append((_MAX_STEP_PIXELS // image_size**2, reason))
+    size, reason = min(limits)
+    if size < processes:
+        raise UserError(f"--batch-size {size} is too small for {processes} processes")
+    if remainder := size % processes:
+        return size - remainder, reason or f"each of {processes} processes takes as many images"
+    return size, reason
 
 
 def _choices(name: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from cifar import console, device, download, folder
 from cifar.config import DATASETS, IMAGE_FOLDER, PROJECT, Config
 from cifar.data import Split
 from cifar.download import ARCHIVES
-from cifar.errors import UserError, known_name, listing
+from cifar.errors import known_name, listing
 from cifar.runs import Run
 
 # Archive -> the files of each split and the key of their labels, the file of the classes' names and its key.
@@ -83,22 +83,7 @@ def find(name: str, data_dir: str, image_size: int = 32, mirror: str | None = No
 
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Adapt the settings to the dataset and the number of processes, and say what changes."""
-    config, changes = settings.resolve(
-        config,
-        dataset_key=dataset.key,
-        dataset_name=dataset.name,
-        images=len(dataset.train),
-        classes=len(dataset.classes),
-        image_size=dataset.train.images.shape[-1],
-        can_flip=dataset.can_flip,
-    )
-    processes = device.world_size()
-    equal = config.batch_size // processes * processes
-    if not equal:
-        raise UserError(f"--batch-size {config.batch_size} is too small for {processes} processes")
-    if equal < config.batch_size:
-        changes.append(f"batch size {config.batch_size} -> {equal}: each of {processes} processes takes as many images")
-        config = config.replace(batch_size=equal)
+    config, changes = settings.resolve(config, dataset, device.world_size())
     for change in changes:
         console.say(change)
     return config

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import zoo
 from cifar.layers import Conv2d, GlobalAveragePool, MaxPool2d
+from cifar.records import LayerRecord
 
 WHITENING_SIZE = 2  # pixels
 
@@ -229,18 +229,7 @@ def whitening_filters(images: Tensor, size: int) -> Tensor:
     return torch.cat([filters, -filters])
 
 
-@dataclass(frozen=True)
-class LayerSummary:
-    """One layer as it ran: its dotted name, its class, the shape of its output, and its cost."""
-
-    name: str
-    kind: str
-    output_shape: list[int]  # without the batch
-    parameters: int
-    multiply_adds: int  # for one image
-
-
-def layers(network: nn.Module, image_size: int) -> list[LayerSummary]:
+def layers(network: nn.Module, image_size: int) -> list[LayerRecord]:
     """List the network's layers in the order in which they run, measured by running it on a black image.
 
     A layer is a module in which no other runs: attention, which computes with the weights of its parts, is one.
@@ -266,7 +255,12 @@ def layers(network: nn.Module, image_size: int) -> list[LayerSummary]:
     return [_summarize(name, network.get_submodule(name), shapes[name], flops.get(name, 0)) for name in inner]
 
 
-def _summarize(name: str, module: nn.Module, shape: list[int], flops: int) -> LayerSummary:
+def _summarize(name: str, module: nn.Module, shape: list[int], flops: int) -> LayerRecord:
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    multiply_adds = flops // 2 if parameters else 0  # GlobalAveragePool is a matrix product too
-    return LayerSummary(name.removeprefix("network."), type(module).__name__, shape, parameters, multiply_adds)
+    return LayerRecord(
+        name=name.removeprefix("network."),
+        kind=type(module).__name__,
+        output_shape=shape,
+        parameters=parameters,
+        multiply_adds=flops // 2 if parameters else 0,  # GlobalAveragePool is a matrix product too
+    )

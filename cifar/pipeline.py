@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from cifar import bench, console, datasets, device, model, report, runs, train
 from cifar.config import LOCATIONS, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
+from cifar.records import ModelRecord
 from cifar.runs import Run
 
 
@@ -61,12 +61,12 @@ def create_run(config: Config, dataset: Dataset) -> Run:
         processes=device.world_size(),
         seed=config.seed,
         dataset={"name": dataset.name, "train_sha256": dataset.train.sha256(), "classes": list(dataset.classes)},
-        model={
-            "name": config.model,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "multiply_adds": sum(layer.multiply_adds for layer in layers),
-            "layers": [asdict(layer) for layer in layers],
-        },
+        model=ModelRecord(
+            name=config.model,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            multiply_adds=sum(layer.multiply_adds for layer in layers),
+            layers=layers,
+        ).model_dump(),
     )
 
 

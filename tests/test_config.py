@@ -1,17 +1,25 @@
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cifar import config
 from cifar.config import PROJECT, RECIPES, Config, load_settings, resolve
+from cifar.data import Split
 from cifar.errors import UsageError, UserError
 
-DIGITS = {
-    **{"dataset_key": "digits", "dataset_name": "digits", "images": 1437, "classes": 10},
-    **{"image_size": 32, "can_flip": False},
-}
-PETS = {**DIGITS, "dataset_key": "/my/pets", "dataset_name": "pets", "images": 20_000, "classes": 2, "can_flip": True}
+
+def dataset(name: str, images: int, classes: int, size: int = 32, can_flip: bool = True) -> SimpleNamespace:
+    train = Split(torch.empty(images, 3, size, size, device="meta"), torch.empty(images, device="meta"))
+    return SimpleNamespace(
+        key=f"/my/{name}", name=name, train=train, classes=tuple(map(str, range(classes))), can_flip=can_flip
+    )
+
+
+DIGITS = dataset("digits", 1437, 10, can_flip=False)
+PETS = dataset("pets", 20_000, 2)
 
 
 def write(tmp_path, content: str, name: str = "run.toml") -> str:
@@ -145,8 +153,8 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, name, content, sen
 
 
 def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported():
-    resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), **DIGITS)
-    assert (resolved.dataset, resolved.val_size) == ("digits", 143)
+    resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), DIGITS)
+    assert (resolved.dataset, resolved.val_size) == ("/my/digits", 143)
     assert sentences == [
         "small epochs 7 -> 2: at most two thirds of the epochs may use small images",
         "hard epochs 3 -> 0: at most a quarter of the epochs may leave out easy images",
@@ -155,26 +163,41 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
         "cutout 20 -> 16: at most half of 32x32 images may be cut out",
         "flip alternating -> none: a flipped image of digits may show another class",
     ]
-    assert resolve(resolved, **DIGITS) == (resolved, [])
+    assert resolve(resolved, DIGITS) == (resolved, [])
     assert (resolved.small_epochs, resolved.batch_size, resolved.cutout, resolved.flip) == (2, 64, 16, "none")
 
 
 def test_large_images_come_in_smaller_batches():
-    resolved, sentences = resolve(Config(image_size=128), **PETS | {"image_size": 128})
+    resolved, sentences = resolve(Config(image_size=128), dataset("pets", 20_000, 2, size=128))
     assert (resolved.dataset, resolved.batch_size, resolved.small_size) == ("/my/pets", 125, 96)  # 2000 / 4^2
     assert sentences == ["batch size 2000 -> 125: a step of 128x128 images needs too much memory"]
 
 
-@pytest.mark.parametrize("dataset", [DIGITS, PETS], ids=["digits", "pets"])
-def test_resolving_again_changes_nothing_nor_does_a_way_through_a_file(dataset, tmp_path):
+@pytest.mark.parametrize("fitted", [DIGITS, PETS], ids=["digits", "pets"])
+def test_resolving_again_changes_nothing_nor_does_a_way_through_a_file(fitted, tmp_path):
     for recipe in RECIPES:
-        resolved, _ = resolve(Config(recipe=recipe), **dataset)
+        resolved, _ = resolve(Config(recipe=recipe), fitted)
         loaded = Config(**load_settings({}, write(tmp_path, json.dumps(resolved.model_dump()), "config.json")))
-        assert resolve(loaded, **dataset) == (resolved, [])
+        assert resolve(loaded, fitted) == (resolved, [])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "resolved", "reason"),
+    [(64, 3, 63, "each of 3 processes takes as many images"), (99, 3, 63, "needs at least 20 steps"), (64, 2, 64, "")],
+)
+def test_the_batch_size_is_a_multiple_of_the_processes(batch_size, processes, resolved, reason):
+    config, sentences = resolve(Config(recipe="mlp", flip="none", batch_size=batch_size), DIGITS, processes)
+    assert config.batch_size == resolved
+    assert [reason in sentence for sentence in sentences] == [True] * bool(reason)
+
+
+def test_a_batch_too_small_for_the_processes_is_refused():
+    with pytest.raises(UserError, match="--batch-size 64 is too small for 65 processes"):
+        resolve(Config(), DIGITS, 65)
 
 
 def test_the_validation_split_has_room_for_every_class():
-    assert resolve(Config(), **DIGITS | {"classes": 300})[0].val_size == 300
+    assert resolve(Config(), dataset("digits", 1437, 300))[0].val_size == 300
 
 
 @pytest.mark.parametrize(
@@ -187,4 +210,4 @@ def test_the_validation_split_has_room_for_every_class():
 )
 def test_what_cannot_be_had_from_the_dataset_is_refused(settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        resolve(Config(**settings), **DIGITS)
+        resolve(Config(**settings), DIGITS)

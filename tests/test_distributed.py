@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import main
-from cifar import console, data, datasets, device, evaluate, model, pipeline, train
+from cifar import console, data, device, evaluate, model, pipeline, train
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -107,18 +107,6 @@ def test_three_processes_share_seven_values_and_agree(tmp_path):
     processes = start(3, tmp_path / "log", slices, torch.arange(7.0), tmp_path / "file")
     assert exit_codes(processes) == [0, 0, 0], (tmp_path / "log").read_text()
     assert {path.name for path in tmp_path.iterdir()} >= {"0", "1", "2"}
-
-
-def test_a_batch_size_that_the_processes_cannot_share_is_changed_and_said_or_refused(
-    digits, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(device, "world_size", lambda: 3)
-    config = quick_config(tmp_path, batch_size=64)
-    assert datasets.resolve(config, digits).batch_size == 63
-    assert "batch size 64 -> 63: each of 3 processes takes as many images" in capsys.readouterr().out
-    monkeypatch.setattr(device, "world_size", lambda: 65)
-    with pytest.raises(UserError, match="--batch-size 64 is too small for 65 processes"):
-        datasets.resolve(config, digits)
 
 
 # How it ends

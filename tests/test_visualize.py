@@ -238,7 +238,7 @@ def test_corruptions_are_percentages_the_mildest_on_top():
 
 @pytest.mark.parametrize("name", ["airbench96", "resnet18"])
 def test_the_architecture_holds_every_layer_once_without_overlaps(name):
-    layers = [LayerRecord(**dataclasses.asdict(layer)) for layer in model.layers(model.build(name, 10, 32), 32)]
+    layers = model.layers(model.build(name, 10, 32), 32)
     blocks = visualize.blocks(layers)
     for key in ("parameters", "multiply_adds"):
         assert sum(getattr(block, key) for block in blocks) == sum(getattr(layer, key) for layer in layers)
