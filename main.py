@@ -1,4 +1,4 @@
-"""Train, evaluate and draw an image classifier in one go."""
+"""Train and evaluate an image classifier, and write a report."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from cifar.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     if "RANK" not in os.environ:
-        return console.exit_code(lambda: pipeline(*parse(arguments)))
+        return console.exit_code(lambda: run_pipeline(*parse(arguments)))
     if os.environ["RANK"] != "0":
         console.out.quiet = console.err.quiet = True
     return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], str | None]:
     return settings, resume
 
 
-def pipeline(given: dict[str, Any], resume: str | None) -> None:
+def run_pipeline(given: dict[str, Any], resume: str | None) -> None:
     """Make one run, or with --seeds several in one directory, or complete the run to resume."""
     from cifar import pipeline
 
@@ -56,7 +56,7 @@ def _run_as_process(given: dict[str, Any], resume: str | None) -> None:
 
     with device.process_group():
         try:
-            pipeline(given, resume)
+            run_pipeline(given, resume)
         except UserError as error:
             if device.rank() == 0:
                 raise

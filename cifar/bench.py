@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import console, data, datasets, device, evaluate, runs, train
+from cifar import console, data, datasets, device, evaluate, optim, runs, train
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
 from cifar.errors import UserError, display_path
 
@@ -83,11 +83,11 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
     network = train.new_network(config, dataset.train, len(dataset.classes))
     network.to(hardware, memory_format=torch.channels_last).train()
-    batches = train.make_batches(config, dataset.train, hardware)
-    optimizer = train.make_optimizer(config, network, batches)
+    batches = data.Batches(dataset.train, config, hardware)
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     while True:
         for batch in batches.epoch(1, image_size):
-            optimizer.seek(config.epochs * len(batches) // 2)
+            optimizer.set_step(config.epochs * len(batches) // 2)
             train.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
             yield network
 
@@ -183,7 +183,7 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
     hardware = device.choose(config.device)
     network = train.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
     network.normalize = nn.Identity()  # the images come normalized
-    optimizer = train.make_optimizer(config, network, train.make_batches(config, dataset.train, hardware))
+    optimizer = optim.build(network, config, data.Batches(dataset.train, config, hardware).steps_per_epoch)
     images = map(Image.fromarray, dataset.train.images.permute(0, 2, 3, 1).numpy())
     samples = list(zip(images, dataset.train.labels.tolist()))
     loader = DataLoader(
@@ -197,7 +197,7 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
     for images, labels in loader:
         images, labels = images.to(hardware, non_blocking=True), labels.to(hardware, non_blocking=True)
         F.cross_entropy(network(images), labels).backward()
-        optimizer.seek(0)
+        optimizer.set_step(0)
         optimizer.step()
         yield
 

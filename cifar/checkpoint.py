@@ -1,6 +1,7 @@
-"""Weights on disk, and with them the state of a training: the only torch.save and torch.load."""
+"""Checkpoints: weights and the state of a training on disk; the only torch.save and torch.load."""
 
 import io
+import shlex
 import time
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from cifar import console, device
 from cifar.config import LOCATIONS, model_name
 from cifar.datasets import Dataset
-from cifar.errors import UserError
+from cifar.errors import UserError, display_path
 from cifar.records import EpochRecord
 from cifar.runs import Run, atomic_write
 
@@ -39,7 +40,7 @@ class Checkpointer:
         self.run, self.training, self.dataset = run, training, dataset
         self.requirements = requirements(run, dataset)
         self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def resume(self) -> bool:
         """Restore the last checkpoint and the history up to it; returns whether there is one.
@@ -59,13 +60,14 @@ class Checkpointer:
             self._start_history(self.training.epoch - 1)
             return True
         if problem:
-            raise UserError(f"{problem}; `python main.py --config {self.run.path / 'config.json'}` starts again")
+            command = f"python main.py --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
+            raise UserError(f"{problem}; to start over, run `{command}`")
         self._start_history(0)
         return False
 
     def save_if_due(self, signal_number: int | None) -> None:
         """Save if the last time is long ago. Raises Interrupted, after saving, if there is a signal."""
-        is_due = time.monotonic() - self.saved >= _SAVE_SECONDS
+        is_due = time.monotonic() - self.saved_at >= _SAVE_SECONDS
         agreed = device.maximum(2 * (signal_number or 0) + is_due)  # the same step for all processes
         if agreed and self.training.step:  # else it was saved with the epoch before
             self.training.check_finite()
@@ -78,16 +80,16 @@ class Checkpointer:
         if device.rank() == 0:
             self.run.append_history(record)
             if is_best:
-                save(self.best, **self._description())
+                save(self.best, **self._content())
         self._save_last()
 
     def _save_last(self) -> None:
         training = {"requirements": self.requirements, "state": self.training.state_dict()}
         if device.rank() == 0:
-            save(self.last, **self._description(), training=training, previous=self.previous)
-        self.saved = time.monotonic()
+            save(self.last, **self._content(), training=training, previous=self.previous)
+        self.saved_at = time.monotonic()
 
-    def _description(self) -> dict[str, Any]:
+    def _content(self) -> dict[str, Any]:
         return {
             "model": self.run.config.model,
             "classes": self.dataset.classes,
@@ -100,7 +102,7 @@ class Checkpointer:
         content = load(path)
         training = content.get("training")
         if not isinstance(training, dict) or training.keys() != {"requirements", "state"}:
-            raise UserError(f"the checkpoint {path} has no training to resume")
+            raise UserError(f"the checkpoint {path} has weights only: there is no training to resume")
         require_same(training["requirements"], self.requirements, str(path))
         check_weights(path, content, self.training.network)
         try:
@@ -112,7 +114,7 @@ class Checkpointer:
         if self.training.best_epoch:
             best = load(self.best)
             if best["epoch"] < self.training.best_epoch:
-                raise UserError(f"{self.best} is not of epoch {self.training.best_epoch}, as {path} requires")
+                raise UserError(f"{self.best} is older than epoch {self.training.best_epoch}, which {path} requires")
             check_weights(self.best, best, self.training.network)
         load_weights(path, content, self.training.network)
 
@@ -188,7 +190,7 @@ def load(path: Path) -> dict[str, Any]:
         _check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: it was removed, or no epoch has ended") from None
+        raise UserError(f"there is no checkpoint {path}: it was removed, or no epoch has finished") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged file can make the unpickler raise anything

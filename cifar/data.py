@@ -65,12 +65,12 @@ def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Spli
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step takes; of several processes, each has its slice of images and labels."""
+    """One training batch. With several processes, images and labels are this process's slice of it."""
 
     images: Tensor  # float32 (B, 3, S, S) in 0..1
     labels: Tensor  # int64 (B,)
-    targets: Tensor  # what the loss compares with: the labels, or class probabilities (B, classes)
-    indices: Tensor  # of the whole batch's images in the training split
+    targets: Tensor  # the labels, or class probabilities (B, classes) for augmentations such as mixup
+    indices: Tensor  # of all images of the batch, in the training split
 
 
 class Batches:
@@ -79,32 +79,33 @@ class Batches:
     The last images of an epoch that do not fill a batch are left out, as BatchNorm needs batches of one size.
     """
 
-    def __init__(self, split: Split, config, generator: torch.Generator):
-        """config: a config.Config. generator: on the device that computes; all random numbers come from it."""
-        self.config, self.generator = config, generator
-        self.images = split.images.to(generator.device)
-        self.labels = split.labels.to(generator.device)
-        self.mean = split.mean_and_std()[0].to(generator.device) if config.cutout else None
+    def __init__(self, split: Split, config, hardware: torch.device):
+        """config: a config.Config. All random numbers come from a generator that its seed starts."""
+        self.config, self.generator = config, torch.Generator(hardware).manual_seed(config.seed)
+        self.images, self.labels = split.images.to(hardware), split.labels.to(hardware)
+        self.mean = split.mean_and_std()[0].to(hardware) if config.cutout else None
         # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then flipped in every other epoch.
         self.first_flip = self._coins(len(split))
         # Each image's loss when it was last trained on; one that was not yet is as hard as can be.
-        self.image_losses = torch.full((len(split),), torch.finfo(torch.float32).max, device=generator.device)
-        self.selected = torch.ones(len(split), dtype=torch.bool, device=generator.device)
-        self.rng_state = generator.get_state()  # at the start of the epoch
+        self.image_losses = torch.full((len(split),), torch.finfo(torch.float32).max, device=hardware)
+        self.selected = torch.ones(len(split), dtype=torch.bool, device=hardware)
+        self.rng_state = self.generator.get_state()  # at the start of the epoch
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch of all images."""
         return len(self.labels) // self.config.batch_size
 
-    def steps(self, epoch: int) -> int:
-        """Return the number of steps in an epoch, counted from 1; the last `hard_epochs` take fewer images."""
-        if epoch <= self.config.epochs - self.config.hard_epochs:
-            return len(self)
-        return max(1, int(len(self.labels) * self.config.hard_share) // self.config.batch_size)
+    @property
+    def steps_per_epoch(self) -> list[int]:
+        """The number of steps of each epoch; the last `hard_epochs` take fewer images."""
+        hard = max(1, int(len(self.labels) * self.config.hard_share) // self.config.batch_size)
+        return [len(self)] * (self.config.epochs - self.config.hard_epochs) + [hard] * self.config.hard_epochs
 
-    def image_size(self, epoch: int) -> int:
-        """Return the size in pixels of an epoch's images (progressive resizing)."""
-        return self.config.small_size if epoch <= self.config.small_epochs else self.images.shape[-1]
+    @property
+    def image_sizes(self) -> list[int]:
+        """The size of each epoch's images, in pixels (progressive resizing)."""
+        small, full = self.config.small_epochs, self.images.shape[-1]
+        return [self.config.small_size] * small + [full] * (self.config.epochs - small)
 
     def epoch(self, epoch: int, image_size: int | None = None, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, counted from 1.
@@ -113,10 +114,10 @@ class Batches:
         """
         if not skip:
             self.rng_state = self.generator.get_state()
-            self.selected = self._hardest(self.steps(epoch) * self.config.batch_size)
+            self.selected = self._hardest(self.steps_per_epoch[epoch - 1] * self.config.batch_size)
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
         order = order[self.selected[order]]
-        batches = self._augmented(order, epoch, image_size or self.image_size(epoch))
+        batches = self._augmented(order, epoch, image_size or self.image_sizes[epoch - 1])
         yield from itertools.islice(batches, skip, None)
         self.rng_state = self.generator.get_state()
 
@@ -125,7 +126,7 @@ class Batches:
         self.image_losses[indices] = losses
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an interrupted epoch needs to go on with the same batches."""
+        """Return what an interrupted epoch needs to resume with the same batches."""
         return {"rng_state": self.rng_state, "selected": self.selected, "image_losses": self.image_losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,34 +149,34 @@ class Batches:
     def _augmented(self, order: Tensor, epoch: int, image_size: int) -> Iterator[Batch]:
         config, batch_size = self.config, self.config.batch_size
         together = batch_size * max(1, _AUGMENTED_TOGETHER // batch_size)
-        own_slice = device.rank_slice(batch_size)  # random numbers are drawn for the whole batch by every process
-        own_size = own_slice.stop - own_slice.start
+        rank_slice = device.rank_slice(batch_size)  # random numbers are drawn for the whole batch by every process
+        rank_size = rank_slice.stop - rank_slice.start
         is_full_size = image_size == self.images.shape[-1]
         layout = torch.channels_last if is_full_size else torch.contiguous_format  # `resize` is twice as fast on this
         for indices in order[: len(order) // batch_size * batch_size].split(together):
-            own = torch.arange(len(indices), device=indices.device).view(-1, batch_size)[:, own_slice].flatten()
-            cropped = self._cropped_and_flipped(indices, own, epoch).split(own_size)
-            labels_of = self.labels[indices[own]].split(own_size)
-            for images, labels, whole in zip(cropped, labels_of, indices.split(batch_size)):
+            in_rank = torch.arange(len(indices), device=indices.device).view(-1, batch_size)[:, rank_slice].flatten()
+            augmented = self._cropped_and_flipped(indices, in_rank, epoch).split(rank_size)
+            labels_by_batch = self.labels[indices[in_rank]].split(rank_size)
+            for images, labels, batch_indices in zip(augmented, labels_by_batch, indices.split(batch_size)):
                 images = to_float(images, layout)
                 if config.jitter:
                     factors = jitter_factors(batch_size, config.jitter, self.generator)
-                    images = color_jitter(images, factors[:, own_slice])
+                    images = color_jitter(images, factors[:, rank_slice])
                 if config.cutout:
                     corners = random_corners(batch_size, config.cutout, images.shape[-2:], self.generator)
-                    images = cutout(images, corners[:, own_slice], config.cutout, self.mean)
-                yield Batch(resize(images, image_size), labels, targets=labels, indices=whole)
+                    images = cutout(images, corners[:, rank_slice], config.cutout, self.mean)
+                yield Batch(resize(images, image_size), labels, targets=labels, indices=batch_indices)
 
-    def _cropped_and_flipped(self, indices: Tensor, own: Tensor, epoch: int) -> Tensor:
-        """Crop and flip the images of some batches; returns those at `own`, uint8."""
+    def _cropped_and_flipped(self, indices: Tensor, in_rank: Tensor, epoch: int) -> Tensor:
+        """Crop and flip the images of some batches; returns those at `in_rank`, uint8."""
         offsets = random_offsets(len(indices), self.config.crop, self.generator)
-        images = self.images.index_select(0, indices[own])  # twenty times as fast as indexing with brackets
-        images = random_crop(images, offsets[:, own], self.config.crop, self.config.crop_mode)
+        images = self.images.index_select(0, indices[in_rank])  # twenty times as fast as indexing with brackets
+        images = random_crop(images, offsets[:, in_rank], self.config.crop, self.config.crop_mode)
         if self.config.flip == "none":
             return images
         if self.config.flip == "alternating":
-            return horizontal_flip(images, (self.first_flip[indices] ^ (epoch % 2 == 0))[own])
-        return horizontal_flip(images, self._coins(len(indices))[own])
+            return horizontal_flip(images, (self.first_flip[indices] ^ (epoch % 2 == 0))[in_rank])
+        return horizontal_flip(images, self._coins(len(indices))[in_rank])
 
     def _coins(self, count: int) -> Tensor:
         return torch.rand(count, generator=self.generator, device=self.generator.device) < 0.5

@@ -184,7 +184,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def maximum(value: int) -> int:
-    """Return the largest value that any process has given; all have to ask."""
+    """Return the maximum over all processes; every process must call it."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -193,7 +193,7 @@ def maximum(value: int) -> int:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return the value that rank 0 has given; the others' are ignored."""
+    """Broadcast rank 0's value to all processes."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)

@@ -33,7 +33,7 @@ _COLUMNS = ["index", "true", "predicted", "confidence"]  # then the classes' pro
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation has computed, for the analysis that follows."""
+    """The results of `evaluate`, which the analysis takes."""
 
     metrics: Metrics
     probabilities: np.ndarray  # calibrated, float64 (N, classes), of the test split
@@ -53,8 +53,8 @@ def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[st
     logits = infer(network, own.images, precision=precision)
     sums = [F.cross_entropy(logits, own.labels, reduction="sum"), (logits.argmax(1) == own.labels).sum()]
     totals = torch.stack([value.double() for value in sums]).to(next(network.parameters()).device)
-    loss, correct = (device.all_reduce(totals) / len(val_set)).tolist()
-    return {"val_loss": loss, "val_accuracy": correct}
+    loss, accuracy = (device.all_reduce(totals) / len(val_set)).tolist()
+    return {"val_loss": loss, "val_accuracy": accuracy}
 
 
 @torch.inference_mode()
@@ -105,8 +105,9 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
         raise UserError(f"the training images of {dataset.name} are not those that {run.path.name} was trained on")
     config, labels = run.config, dataset.test.labels.numpy()
     network, content = load_network(run, dataset.classes)
-    network.to(device.choose(device_name))
-    precision = device.resolve_precision(config.precision, device.choose(device_name))
+    hardware = device.choose(device_name)
+    network.to(hardware)
+    precision = device.resolve_precision(config.precision, hardware)
     _, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
     calibration = metrics.calibrate(infer(network, val_set.images, precision=precision).numpy(), val_set.labels.numpy())
     temperature = calibration["temperature"]
@@ -186,5 +187,5 @@ def read_predictions(run: Run) -> "pandas.DataFrame":
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # pandas has many exceptions for a damaged file
-        raise damaged(path, "it is not as the evaluation wrote it") from None
+        raise damaged(path, "rows or columns are missing or invalid") from None
     return table

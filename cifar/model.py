@@ -42,7 +42,7 @@ def airbench96(classes: int, image_size: int) -> Modules:
 def _airbench(classes: int, widths: tuple[int, ...], group: Callable[[int, int], nn.Module]) -> Modules:
     filters = 2 * 3 * WHITENING_SIZE**2
     whiten = nn.Conv2d(3, filters, WHITENING_SIZE)
-    whiten.weight.requires_grad = False  # `fit_input` sets it
+    whiten.weight.requires_grad = False  # `set_input_statistics` sets it
     groups = nn.Sequential(*map(group, (filters, *widths), widths))
     head = nn.Linear(widths[-1], classes, bias=False)
     with torch.no_grad():
@@ -206,7 +206,7 @@ class Normalize(nn.Module):
 
 
 @torch.no_grad()
-def fit_input(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> None:
+def set_input_statistics(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> None:
     """Set a network's normalization, and its whitening convolution if it has one, from the training images.
 
     images: float (N, 3, H, W) in 0..1, some thousands; mean, std: (3,), of all training images, in 0..1.

@@ -17,35 +17,34 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
 
-# The learning rates of what Muon does not train (Jordan 2024, where the loss is a sum over 2,000 images: his rates
-# times 2,000). They are large because airbench94 scales its logits down by its width.
+# The learning rates of what Muon does not train (Jordan 2024, where the loss is a sum over 2,000 images: his learning
+# rates times 2,000). They are large because airbench94 scales its logits down by its width.
 _BIAS_LR = 0.053 * 2000
 _HEAD_LR = 0.67 * 2000
 _SGD_MOMENTUM = 0.85
 _WHITEN_BIAS_EPOCHS = 3  # then it is frozen, and no gradient has to reach the first layer
 
 
-def build(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     """Build the optimizer and its schedule for the network's parameters that require a gradient.
 
-    config: a config.Config, whose `precision` is resolved. steps: of each epoch.
+    config: a config.Config, whose `precision` is resolved.
     """
-    return OPTIMIZERS[config.optimizer](network, config, steps)
+    return OPTIMIZERS[config.optimizer](network, config, steps_per_epoch)
 
 
-def _adam(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+def _adam(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     optimizer = torch.optim.Adam(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps))
+    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps_per_epoch))
 
 
-def _sgd(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+def _sgd(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    return ScheduledOptimizer(
-        config.schedule, [torch.optim.SGD(_trainable(network), **settings, fused=True)], sum(steps)
-    )
+    optimizer = torch.optim.SGD(_trainable(network), **settings, fused=True)
+    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps_per_epoch))
 
 
-def _muon(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimizer":
+def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     """For airbench94 and airbench96: Muon on the hidden layers' weights, SGD on the head and on the biases."""
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     whiten_bias, head = [parameters.pop("whiten.bias")], [parameters.pop("head.weight")]
@@ -54,14 +53,19 @@ def _muon(network: nn.Module, config, steps: Sequence[int]) -> "ScheduledOptimiz
     groups = [
         {"params": vectors, "lr": _BIAS_LR},
         {"params": head, "lr": _HEAD_LR},
-        {"params": whiten_bias, "lr": _BIAS_LR, "schedule": "linear", "schedule_steps": _WHITEN_BIAS_EPOCHS * steps[0]},
+        {
+            "params": whiten_bias,
+            "lr": _BIAS_LR,
+            "schedule": "linear",
+            "schedule_steps": _WHITEN_BIAS_EPOCHS * steps_per_epoch[0],
+        },
     ]
     for group in groups:  # SGD multiplies the weight decay by the learning rate; here it is a fraction of the weight
         group["weight_decay"] = config.weight_decay / group["lr"]
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     muon = Muon(matrices, config.lr, config.momentum, dtype)
     sgd = torch.optim.SGD(groups, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
-    return ScheduledOptimizer(config.schedule, [muon, sgd], sum(steps))
+    return ScheduledOptimizer(config.schedule, [muon, sgd], sum(steps_per_epoch))
 
 
 OPTIMIZERS: dict[str, Callable[..., "ScheduledOptimizer"]] = {"muon": _muon, "adam": _adam, "sgd": _sgd}
@@ -74,7 +78,7 @@ def _trainable(network: nn.Module) -> list[nn.Parameter]:
 class ScheduledOptimizer:
     """Optimizers and their learning-rate schedule behind one `step`.
 
-    A parameter group may have a `schedule` and `schedule_steps` of its own. When its learning rate has reached zero,
+    A parameter group may have its own `schedule` and `schedule_steps`. When its learning rate has reached zero,
     its parameters are frozen, which spares their gradients. The learning rates are a function of the steps done
     (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
     """
@@ -85,7 +89,7 @@ class ScheduledOptimizer:
             group["initial_lr"] = group["lr"]
             group.setdefault("schedule", schedule)
             group.setdefault("schedule_steps", steps)
-        self.seek(0)
+        self.set_step(0)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -102,9 +106,9 @@ class ScheduledOptimizer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.seek(self.steps + 1)
+        self.set_step(self.steps + 1)
 
-    def seek(self, steps: int) -> None:
+    def set_step(self, steps: int) -> None:
         """Set the learning rates to those after so many steps."""
         self.steps = steps
         for group in self.groups:
@@ -122,7 +126,7 @@ class ScheduledOptimizer:
         """Restore `state_dict`. Raises ValueError, KeyError or the like if it is not of these optimizers."""
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
-        self.seek(state["steps"])
+        self.set_step(state["steps"])
 
 
 class Muon(torch.optim.Optimizer):

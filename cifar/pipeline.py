@@ -1,4 +1,4 @@
-"""A run from its settings to its report: create it or take an interrupted one, then stage after stage."""
+"""One run: create or resume it, then train, evaluate, visualize and report."""
 
 import time
 from collections.abc import Mapping
@@ -83,12 +83,15 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     )
     run.check_dataset(run.dataset.name)
     dataset = datasets.of_run(run, given.get("data_dir"))
-    if run.record.status != "completed":
-        _say_what_differs(run)
+    record = run.record
+    if record.status != "completed":
+        _report_differences(run)
+        if record.threads and record.processes == device.world_size():
+            torch.set_num_threads(record.threads)  # another number of threads sums in another order
     return run, dataset
 
 
-def _say_what_differs(run: Run) -> None:
+def _report_differences(run: Run) -> None:
     """Say in which ways the machine or the program differs from what has trained so far; none prevents resuming."""
     record, provenance = run.record, runs.provenance()
     hardware = device.choose(run.config.device)
@@ -102,18 +105,18 @@ def _say_what_differs(run: Run) -> None:
     for name, (then, now) in then_and_now.items():
         if then is not None and then != now:
             console.say(f"{name} was {then} and is {now}: the results can differ from an uninterrupted run's")
-    if record.threads and record.processes == device.world_size():
-        torch.set_num_threads(record.threads)  # another number of threads sums in another order
 
 
 def run_stages(run: Run, dataset: Dataset) -> None:
     """Train, evaluate, visualize and report, all in the run's directory. Of several processes, all train."""
-    if run.is_complete():
+    is_complete, is_trained = device.broadcast_object((run.is_complete(), run.record.status == "completed"))
+    if is_complete:
         console.say(f"{run.path.name} is complete: there is nothing to resume")
         return
-    is_trained = run.record.status == "completed"
     if device.rank():
-        return None if is_trained else train.fit(run, dataset)
+        if not is_trained:
+            train.fit(run, dataset)
+        return
 
     from cifar import analysis, evaluate, visualize
 

@@ -94,7 +94,7 @@ class Run:
     def is_complete(self) -> bool:
         """Return whether the run was completed and evaluated, and its files are not damaged."""
         try:
-            return self.status() == "completed" and bool(self.metrics)
+            return self.record.status == "completed" and bool(self.metrics)
         except UserError:
             return False
 

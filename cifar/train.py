@@ -16,7 +16,7 @@ from cifar.errors import UserError
 from cifar.records import EpochRecord
 from cifar.runs import Run
 
-_INPUT_IMAGES = 5000  # that the whitening layer is fitted to
+_WHITENING_IMAGES = 5000  # that the whitening filters are computed from
 
 
 def fit(run: Run, dataset: Dataset) -> None:
@@ -32,29 +32,29 @@ def fit(run: Run, dataset: Dataset) -> None:
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
     network = new_network(config, train_set, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
-    batches = make_batches(config, train_set, hardware)
-    optimizer = make_optimizer(config, network, batches)
+    batches = data.Batches(train_set, config, hardware)
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     training = Training(network, optimizer, batches)
     checkpoints = Checkpointer(run, training, dataset)
-    progress = console.TrainingProgress(*_work(batches, config.epochs))
+    progress = console.TrainingProgress(batches.steps_per_epoch, [size**2 for size in batches.image_sizes])
     if checkpoints.resume():
         progress.resume(training.epoch, training.step)
-    parallel = device.distribute(network)  # of several processes: averages their gradients
+    ddp_network = device.distribute(network)  # averages gradients if there are several processes
 
-    with progress, console.deferred_interrupt() as signal_number:
+    with progress, console.deferred_interrupt() as received_signal:
         while not training.has_finished(config.epochs, config.patience):
             network.train()
             for batch in batches.epoch(training.epoch, skip=training.step):
-                losses, correct = train_step(parallel, optimizer, batch, config.label_smoothing, config.precision)
-                training.count(batch, losses, correct)
+                losses, correct = train_step(ddp_network, optimizer, batch, config.label_smoothing, config.precision)
+                training.record_step(batch, losses, correct)
                 if progress.is_due():
                     progress.step(training.epoch, training.step, **training.running_means())
-                checkpoints.save_if_due(signal_number())
+                checkpoints.save_if_due(received_signal())
             record = EpochRecord(**training.summary(), **evaluate.validate(network, val_set, config.precision))
             is_best = training.end_epoch(record.val_accuracy)
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
-            checkpoints.save_if_due(signal_number())
+            checkpoints.save_if_due(received_signal())
 
 
 def train_step(
@@ -81,26 +81,11 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
     """
     torch.manual_seed(config.seed)
     network = model.build(config.model, classes, train_set.images.shape[-1])
-    model.fit_input(network, data.to_float(train_set.images[:_INPUT_IMAGES]), *train_set.mean_and_std())
-    if device.rank():  # each process draws dropout of its own
+    images = data.to_float(train_set.images[:_WHITENING_IMAGES])
+    model.set_input_statistics(network, images, *train_set.mean_and_std())
+    if device.rank():  # so that dropout differs between processes
         torch.manual_seed(config.seed + device.rank())
     return network
-
-
-def make_batches(config: Config, train_set: data.Split, hardware: torch.device) -> data.Batches:
-    """Build the training batches, whose random numbers come from a generator seeded by the config."""
-    return data.Batches(train_set, config, torch.Generator(hardware).manual_seed(config.seed))
-
-
-def make_optimizer(config: Config, network: nn.Module, batches: data.Batches) -> optim.ScheduledOptimizer:
-    """Build the optimizer, whose schedule ends with the last epoch."""
-    return optim.build(network, config, [batches.steps(epoch) for epoch in range(1, config.epochs + 1)])
-
-
-def _work(batches: data.Batches, epochs: int) -> tuple[list[int], list[float]]:
-    """Return the steps of each epoch and the cost of one of its steps, proportional to its time."""
-    numbers = range(1, epochs + 1)
-    return [batches.steps(epoch) for epoch in numbers], [batches.image_size(epoch) ** 2 for epoch in numbers]
 
 
 class Training:
@@ -122,8 +107,8 @@ class Training:
         self.correct = torch.zeros((), device=self.device)
         self.epoch_started = time.perf_counter()
 
-    def count(self, batch: data.Batch, losses: Tensor, correct: Tensor) -> None:
-        """Add a step's results, of this process's slice of the batch, to the epoch's."""
+    def record_step(self, batch: data.Batch, losses: Tensor, correct: Tensor) -> None:
+        """Add the results of a step, gathered from all processes, to those of the epoch."""
         results = torch.stack([losses, correct.to(losses.dtype)])
         losses, correct = device.gather_slices(results, len(batch.indices))
         self.batches.record_losses(batch.indices, losses)
@@ -150,7 +135,7 @@ class Training:
         seconds = time.perf_counter() - self.epoch_started
         return {
             "epoch": self.epoch,
-            "image_size": self.batches.image_size(self.epoch),
+            "image_size": self.batches.image_sizes[self.epoch - 1],
             "images": self.step * self.batches.config.batch_size,
             "lr": self.lr,
             "train_loss": means["loss"],
@@ -199,7 +184,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`. Raises ValueError, KeyError, TypeError or RuntimeError if it is of another training."""
-        steps = [self.batches.steps(epoch) for epoch in range(1, self.batches.config.epochs + 1)]
+        steps = self.batches.steps_per_epoch
         epoch, step, optimizer = state["epoch"], state["step"], state["optimizer"]
         if not 1 <= epoch <= len(steps) + 1 or not 0 <= step <= sum(steps[epoch - 1 : epoch]):
             raise ValueError(f"there is no step {step} of epoch {epoch}")
@@ -216,5 +201,5 @@ class Training:
         self.correct = torch.zeros((), device=self.device)
         self.correct.copy_(state["correct"])
         device.random_module(self.device).set_rng_state(state["rng_state"])
-        if device.rank():
-            torch.manual_seed(torch.initial_seed() + optimizer["steps"])
+        if device.rank():  # the file has rank 0's state
+            torch.manual_seed(self.batches.config.seed + device.rank() + device.world_size() * optimizer["steps"])

@@ -30,7 +30,7 @@ def require(name: str) -> None:
     if ":" in name:
         _import_factory(name)
     elif name not in torchvision_names:
-        nearest = difflib.get_close_matches(name, [*MODELS, *torchvision_names])
+        nearest = difflib.get_close_matches(name, {*MODELS, *torchvision_names})
         hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
         raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(MODELS)}, {OTHER_MODELS}")
 

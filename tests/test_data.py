@@ -20,7 +20,9 @@ def generator(seed: int = 0) -> torch.Generator:
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
     none = {"crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0, "cutout": 0}
     epochs = {"epochs": 4, "small_epochs": 0, "small_size": 8, "hard_epochs": 0, "hard_share": 0.5}
-    return data.Batches(split, SimpleNamespace(**{"batch_size": 10, **none, **epochs, **settings}), generator(seed))
+    return data.Batches(
+        split, SimpleNamespace(**{"batch_size": 10, "seed": seed, **none, **epochs, **settings}), torch.device("cpu")
+    )
 
 
 def test_the_hash_changes_with_one_pixel_or_label():
@@ -185,7 +187,7 @@ def test_an_epoch_shows_each_image_once_but_for_an_incomplete_last_batch():
     for epoch in (1, 2):
         shown = list(batches.epoch(epoch))
         indices = torch.cat([batch.indices for batch in shown])
-        assert len(shown) == len(batches) == batches.steps(epoch) == 9
+        assert len(shown) == len(batches) == batches.steps_per_epoch[epoch - 1] == 9
         assert len(indices) == len(set(indices.tolist())) == 90
         for batch in shown:
             assert torch.equal(batch.labels, split.labels[batch.indices])
@@ -202,7 +204,7 @@ def test_the_last_epochs_take_the_images_of_the_highest_loss():
             [batch.indices for batch in make_batches(data.Split(random_images(95), torch.arange(95))).epoch(1)]
         ).tolist()
     )
-    assert [batches.steps(epoch) for epoch in (3, 4)] == [9, 3]
+    assert batches.steps_per_epoch == [9, 9, 9, 3]
     shown = torch.cat([batch.indices for batch in batches.epoch(4)]).tolist()
     never_seen = [index for index in range(95) if batches.image_losses[index] > 1000]
     assert len(never_seen) == len(left_out) == 5

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import main
-from cifar import console, data, device, evaluate, model, pipeline, train
+from cifar import console, data, device, evaluate, model, optim, pipeline, train
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -32,7 +32,7 @@ def join_and_act(rank: int, count: int, port: int, log: Path, action, arguments)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    main.pipeline = lambda *_: action(*arguments)
+    main.run_pipeline = lambda *_: action(*arguments)
     main._exit_now(console.exit_code(lambda: main._run_as_process({}, None)))
 
 
@@ -68,12 +68,12 @@ def one_step(file: Path) -> None:
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    batches = train.make_batches(config, split, torch.device("cpu"))
-    optimizer = train.make_optimizer(config, network, batches)
+    batches = data.Batches(split, config, torch.device("cpu"))
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     training = train.Training(network, optimizer, batches)
     (batch,) = batches.epoch(1)
     losses, correct = train.train_step(device.distribute(network), optimizer, batch, 0.1, "float32")
-    training.count(batch, losses, correct)
+    training.record_step(batch, losses, correct)
     values = {"losses": batches.image_losses, "loss": training.losses, "correct": training.correct}
     validation = {name: torch.tensor(value) for name, value in evaluate.validate(network, split, "float32").items()}
     if device.rank() == 0:

@@ -157,7 +157,7 @@ def test_the_input_layers_are_set_from_the_images():
     images = smooth_images(500)
     mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
     network = model.build("airbench94", 10, 18)
-    model.fit_input(network, images, mean, std)
+    model.set_input_statistics(network, images, mean, std)
     normalized = network.normalize(images)
     torch.testing.assert_close(normalized.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(normalized.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)

@@ -96,7 +96,7 @@ def test_the_whitening_bias_is_frozen_after_three_epochs():
         network(torch.rand(4, 3, 32, 32)).square().sum().backward()
         optimizer.step()
     assert network.groups[0].conv1.weight.requires_grad
-    optimizer.seek(1)  # as after falling back to an earlier checkpoint
+    optimizer.set_step(1)  # as after falling back to an earlier checkpoint
     assert network.whiten.bias.requires_grad
 
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from cifar import data, datasets, evaluate, metrics, train
+from cifar import data, datasets, device, evaluate, metrics, optim, train
 from cifar.config import Config
 from cifar.errors import UserError
 
@@ -71,8 +71,8 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
     config = Config.create({**settings, "precision": "float32"})
     split = digits.train[:images]
     network = train.new_network(config, split, 10).to(memory_format=torch.channels_last)
-    batches = train.make_batches(config, split, torch.device("cpu"))
-    optimizer = train.make_optimizer(config, network, batches)
+    batches = data.Batches(split, config, torch.device("cpu"))
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     losses = []
     for epoch in range(1, epochs + 1):
         for batch in batches.epoch(epoch):
@@ -83,8 +83,8 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
 def test_a_step_returns_the_unsmoothed_loss_of_each_image_and_whether_it_was_right(digits):
     config = Config.create({"recipe": "convnet", "batch_size": 32, "lr": 0.0, "small_size": 24})
     network = train.new_network(config, digits.train[:32], 10)
-    batches = train.make_batches(config, digits.train[:32], torch.device("cpu"))
-    optimizer = train.make_optimizer(config, network, batches)
+    batches = data.Batches(digits.train[:32], config, torch.device("cpu"))
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     (batch,) = batches.epoch(1)
     logits = network(batch.images)
     losses, correct = train.train_step(network, optimizer, batch, 0.3, "float32")
@@ -117,8 +117,8 @@ def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
 def training(digits) -> train.Training:
     config = Config.create({"recipe": "mlp", "small_size": 24})
     network = train.new_network(config, digits.train, 10)
-    batches = train.make_batches(config, digits.train, torch.device("cpu"))
-    return train.Training(network, train.make_optimizer(config, network, batches), batches)
+    batches = data.Batches(digits.train, config, torch.device("cpu"))
+    return train.Training(network, optim.build(network, config, batches.steps_per_epoch), batches)
 
 
 def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts_from_it(training, monkeypatch):
@@ -182,3 +182,13 @@ def test_fast_learns_real_images_in_a_short_training(real_cifar10, make_run):
     vars(few)["test"] = real_cifar10.test[:2500]
     run = make_run(dataset=few, recipe="fast", epochs=2, batch_size=250, small_size=16)
     assert evaluate.evaluate(run, few, "cpu").metrics.accuracy > 0.55
+
+
+def test_resumed_processes_draw_different_dropout(training, monkeypatch):
+    state, draws = training.state_dict(), set()
+    monkeypatch.setattr(device, "world_size", lambda: 4)
+    for rank in (1, 2, 3):
+        monkeypatch.setattr(device, "rank", lambda rank=rank: rank)
+        training.load_state_dict(state)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 3
