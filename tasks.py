@@ -251,7 +251,7 @@ def compare(names, sort=None, output=None, output_dir=None):
     """Compare runs, with tests of significance, or list all runs."""
     output_dir = Config.create({"output_dir": output_dir}).output_dir
     if names and sort:
-        raise UsageError("--sort is for the list of all runs: leave it out, or the names")
+        raise UsageError("--sort applies only to the list of all runs: omit --sort or the names")
 
     from cifar import compare
 
@@ -275,7 +275,7 @@ def doctor(dataset=None, data_dir=None, mirror=None, device=None, output_dir=Non
     findings = doctor.examine(config, _port(port))
     doctor.show_findings(findings)
     if failures := [finding.subject for finding in findings if finding.level == "failure"]:
-        raise UserError(f"a run would fail: see {', '.join(dict.fromkeys(failures))}")
+        raise UserError(f"a run would fail because of: {', '.join(dict.fromkeys(failures))}")
 
 
 @command()

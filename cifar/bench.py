@@ -43,7 +43,7 @@ def run(config: Config) -> None:
 
     Of the settings it uses dataset, device, precision and locations; the recipes have the others.
     """
-    console.say("this takes about two minutes, and three without bfloat16 in hardware")
+    console.say("this takes about two minutes (three without bfloat16 in hardware)")
     settings = config.model_dump(include={*LOCATIONS, "dataset", "image_size", "device", "precision"})
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
@@ -108,12 +108,12 @@ def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
     epochs, small, hard = choose_epochs(config, config.minutes * 60 * _PLANNED_FRACTION - timing, steps, ending)
     if not epochs:
         least = math.ceil((steps[full_size] + ending + timing) / _PLANNED_FRACTION / 60 * 100) / 100
-        raise UserError(f"--minutes {config.minutes:g} is too little: one epoch takes about {least:g} minutes")
+        raise UserError(f"--minutes {config.minutes:g} is too short: one epoch takes about {least:g} minutes")
     counts = [(small, config.small_size), (epochs - small, full_size)]
     parts = [f"{count} at {size}x{size} of {steps[size] + ending:.1f} s" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
-    console.say(f"{config.minutes:g} minutes are enough for {epochs} epochs: {', '.join(parts)}")
+    console.say(f"{epochs} epochs fit into {config.minutes:g} minutes: {', '.join(parts)}")
     return config.replace(epochs=epochs, small_epochs=small, hard_epochs=hard, minutes=None)
 
 

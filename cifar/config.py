@@ -278,7 +278,7 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     if not dataset.can_flip and config.flip != "none":
         changes["flip"] = ("none", f"a flipped image of {dataset.name} may show another class")
     sentences = [
-        f"{name.replace('_', ' ')} {getattr(config, name)} -> {value}: {reason}"
+        f"{flag(name)} {value} instead of {getattr(config, name)}: {reason}"
         for name, (value, reason) in changes.items()
     ]
     resolved = {"dataset": dataset.key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}

@@ -247,7 +247,7 @@ class TrainingProgress(Progress):
 
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Print the permanent line of an epoch, with a star at the best one so far."""
-        loss, accuracy = f"loss {record.train_loss:.3f}", f"accuracy {record.train_accuracy:.1%}"
+        loss, accuracy = f"loss {record.train_loss:.3f}", f"acc {record.train_accuracy:.1%}"
         if record.val_accuracy is not None:
             loss += f" val {record.val_loss:.3f}"
             accuracy += f" val {record.val_accuracy:.2%}" + ("*" if is_best else " ")
@@ -255,4 +255,4 @@ class TrainingProgress(Progress):
         epoch = f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}"
         pace = (time.monotonic() - self.started) / max(done - self.work_before, 1e-9)
         minutes, seconds = divmod(int(pace * (self.work[-1] - done)), 60)
-        say(f"{epoch}  {loss}  {accuracy} {record.images_per_second:,.0f}/s  {minutes}:{seconds:02d} left")
+        say(f"{epoch}  {loss}  {accuracy} {record.images_per_second:,.0f} img/s  {minutes}:{seconds:02d} left")

@@ -130,13 +130,13 @@ def process_group() -> Iterator[None]:
     try:
         dist.init_process_group(timeout=_LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot find each other: {first_line(error)}") from None
+        raise UserError(f"the processes cannot connect to each other: {first_line(error)}") from None
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistBackendError) and not _BROKEN.search(str(error)):
             raise
-        raise UserError(f"another of the {world_size()} processes has ended: torchrun says which and why") from None
+        raise UserError(f"another of the {world_size()} processes has stopped: see torchrun's output") from None
 
 
 def distribute(network: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ class Finding:
     subject: str
     level: str
     message: str
-    cure: str = ""
+    fix: str = ""
 
 
 def examine(config: Config, port: int) -> list[Finding]:
@@ -59,17 +59,17 @@ def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
         if isinstance(error, OSError) and error.filename:
             yield Finding(subject, "failure", f"cannot read {error.filename}: {error.strerror}")
             return
-        cure = f"pip install --force-reinstall -r {display_path(REQUIREMENTS)}, best in a fresh virtual environment"
-        yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", cure)
+        fix = f"pip install --force-reinstall -r {display_path(REQUIREMENTS)}, best in a fresh virtual environment"
+        yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", fix)
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """Print a line for each finding, and its cure below."""
+    """Print a line for each finding, and its fix below."""
     for finding in findings:
         style = _STYLES.get(finding.level)
         console.say(f"{finding.level:<8} {finding.subject:<9} {finding.message}", style=style)
-        if finding.cure:
-            console.say(f"{'cure:':>18} {finding.cure}", style=style)
+        if finding.fix:
+            console.say(f"{'fix:':>18} {finding.fix}", style=style)
 
 
 def _packages(requirements: Path) -> Iterator[Finding]:
@@ -80,26 +80,26 @@ def _packages(requirements: Path) -> Iterator[Finding]:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    fine, cure = [], f"pip install -r {display_path(requirements)}"
+    fine, fix = [], f"pip install -r {display_path(requirements)}"
     for line in requirements.read_text(encoding="utf-8").splitlines():
         text, _, comment = line.partition("#")
         if not text.strip():
             continue
-        required, fix = Requirement(text), re.match(r" below (\S+): (.+)", comment)
+        required, hole = Requirement(text), re.match(r" below (\S+): (.+)", comment)
         name = required.name
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             level = "warning" if name in _OPTIONAL else "failure"
             user = f"invoke {_OPTIONAL[name]}" if name in _OPTIONAL else "a run"
-            yield Finding("packages", level, f"{name} is missing: {user} needs it", cure)
+            yield Finding("packages", level, f"{name} is missing: {user} needs it", fix)
             continue
-        if fix and Version(installed) < Version(fix[1]):
-            message = f"{name} {installed} has a known security hole, fixed in {fix[1]}: {fix[2]}"
-            yield Finding("packages", "warning", message, cure)
+        if hole and Version(installed) < Version(hole[1]):
+            message = f"{name} {installed} has a known security hole, fixed in {hole[1]}: {hole[2]}"
+            yield Finding("packages", "warning", message, fix)
         elif not required.specifier.contains(installed, prereleases=True):
             message = f"{name} {installed} was not tested: requirements.txt asks for {required.specifier}"
-            yield Finding("packages", "warning", message, cure)
+            yield Finding("packages", "warning", message, fix)
         elif name not in _OPTIONAL:
             fine.append(f"{name} {installed}")
     if fine:
@@ -116,8 +116,8 @@ def _device(name: str) -> Iterator[Finding]:
     chosen = device.choose(name)
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         message = f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU: the CPU computes"
-        cure = "update the driver, or install the torch for it from pytorch.org"
-        yield Finding("device", "warning", message, cure)
+        fix = "update the driver, or install the torch for it from pytorch.org"
+        yield Finding("device", "warning", message, fix)
     else:
         yield Finding("device", "ok", f"{chosen.type}: {device.describe(chosen)}")
     if device.has_bfloat16(chosen):
@@ -239,10 +239,10 @@ def _missing(archive, config: Config) -> Finding:
     if host := download.is_reachable(archive, config.mirror, seconds=1.5):
         return Finding("dataset", "note", f"{message}: the next run downloads {archive.size / 1e6:.0f} MB from {host}")
     message += ", and no address sends it"
-    cure = f"put {archive.name} into {config.data_dir}, or name its folder with --data-dir, or an address with --mirror"
+    fix = f"put {archive.name} into {config.data_dir}, or name its folder with --data-dir, or an address with --mirror"
     if config.dataset == "auto":
-        return Finding("dataset", "warning", f"{message}: a run would train on scikit-learn's digits instead", cure)
-    return Finding("dataset", "failure", message, cure)
+        return Finding("dataset", "warning", f"{message}: a run would train on scikit-learn's digits instead", fix)
+    return Finding("dataset", "failure", message, fix)
 
 
 def _port(port: int) -> Iterator[Finding]:

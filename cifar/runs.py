@@ -342,7 +342,7 @@ def _locate(output_dir: str, name: str) -> Path:
     for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs)))):
         if path.exists():
             return path
-    raise UserError(f"there is no run at {name}; `invoke compare --output-dir {outputs}` lists the runs")
+    raise UserError(f"there is no run named '{name}'; `invoke compare --output-dir {outputs}` lists the runs")
 
 
 def _newest(output_dir: str, statuses: tuple[str, ...], problem: str) -> Run:

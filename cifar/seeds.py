@@ -72,7 +72,7 @@ def run(config: Config) -> None:
     with runs.claim_group(group.path) if is_first else contextlib.nullcontext():
         finished, unfinished = device.broadcast_object(group.members() if is_first else None)
         for number, seed in enumerate(group.seeds, start=1):
-            state = ", done before" if seed in finished else ""
+            state = ", already done" if seed in finished else ""
             console.say(f"seed {seed}, {number} of {len(group.seeds)}{state}", style="bold")
             if seed in finished:
                 continue

@@ -60,14 +60,14 @@ def test_the_planned_epochs_fit_the_minutes(measured, digits, tmp_path, capsys):
     assert (planned.epochs, planned.small_epochs, planned.hard_epochs, planned.minutes) == (8, 4, 2, None)
     assert datasets.resolve(planned, digits) == planned
     assert (
-        "2 minutes are enough for 8 epochs: "
+        "8 epochs fit into 2 minutes: "
         "4 at 24x24 of 10.0 s, 4 at 32x32 of 20.0 s, the last 2 on the hardest 64% of the images\n"
     ) in capsys.readouterr().out
 
 
 def test_too_few_minutes_are_an_error_that_names_how_many_suffice(measured, digits, tmp_path):
     config = datasets.resolve(quick_config(tmp_path, minutes=0.2), digits)
-    with pytest.raises(UserError, match=r"^--minutes 0\.2 is too little: one epoch takes about 0\.35 minutes$"):
+    with pytest.raises(UserError, match=r"^--minutes 0\.2 is too short: one epoch takes about 0\.35 minutes$"):
         bench.plan_epochs(config, digits)
     assert bench.plan_epochs(config.replace(minutes=0.35), digits).epochs == 1
 

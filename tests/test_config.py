@@ -156,12 +156,12 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
     resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), DIGITS)
     assert (resolved.dataset, resolved.val_size) == ("/my/digits", 143)
     assert sentences == [
-        "small epochs 7 -> 2: at most two thirds of the epochs may use small images",
-        "hard epochs 3 -> 0: at most a quarter of the epochs may leave out easy images",
-        "batch size 2000 -> 64: an epoch of 1,294 images needs at least 20 steps",
-        "small size 40 -> 32: the images are 32x32",
-        "cutout 20 -> 16: at most half of 32x32 images may be cut out",
-        "flip alternating -> none: a flipped image of digits may show another class",
+        "--small-epochs 2 instead of 7: at most two thirds of the epochs may use small images",
+        "--hard-epochs 0 instead of 3: at most a quarter of the epochs may leave out easy images",
+        "--batch-size 64 instead of 2000: an epoch of 1,294 images needs at least 20 steps",
+        "--small-size 32 instead of 40: the images are 32x32",
+        "--cutout 16 instead of 20: at most half of 32x32 images may be cut out",
+        "--flip none instead of alternating: a flipped image of digits may show another class",
     ]
     assert resolve(resolved, DIGITS) == (resolved, [])
     assert (resolved.small_epochs, resolved.batch_size, resolved.cutout, resolved.flip) == (2, 64, 16, "none")
@@ -170,7 +170,7 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
 def test_large_images_come_in_smaller_batches():
     resolved, sentences = resolve(Config(image_size=128), dataset("pets", 20_000, 2, size=128))
     assert (resolved.dataset, resolved.batch_size, resolved.small_size) == ("/my/pets", 125, 96)  # 2000 / 4^2
-    assert sentences == ["batch size 2000 -> 125: a step of 128x128 images needs too much memory"]
+    assert sentences == ["--batch-size 125 instead of 2000: a step of 128x128 images needs too much memory"]
 
 
 @pytest.mark.parametrize("fitted", [DIGITS, PETS], ids=["digits", "pets"])

@@ -118,7 +118,7 @@ def test_a_pipe_shows_one_line_for_each_epoch(capsys):
         progress.end_epoch(EPOCH, is_best=True)
         progress.end_epoch(EPOCH.model_copy(update={"val_loss": None, "val_accuracy": None}), is_best=True)
     line, without_validation = capsys.readouterr().out.splitlines()
-    assert line.startswith("epoch  1/11  loss 0.500 val 0.400  accuracy 87.1% val 91.23%* 100/s ")
+    assert line.startswith("epoch  1/11  loss 0.500 val 0.400  acc 87.1% val 91.23%* 100 img/s ")
     assert len(line) <= 80
     assert "val" not in without_validation
 

@@ -172,7 +172,7 @@ def test_a_process_that_is_killed_ends_the_other_and_one_alone_finishes_the_run(
     wait_until(together.has_an_epoch)
     processes[1].kill()
     assert exit_codes(processes, LIMIT) == [1, -signal.SIGKILL]
-    sentence = "another of the 2 processes has ended: torchrun says which and why"
+    sentence = "another of the 2 processes has stopped: see torchrun's output"
     assert together.said().splitlines()[-1] == f"error: {sentence}"
     assert together.run.record.status == "failed"
     together.finish(count=1)
@@ -258,7 +258,7 @@ def test_processes_that_cannot_meet_end_with_a_sentence(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="the processes cannot find each other: "), device.process_group():
+    with pytest.raises(UserError, match="the processes cannot connect to each other: "), device.process_group():
         pass
 
 

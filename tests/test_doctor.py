@@ -51,8 +51,8 @@ def test_packages_that_are_old_new_missing_or_insecure_are_named_with_their_cure
     assert insecure.message.endswith("has a known security hole, fixed in 999: CVE-1, x")
     assert {finding.level for finding in (old, new, insecure)} == {"warning"}
     doctor.show_findings([missing])
-    assert capsys.readouterr().out.splitlines()[1].strip() == f"cure: {missing.cure}"
-    assert missing.cure.startswith("pip install -r ")
+    assert capsys.readouterr().out.splitlines()[1].strip() == f"fix: {missing.fix}"
+    assert missing.fix.startswith("pip install -r ")
 
 
 def test_every_security_fix_in_requirements_is_understood(monkeypatch):
@@ -82,7 +82,7 @@ def test_a_broken_torch_is_one_failure_with_its_cure(tmp_path):
     done = subprocess.run([sys.executable, "-c", EXAMINE], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     failure = "failure  device    cannot be checked: OSError: libtorch_cpu.so: not found"
-    assert f"{failure}\n             cure: pip install --force" in done.stdout
+    assert f"{failure}\n              fix: pip install --force" in done.stdout
     assert done.stdout.count("cannot be checked") == 1
     assert "ok       dataset   digits" in done.stdout
 
@@ -114,7 +114,7 @@ def test_the_kind_of_processor_is_named(monkeypatch, kind, level):
 
 
 @pytest.mark.parametrize(
-    ("threads", "load", "variable", "level", "cure"),
+    ("threads", "load", "variable", "level", "fix"),
     [
         (4, 0.0, "", "ok", ""),
         (2, 0.0, "", "ok", ""),  # torch does not count hyperthreads
@@ -123,11 +123,11 @@ def test_the_kind_of_processor_is_named(monkeypatch, kind, level):
         (1, 0.0, "1", "note", "unset OMP_NUM_THREADS to use all cores"),
     ],
 )
-def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, load, variable, level, cure):
+def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, load, variable, level, fix):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     found = doctor._threads(threads, cores=4)
-    assert (found.level, found.cure) == (level, cure)
+    assert (found.level, found.fix) == (level, fix)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +237,6 @@ def test_a_taken_port_is_a_warning():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         found = only("port", doctor._port(port))
-    assert (found.level, found.cure) == ("warning", "invoke demo --port with another number")
+    assert (found.level, found.fix) == ("warning", "invoke demo --port with another number")
     assert found.message == f"the demo cannot listen on port {port}: Address already in use"
     assert only("port", doctor._port(port)).level == "ok"

@@ -226,7 +226,7 @@ def test_what_is_not_a_run_is_reported(config, tmp_path):
     with pytest.raises(UserError, match="there is no finished run in"):
         runs.find(config.output_dir)
     for name in ("nowhere", "\0"):
-        with pytest.raises(UserError, match=f"there is no run at {name}"):
+        with pytest.raises(UserError, match=f"there is no run named '{name}'"):
             runs.find(config.output_dir, name)
     with pytest.raises(UserError, match=r"is not a run directory: it has no run\.json and no config\.json"):
         runs.find(config.output_dir, str(tmp_path))

@@ -44,7 +44,7 @@ def test_the_same_command_resumes_a_killed_group(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", lambda *_: None)
     code, printed, errors = main(*flags)
     assert (code, errors) == (0, "")
-    assert "seed 3, 1 of 2, done before\nseed 4, 2 of 2\n" in printed
+    assert "seed 3, 1 of 2, already done\nseed 4, 2 of 2\n" in printed
     assert runs.groups(tmp_path) == [group]
     assert (first / "run.json").stat() == before
     assert {path: Run(path).config.seed for path in group.glob("*/")} == {first: 3, killed: 4}

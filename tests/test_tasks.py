@@ -95,7 +95,7 @@ def test_every_task_has_help(task):
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
         ((*QUICK, "--device", "mps"), 1, "this machine has no device 'mps'"),
         (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py"),
-        (("--resume", "nowhere"), 1, "there is no run at nowhere"),
+        (("--resume", "nowhere"), 1, "there is no run named 'nowhere'"),
         (("--resume", "x", "--epochs", "3", "--lr", "1"), 2, "leave out --epochs, --lr"),
     ],
 )
@@ -118,8 +118,8 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("predict", "x.png", "--output", "x.txt"), 1, "--output takes a file that ends in .csv or .json, not 'x.txt'"),
         (("predict", "x.png", "--fit", "stretch", "--run", "{run}"), 1, "unknown fit 'stretch'"),
         (("export", "--output", "net.txt"), 1, "--output takes a file that ends in .pt2, not 'net.txt'"),
-        (("compare", "one", "two", "--output-dir", "{empty}"), 1, "there is no run at one"),
-        (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort is for the list of all runs"),
+        (("compare", "one", "two", "--output-dir", "{empty}"), 1, "there is no run named 'one'"),
+        (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort applies only to the list of all runs"),
         (("demo", "--auth", ""), 2, "--auth must not be empty"),
         (("demo", "--host", "\udcff"), 2, "--host takes an address or a name, not '\\udcff'"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
@@ -139,7 +139,7 @@ def test_doctor_exits_with_1_if_a_run_would_fail():
     code, out, err = invoke("doctor", "--dataset", "digits", "--output-dir", "main.py")
     assert code == 1
     assert "failure" in out
-    assert re.fullmatch(r"error: a run would fail: see [^\n]+\n", err)
+    assert re.fullmatch(r"error: a run would fail because of: [^\n]+\n", err)
 
 
 # Words, chains and results.
