@@ -5,6 +5,7 @@ To add a dataset, write a function like `_digits`, call it in `find`, and add it
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,7 +128,9 @@ def _cifar(name: str, data_dir: Path, mirror: str | None) -> Dataset:
 
     def unpickle(file: str) -> dict:
         download.verify(archive, location, [file])  # first, because a pickle can run code
-        return pickle.loads((location / file).read_bytes(), encoding="latin1")
+        with warnings.catch_warnings():  # NumPy 2.4.0 deprecates how these files of 2009 describe their arrays
+            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+            return pickle.loads((location / file).read_bytes(), encoding="latin1")
 
     def read(part: str) -> Split:
         batches = [unpickle(file) for file in files[part]]
