@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     if "RANK" not in os.environ:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
     if os.environ["RANK"] != "0":
         console.out.quiet = console.err.quiet = True
     return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))

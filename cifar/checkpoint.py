@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cifar import console, device
-from cifar.config import LOCATIONS, model_name
+from cifar.config import LOCATIONS, Config, model_name
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
 from cifar.records import EpochRecord
@@ -101,9 +101,11 @@ class Checkpointer:
     def _restore(self, path: Path) -> None:
         content = load(path)
         training = content.get("training")
-        if not isinstance(training, dict) or training.keys() != {"requirements", "state"}:
+        if not isinstance(training, dict) or not isinstance(training.get("requirements"), dict):
             raise UserError(f"the checkpoint {path} has weights only: there is no training to resume")
-        require_same(training["requirements"], self.requirements, str(path))
+        defaults = Config(recipe=self.run.config.recipe).model_dump()  # of settings that are newer than the file
+        saved = {key: defaults.get(key) for key in self.requirements} | training["requirements"]
+        require_same(saved, self.requirements, str(path))
         check_weights(path, content, self.training.network)
         try:
             if not all(leaf.isfinite().all() for leaf in tree_leaves(training["state"]) if isinstance(leaf, Tensor)):
@@ -138,9 +140,8 @@ def requirements(run: Run, dataset: Dataset) -> dict[str, Any]:
     return {**settings, **images, "device": device.choose(run.config.device).type}
 
 
-def require_same(saved: Any, current: dict[str, Any], name: str) -> None:
+def require_same(saved: dict[str, Any], current: dict[str, Any], name: str) -> None:
     """Raise UserError that lists how the requirements in the checkpoint `name` differ from the current ones."""
-    saved = saved if isinstance(saved, dict) else {}
     changes = [
         f"{key} was {saved.get(key)} and is {current.get(key)}"
         for key in sorted(saved.keys() | current.keys(), key=str)

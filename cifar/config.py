@@ -84,13 +84,15 @@ _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are buil
 _REQUIRED = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")  # in a run's config.json
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
-_WORDINGS = {  # by the first word of pydantic's type of error
+_WORDINGS = {  # by pydantic's type of error, or its first word
     "int": "takes a whole number",
     "float": "takes a number",
     "string": "takes text",
     "finite": "must be finite",
-    "greater": "must be at least {ge}",
-    "less": "must be at most {le}",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be greater than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
 }
 
 
@@ -324,7 +326,8 @@ def _raise_sentence(error: ValidationError) -> NoReturn:
         known_name(name.replace("_", " "), str(value), choices)
     if kind == "string_unicode":
         raise UserError(f"{flag(name)} does not take {value!a}")
-    wording, shown = _WORDINGS[kind.split("_")[0]].format(**first.get("ctx", {})), str(value).strip()[:40]
+    wording = (_WORDINGS.get(kind) or _WORDINGS[kind.split("_")[0]]).format(**first.get("ctx", {}))
+    shown = str(value).strip()[:40]
     if "parsing" in kind:
         raise UsageError(f"{flag(name)} {wording}, not '{shown}'")
     raise UserError(f"{flag(name)} {wording}, not {shown}")

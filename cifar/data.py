@@ -3,6 +3,7 @@
 scikit-learn is imported where it is used: it takes a second, and the demo would wait for it.
 """
 
+import collections
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,10 @@ class Batches:
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
         order = order[self.selected[order]]
         batches = self._augmented(order, epoch, image_size or self.image_sizes[epoch - 1])
-        yield from itertools.islice(batches, skip, None)
+        # Batches are skipped by augmenting them again, which must not use up torch's global random numbers.
+        with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+            collections.deque(itertools.islice(batches, skip), maxlen=0)
+        yield from batches
         self.rng_state = self.generator.get_state()
 
     def record_losses(self, indices: Tensor, losses: Tensor) -> None:

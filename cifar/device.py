@@ -131,10 +131,18 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(timeout=_LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot connect to each other: {first_line(error)}") from None
+    with lost_process_errors():
+        yield
+
+
+@contextlib.contextmanager
+def lost_process_errors() -> Iterator[None]:
+    """Turn what PyTorch raises when another process has ended into UserError."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistBackendError) and not _BROKEN.search(str(error)):
+        is_lost = isinstance(error, dist.DistBackendError) or _BROKEN.search(str(error))
+        if world_size() == 1 or not is_lost:
             raise
         raise UserError(f"another of the {world_size()} processes has stopped: see torchrun's output") from None
 

@@ -95,8 +95,8 @@ def _require_classes(root: Path, parts: Sequence[str], classes: list[str]) -> No
     """Raise UserError unless the folder has two classes or more with readable names."""
     splits = [name for name in classes if name.lower() in _SPLIT_NAMES and _folders(root / name)]
     if splits and not parts[0]:
-        advice = "name them train and test (validation images are taken from train), or move their class folders up"
-        raise UserError(f"{root} has no folders train and test, but {listing(splits)}: {advice}")
+        advice = "name the two splits train and test; validation images are taken from train"
+        raise UserError(f"{root} has {listing(splits)}, and not both train and test: {advice}")
     for name in (root.name, *classes):
         if name.encode(errors="replace").decode() != name:
             raise UserError(f"cannot use {root}: the name {name!a} is not valid UTF-8; rename it")

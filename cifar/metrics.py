@@ -25,7 +25,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Compute the metrics of logits (N, classes), and the accuracy of those with TTA, against labels (N,).
 
-    All fractions are in 0..1. To add a metric to metrics.json, add a key here, and show it in templates/report.html.
+    All fractions are in 0..1. To add a metric to metrics.json, add a key here, and show it in templates/report.html if
+    it `is defined`, as it is not in older runs.
     """
     from sklearn.metrics import classification_report, confusion_matrix
 

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-A new optimizer is a function and a line in OPTIMIZERS; a new schedule is a line in SCHEDULES. Both need their name in
-config.py too.
+A new optimizer is a function and a line in OPTIMIZERS; a new schedule is a line in SCHEDULES. Both also need their name
+in Config.optimizer or Config.schedule (config.py).
 """
 
 import math

@@ -120,7 +120,7 @@ def run_stages(run: Run, dataset: Dataset) -> None:
 
     from cifar import analysis, evaluate, visualize
 
-    with run.lifetime():
+    with run.lifetime(), device.lost_process_errors():
         dataset.verify()
         if not is_trained:
             with run.stage("train"):

@@ -89,6 +89,9 @@ class Run:
 
     @property
     def resume_command(self) -> str:
+        """The command that resumes the run, or the group that it belongs to."""
+        if (self.path.parent / SUMMARY).exists() and self.record.command:
+            return f"python {shlex.join(self.record.command)}"
         return f"python main.py --resume {shlex.quote(display_path(self.path))}"
 
     def is_complete(self) -> bool:

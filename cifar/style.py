@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the environment is changed before matplotlib is imported)
 """The look of all figures. matplotlib is imported from here, so that its first import is the one that cannot fail."""
 
 import contextlib
@@ -5,11 +6,11 @@ import os
 import warnings
 from collections.abc import Iterator
 
-try:
-    import matplotlib.style
-except ValueError:  # MPLBACKEND names a backend that is not installed, as in a `!python` of a notebook
-    os.environ["MPLBACKEND"] = "agg"
-    import matplotlib.style
+_backend = os.environ.pop("MPLBACKEND", None)  # may not be installed here, as in a notebook's `!python`
+import matplotlib.style
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
 from matplotlib import font_manager
 from matplotlib.axes import Axes as Axes
 from matplotlib.colors import PowerNorm as PowerNorm

@@ -97,7 +97,7 @@ class Training:
     def __init__(self, network: nn.Module, optimizer: optim.ScheduledOptimizer, batches: data.Batches):
         self.network, self.optimizer, self.batches = network, optimizer, batches
         self.device = batches.images.device
-        self.best_epoch, self.best_accuracy = 0, -1.0
+        self.best_epoch, self.best_score = 0, -math.inf
         self.started = time.perf_counter()
         self._start_epoch(1)
 
@@ -147,9 +147,9 @@ class Training:
     def end_epoch(self, val_accuracy: float | None) -> bool:
         """Go to the next epoch; returns whether this one is the best so far or, without validation, the last."""
         self.check_finite()
-        is_best = val_accuracy is None or val_accuracy > self.best_accuracy
+        is_best = val_accuracy is None or val_accuracy > self.best_score
         if is_best:
-            self.best_epoch, self.best_accuracy = self.epoch, -1.0 if val_accuracy is None else val_accuracy
+            self.best_epoch, self.best_score = self.epoch, -math.inf if val_accuracy is None else val_accuracy
         self._start_epoch(self.epoch + 1)
         return is_best
 
@@ -172,7 +172,7 @@ class Training:
             "step": self.step,
             "lr": self.lr,
             "best_epoch": self.best_epoch,
-            "best_accuracy": self.best_accuracy,
+            "best_score": self.best_score,
             "seconds": time.perf_counter() - self.started,
             "epoch_seconds": time.perf_counter() - self.epoch_started,
             "losses": self.losses,
@@ -193,7 +193,7 @@ class Training:
         self.optimizer.load_state_dict(optimizer)
         self.batches.load_state_dict(state["batches"])
         self.epoch, self.step, self.lr = epoch, step, state["lr"]
-        self.best_epoch, self.best_accuracy = state["best_epoch"], state["best_accuracy"]
+        self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
         self.started = time.perf_counter() - state["seconds"]
         self.epoch_started = time.perf_counter() - state["epoch_seconds"]
         self.losses = torch.zeros(len(self.batches), device=self.device)

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -7,6 +5,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
+from cifar.config import Config
 
 
 def random_images(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:
@@ -18,11 +17,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
-    none = {"crop": 0, "crop_mode": "reflect", "flip": "none", "jitter": 0.0, "cutout": 0}
-    epochs = {"epochs": 4, "small_epochs": 0, "small_size": 8, "hard_epochs": 0, "hard_share": 0.5}
-    return data.Batches(
-        split, SimpleNamespace(**{"batch_size": 10, "seed": seed, **none, **epochs, **settings}), torch.device("cpu")
-    )
+    none = {"crop": 0, "crop_mode": "reflect", "flip": "none"}
+    config = Config(**{"recipe": "convnet", "epochs": 4, "batch_size": 10, "seed": seed, **none, **settings})
+    return data.Batches(split, config, torch.device("cpu"))
 
 
 def test_the_hash_changes_with_one_pixel_or_label():
@@ -233,7 +230,7 @@ def test_batches_follow_their_generator_alone():
 
 def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left():
     split = data.Split(random_images(100, size=32), torch.arange(100))
-    settings = {**SETTINGS, "epochs": 4, "hard_epochs": 1}
+    settings = {**SETTINGS, "epochs": 4, "hard_epochs": 1, "hard_share": 0.5}
 
     def train_on(batches, epoch, steps=99, skip=0):
         shown = []

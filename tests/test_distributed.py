@@ -174,7 +174,7 @@ def test_a_process_that_is_killed_ends_the_other_and_one_alone_finishes_the_run(
     assert exit_codes(processes, LIMIT) == [1, -signal.SIGKILL]
     sentence = "another of the 2 processes has stopped: see torchrun's output"
     assert together.said().splitlines()[-1] == f"error: {sentence}"
-    assert together.run.record.status == "failed"
+    assert (together.run.record.status, together.run.record.error) == ("failed", sentence)
     together.finish(count=1)
     assert "processes was 2 and is 1: the results can differ from an uninterrupted run's" in together.said()
     losses = [[epoch.train_loss for epoch in run.history()] for run in (together.run, by_two.run)]

@@ -216,7 +216,7 @@ BROKEN = {
     "too few without a split": (too_few_without_a_split, "too few images of bear: each class needs at least 3 diff"),
     "no test split": (
         lambda root: (root / "test").rename(root / "Val"),
-        "pets has no folders train and test, but Val, train: name them train and test",
+        "pets has Val, train, and not both train and test: name the two splits train and test",
     ),
     "a class only in test": (
         lambda root: fill(root / "test" / "eel", 2, seed=70),

@@ -1,6 +1,5 @@
 import copy
 import math
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -13,9 +12,10 @@ from cifar import config, model, optim
 STEPS = [5] * 4  # of each epoch
 
 
-def settings(optimizer: str, **changes) -> SimpleNamespace:
+def settings(optimizer: str, **changes) -> config.Config:
     common = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "schedule": "linear", "precision": "float32"}
-    return SimpleNamespace(optimizer=optimizer, **{**common, **changes})
+    recipe = "fast" if optimizer == "muon" else "convnet"
+    return config.Config(recipe=recipe, optimizer=optimizer, **{**common, **changes})
 
 
 def learning_rates(schedule: str, steps: int) -> list[float]:

@@ -124,7 +124,7 @@ def training(digits) -> train.Training:
 def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts_from_it(training, monkeypatch):
     monkeypatch.setattr(training, "check_finite", lambda: None)
     assert [training.end_epoch(accuracy) for accuracy in (0.5, 0.75, 0.75, 0.7)] == [True, True, False, False]
-    assert (training.best_epoch, training.best_accuracy, training.epoch) == (2, 0.75, 5)
+    assert (training.best_epoch, training.best_score, training.epoch) == (2, 0.75, 5)
     assert [training.has_finished(9, patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
     assert [training.has_finished(epochs, 0) for epochs in (4, 5)] == [True, False]
 
