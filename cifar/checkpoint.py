@@ -102,7 +102,7 @@ class Checkpointer:
         content = load(path)
         training = content.get("training")
         if not isinstance(training, dict) or not isinstance(training.get("requirements"), dict):
-            raise UserError(f"the checkpoint {path} has weights only: there is no training to resume")
+            raise UserError(f"the checkpoint {path} has no training that this version can resume")
         defaults = Config(recipe=self.run.config.recipe).model_dump()  # of settings that are newer than the file
         saved = {key: defaults.get(key) for key in self.requirements} | training["requirements"]
         require_same(saved, self.requirements, str(path))

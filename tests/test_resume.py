@@ -340,7 +340,7 @@ AGAIN = "; to start over, run `python main.py --config .*config.json`$"
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (without_training, rf"last.pt has weights only: there is no training to resume{AGAIN}"),
+        (without_training, rf"last.pt has no training that this version can resume{AGAIN}"),
         (with_an_older_best, rf"best.pt is older than epoch \d+, which .*last.pt requires{AGAIN}"),
         (with_epochs, rf"cannot resume from .*last.pt: these settings have changed: epochs was 2 and is 9{AGAIN}"),
         (with_images, rf"training images \(SHA-256\) was [0-9a-f]{{64}} and is 0{{64}}{AGAIN}"),
