@@ -54,7 +54,7 @@ def fit(run: Run, dataset: Dataset) -> None:
             is_best = training.end_epoch(record.val_accuracy)
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
-            checkpoints.save_if_due(received_signal())
+            checkpoints.save_if_due(received_signal())  # a signal during validation
 
 
 def train_step(
