@@ -255,7 +255,7 @@ def _report(run: Run) -> str:
         _tile("Training time", "unknown" if seconds is None else f"{seconds:,.0f} s", f"recipe {metrics.recipe}"),
     ]
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
-    figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.exists()]
+    figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
     hint = f"<p>No figures yet; draw them with <code>invoke visualize --run {escape(run.path.name)}</code></p>"
     return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
 

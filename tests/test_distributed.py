@@ -1,6 +1,5 @@
 """Several processes on this machine, joined as torchrun joins them; most of them are forked, which takes no time."""
 
-import contextlib
 import functools
 import os
 import signal
@@ -118,10 +117,11 @@ def fit_and_evaluate(folder: Path, name: str | None, hinder) -> None:
         hinder()
     settings = quick_config(folder, recipe="convnet", epochs=2, val_size=837)
     run, dataset = pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(folder)})
-    with run.lifetime() if device.rank() == 0 else contextlib.nullcontext(), device.lost_process_errors():
+    if device.rank():
+        return train.fit(run, dataset)
+    with run.lifetime(), device.lost_process_errors():
         train.fit(run, dataset)
-        if device.rank() == 0:
-            evaluate.evaluate(run, dataset, "cpu")
+        evaluate.evaluate(run, dataset, "cpu")
 
 
 class Together(Outputs):
