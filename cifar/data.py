@@ -4,6 +4,7 @@ scikit-learn is imported where it is used: it takes a second, and the demo would
 """
 
 import collections
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,11 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the images' bytes followed by the labels'."""
+        """Return the SHA-256 of the images' bytes followed by the labels', which is computed once."""
+        return self._sha256
+
+    @functools.cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256(self.images.contiguous().numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()

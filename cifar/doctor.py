@@ -220,20 +220,14 @@ def _archive(archive, config: Config) -> Finding:
     if folder := download.find(archive, path):
         download.verify(archive, folder)
         return Finding("dataset", "ok", f"in {folder}; each file has its published MD5")
-    file = path if path.is_file() else path / archive.name
-    if not file.is_file():
-        return _missing(archive, config)
-    if archive.matches(file):
+    if file := download.find_file(archive, path):
         return Finding("dataset", "ok", f"{file} has the published SHA-256; the next run unpacks it")
-    message = f"{file} is damaged or another file: it does not have the published SHA-256 of {archive.name}"
-    return Finding("dataset", "failure", message, "delete it to download it again, or set --data-dir to another folder")
+    return _missing(archive, config)
 
 
 def _missing(archive, config: Config) -> Finding:
     from cifar import download
 
-    if config.data_dir.endswith((".tar.gz", ".tgz")):
-        raise UserError(f"there is no archive {config.data_dir}")
     _require_room(config.data_dir, (archive.size + archive.unpacked) / 1e6, "--data-dir")
     message = f"{archive.name} is not in {config.data_dir}"
     if host := download.is_reachable(archive, config.mirror, seconds=1.5):

@@ -101,6 +101,22 @@ def find(archive: Archive, path: Path) -> Path | None:
     return next((folder for folder in folders if any(os.path.isfile(folder / file) for file in archive.files)), None)
 
 
+def find_file(archive: Archive, path: Path) -> Path | None:
+    """Return the archive itself, which is `path` or in it; None if it has to be downloaded.
+
+    Raises UserError if `path` names a file that is missing, or if the file is not the archive.
+    """
+    if path.name.endswith((".tar.gz", ".tgz")) and not os.path.exists(path):
+        raise UserError(f"there is no archive {path}")
+    file = path if os.path.isfile(path) else path / archive.name
+    if not os.path.isfile(file):
+        return None
+    if not archive.matches(file):
+        advice = "delete it to download it again, or set --data-dir to another folder"
+        raise UserError(f"{file} is damaged or another file: it does not have the published SHA-256; {advice}")
+    return file
+
+
 def verify(archive: Archive, folder: Path, names: Iterable[str] | None = None) -> None:
     """Raise UserError that names the first file that is missing or does not have its published MD5.
 
@@ -120,12 +136,7 @@ def ensure(archive: Archive, path: Path, mirror: str | None = None) -> Path:
     """
     if found := find(archive, path):
         return found
-    if path.name.endswith((".tar.gz", ".tgz")) and not os.path.exists(path):
-        raise UserError(f"there is no archive {path}")
-    file = path if os.path.isfile(path) else path / archive.name
-    if os.path.isfile(file) and not archive.matches(file):
-        advice = "delete it to download it again, or set --data-dir to another folder"
-        raise UserError(f"{file} is damaged or another file: it does not have the published SHA-256; {advice}")
+    file = find_file(archive, path) or path / archive.name
     folder = file.parent / archive.folder
     with _one_process(file.parent):
         if not folder.is_dir():  # else another process has unpacked it meanwhile

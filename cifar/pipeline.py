@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cifar import bench, console, datasets, device, model, report, runs, train
+from cifar import analysis, bench, console, datasets, device, evaluate, model, report, runs, train, visualize
 from cifar.config import LOCATIONS, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
@@ -117,8 +117,6 @@ def run_stages(run: Run, dataset: Dataset) -> None:
         if not is_trained:
             train.fit(run, dataset)
         return
-
-    from cifar import analysis, evaluate, visualize
 
     with run.lifetime(), device.lost_process_errors():
         dataset.verify()

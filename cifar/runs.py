@@ -185,16 +185,13 @@ class Run:
                 raise UserError(f"{display_path(folder)} is a symbolic link: a run is written in its directory only")
         return _claimed(self.path / CONFIG)
 
-    def _open_lock(self) -> BinaryIO:
-        return _open_lock(self.path / CONFIG)
-
     def status(self) -> str:
         """Return running, completed, interrupted, failed or killed.
 
         A run that says running, while no process has claimed it, is recorded as killed.
         """
         if self.record.status == "running":
-            with self._open_lock() as file:
+            with _open_lock(self.path / CONFIG) as file:
                 if lock(file) and self.record.status == "running":  # it may have ended in the meantime
                     last_sign = datetime.fromtimestamp(max(path.lstat().st_mtime for path in self.path.iterdir()))
                     with contextlib.suppress(UserError):  # the folder may be read-only

@@ -204,7 +204,7 @@ def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outpu
 
 
 def is_claimed(run: runs.Run) -> bool:
-    with run._open_lock() as file:
+    with runs._open_lock(run.path / "config.json") as file:
         return not lock(file)
 
 

@@ -147,7 +147,7 @@ def test_a_claimed_run_cannot_be_claimed_again_until_it_is_released(run, monkeyp
 
 
 def test_a_claim_waits_for_a_short_lock(run):
-    with run._open_lock() as file:
+    with runs._open_lock(run.path / "config.json") as file:
         assert runs.lock(file)
         threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
         with run.claim():
