@@ -84,6 +84,7 @@ class RunRecord(Record):
     model: ModelRecord | None = None
     note: RawText | None = None  # what the user should know, such as a dataset that was replaced
     error: RawText | None = None
+    warnings: list[RawText] | None = None  # sentences on what training and evaluation found
     resumed: list[Record] | None = None  # time, epoch (from 1) and steps of it that were done
     seconds_before_resuming: dict[Text, Number] | None = None
 
@@ -205,6 +206,7 @@ class Metrics(Record):
 
 class ImageRecord(Record):
     index: Count  # in the test split
+    file: Text | None = None  # of a folder of images: its path, relative to the folder
     true: Text
     predicted: Text
     confidence: Fraction  # probability of the predicted class
