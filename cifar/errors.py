@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -45,6 +46,11 @@ def describe(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message; those of torch and NumPy can have many, and blank ones."""
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a cell of a CSV file, with an apostrophe before text that a spreadsheet would run as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def display_path(path: str | Path) -> str:

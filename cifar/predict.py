@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar import console, device, evaluate, runs
-from cifar.errors import UserError, describe, display_path, known_name, listing
+from cifar.errors import UserError, csv_cell, describe, display_path, known_name, listing
 from cifar.images import FITS, Source, decode_all
 from cifar.runs import Run
 
@@ -115,7 +115,7 @@ def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -
             partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
             return
         with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(map(_safe_cell, line) for line in lines)
+            csv.writer(file).writerows(map(csv_cell, line) for line in lines)
 
 
 def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
@@ -131,11 +131,6 @@ def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
         "probably_none": predictor.is_probably_none(prediction.probabilities),
         "probabilities": probabilities,
     }
-
-
-def _safe_cell(value: Any) -> Any:
-    """Put an apostrophe before text that a spreadsheet would run as a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
