@@ -1,143 +1,190 @@
-"""The image decoder: from any image file, as a person sees it, to what a network takes."""
+"""The image decoder: from any image file, as a person sees it, to what a network takes.
 
+Worker processes decode the files within limits (decoder.py), because a small file can ask for any amount of memory and
+time, and because a file that makes a decoder crash must not end this program.
+"""
+
+import atexit
 import contextlib
-import io
+import json
 import os
-import warnings
+import queue
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from cifar import decoder
 from cifar.errors import UserError
 
 FITS = ("crop", "letterbox")
-_MAX_PIXELS = 25_000_000
-# Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and not what hardly anybody
-# has: each decoder is one more that may have a security hole.
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
-
 Source = Path | bytes
+
+_MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
+_MEMORY = 950_000_000  # bytes, besides the program itself
+_SECONDS = 5  # for each image
+_GROUP = (25, 200_000)  # the images and bytes that a worker gets at once
+_CORES = min(32, os.cpu_count() or 1)
+# Workers, None for those that have not been started; at least 4, so that slow images do not keep others waiting.
+_workers: queue.LifoQueue["_Worker | None"] = queue.LifoQueue()
+for _ in range(max(4, _CORES)):
+    _workers.put(None)
 
 
 def decode(source: Source, size: int, fit: str = "crop") -> Tensor:
-    """Decode an image to uint8 (3, size, size): upright, on white, square.
+    """Decode an image to uint8 (3, size, size): upright, in sRGB, on white, square.
 
     source: a file's path or its bytes. fit: `crop` takes the largest square in the middle; `letterbox` keeps
-    everything and pads with white. An image that has this size already is not resampled. Raises UserError for what is
-    not an image, is damaged, or has over 25 million pixels, which is checked before it is unpacked.
+    everything and pads with white. An image that has this size already is not resampled. May be called in threads.
+    Raises UserError for what is not an image, is damaged, has over 100 million pixels, or takes over 1 GB or 5 seconds.
     """
-    with warnings.catch_warnings(action="ignore"):
-        return _decode(source, size, fit)
+    (result,) = _decode_group([source], size, fit)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def decode_all(sources: Sequence[Source], size: int, fit: str = "crop") -> list[Tensor | UserError]:
-    """Decode images in parallel threads; each result is what `decode` returns or raises."""
-
-    def attempt(source: Source) -> Tensor | UserError:
-        try:
-            return _decode(source, size, fit)
-        except UserError as error:
-            return error
-
-    # Pillow's warnings are silenced in all threads, so this is entered in one only.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(attempt, sources))
+    """Decode images in parallel; each result is what `decode` returns or raises."""
+    with ThreadPoolExecutor(_CORES) as pool:
+        groups = pool.map(lambda group: _decode_group(group, size, fit), _groups(sources))
+        return [result for group in groups for result in group]
 
 
 def read_rgb(path: Path) -> Image.Image | None:
     """Read an image file in RGB at its original size; None if it is missing, damaged or too large."""
-    ignored = warnings.catch_warnings(action="ignore")
-    with ignored, contextlib.suppress(Exception), _open(path) as image:  # any exception, as in _decode
-        return image.convert("RGB")
-    return None
+    (image,) = _decode_group([path], 0, "whole")
+    return None if isinstance(image, UserError) else Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def _decode(source: Source, size: int, fit: str) -> Tensor:
+def _groups(sources: Sequence[Source]) -> Iterator[list[Source]]:
+    """Put small images together, because each request to a worker takes as long as decoding one."""
+    group, total = [], 0
+    for source in sources:
+        try:
+            length = len(source) if isinstance(source, bytes) else source.stat().st_size
+        except OSError:  # reported when it is read
+            length = 0
+        if group and (len(group) == _GROUP[0] or total + length > _GROUP[1]):
+            yield group
+            group, total = [], 0
+        group.append(source)
+        total += length
+    if group:
+        yield group
+
+
+def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | UserError]:
+    """Decode images in one worker, and in a new one after each that exceeds the limits."""
+    results: list[bytes | Tensor | UserError] = [_read(source) for source in sources]
+    while waiting := [index for index, content in enumerate(results) if isinstance(content, bytes)]:
+        with _worker() as worker:
+            answers = worker.decode([results[index] for index in waiting], size, fit)
+            for index, answer in zip(waiting, answers):
+                results[index] = answer
+    return results
+
+
+def _read(source: Source) -> bytes | UserError:
     try:
-        with _open(source) as image:
-            square = _to_square(_to_eight_bits(_upright(image)), size, fit)
-            return torch.from_numpy(np.array(_over_white(square))).permute(2, 0, 1)
-    except UserError:
-        raise
-    except Exception:  # Pillow's decoders raise exceptions of any type for damaged files
-        raise UserError("the image is damaged or incomplete") from None
+        # Opening a named pipe would wait for its writer.
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            return UserError("this is not a regular file")
+        length = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if length > _MAX_BYTES:
+            return UserError(f"the file has {length / 1e6:,.0f} MB; the limit is {_MAX_BYTES / 1e6:.0f} MB")
+        return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
+    except OSError as error:
+        return UserError(f"the file cannot be read: {error.strerror}")
 
 
 @contextlib.contextmanager
-def _open(source: Source) -> Iterator[Image.Image]:
-    """Open an image without unpacking its pixels; its file is closed in any case."""
-    with _open_file(source) as file:
-        Image.init()  # registers the formats that this Pillow was built with
-        try:
-            image = Image.open(file, formats=[format for format in _FORMATS if format in Image.OPEN])
-        except Image.UnidentifiedImageError:
-            raise UserError("the file is not an image in a supported format, such as PNG, JPEG or WebP") from None
-        except Image.DecompressionBombError:
-            image = None
-        if image is None or image.width * image.height > _MAX_PIXELS:
-            raise UserError(f"the image has more than {_MAX_PIXELS // 10**6} million pixels")
-        yield image
-
-
-def _open_file(source: Source) -> BinaryIO:
-    """Open the file. Raises UserError if it cannot be read, is empty or is not a regular file."""
+def _worker() -> Iterator["_Worker"]:
+    """Wait for a worker and have it for oneself; one that does not come back in order is replaced."""
+    worker = _workers.get()
     try:
-        if isinstance(source, Path) and source.exists() and not source.is_file():
-            raise UserError("this is not a regular file")  # opening a named pipe would wait for its writer
-        if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
-            raise UserError("the file is empty")
-        return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    except OSError as error:
-        raise UserError(f"the file cannot be read: {error.strerror}") from None
+        if worker is None or worker.process.poll() is not None:
+            worker = None
+            worker = _Worker()
+        yield worker
+        if worker.process.poll() is not None:
+            worker = None
+    except BaseException:  # Ctrl-C in the middle of an answer
+        if worker:
+            worker.stop()
+        worker = None
+        raise
+    finally:
+        _workers.put(worker)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Unpack the first frame and turn it as the camera's orientation tag says, if that can be read."""
-    image.load()
-    with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+class _Worker:
+    """A process that decodes images and may be lost at any of them."""
+
+    def __init__(self):
+        command = [sys.executable, "-P", "-W", "ignore", decoder.__file__, str(_MEMORY), str(_SECONDS)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread of NumPy reserves memory
+        try:
+            # Ctrl-C in a terminal reaches the processes of its session only.
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        except OSError as error:
+            raise UserError(f"the image decoder cannot be started: {error.strerror}") from None
+        if not self.process.stdout.readline():
+            self.stop()
+            raise UserError("the image decoder cannot be started: is there too little memory, or a limit (ulimit)?")
+
+    def decode(self, contents: list[bytes], size: int, fit: str) -> Iterator[Tensor | UserError]:
+        """Yield the results, up to and including that of an image at which the process ended."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended while it read a large file
+            request = {"size": size, "fit": fit, "lengths": [len(content) for content in contents]}
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            for content in contents:
+                self.process.stdin.write(content)
+            self.process.stdin.flush()
+        for _ in contents:
+            started = time.monotonic()
+            width, height, error = decoder.ANSWER.unpack(self._read(decoder.ANSWER.size) or bytes(decoder.ANSWER.size))
+            answer = self._read(error or width * height * 3)
+            if not answer:
+                yield UserError(self._why_it_ended(time.monotonic() - started))
+                return
+            pixels = None if error else torch.frombuffer(answer, dtype=torch.uint8).view(height, width, 3)
+            yield UserError(answer.decode()) if pixels is None else pixels.permute(2, 0, 1)
+
+    def _read(self, length: int) -> bytearray:
+        """Return the next bytes of the answer; none if the process has ended."""
+        answer = bytearray(length)
+        return answer if self.process.stdout.readinto(answer) == length else bytearray()
+
+    def _why_it_ended(self, seconds: float) -> str:
+        advice = "make it smaller, or save it again as PNG or JPEG"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        self.stop()
+        if self.process.returncode == decoder.OUT_OF_MEMORY:
+            return f"the image takes over 1 GB of memory to decode: {advice}"
+        if seconds >= _SECONDS:
+            return f"the image takes over {_SECONDS} seconds to decode: {advice}"
+        return f"the image made its decoder crash: {advice}"
+
+    def stop(self) -> None:
+        """End the process, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert any mode to L, LA, RGB or RGBA, which Pillow resamples well."""
-    if image.mode.startswith(("I", "F")):
-        return _rescale_greyscale(image)
-    if "transparency" in image.info or image.mode in ("La", "PA", "RGBa"):
-        return image.convert("RGBA")
-    return image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
-
-
-def _rescale_greyscale(image: Image.Image) -> Image.Image:
-    """Convert greyscale of 16 or 32 bits or float to 8 bits, by the range of the narrowest type that holds it."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    reduced = image.reduce(max(1, min(image.size) // 1000))  # a pixel takes four times the memory of one of 8 bits
-    values = np.nan_to_num(np.asarray(reduced, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = min(0.0, float(values.min())), float(np.percentile(values, 99.9))  # a few pixels may be brighter
-    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-    top = next((top for top in ranges if high <= top), high)
-    return Image.fromarray(((values.clip(low, top) - low) * (255 / (top - low))).astype(np.uint8))
-
-
-def _to_square(image: Image.Image, size: int, fit: str) -> Image.Image:
-    if fit == "letterbox":
-        width, height = (max(1, round(length * size / max(image.size))) for length in image.size)
-        square = Image.new(image.mode, (size, size), "white")
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        square.paste(resized, (round((size - width) / 2), round((size - height) / 2)))
-        return square
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("L", "RGB"):
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+@atexit.register
+def _stop_workers() -> None:
+    while not _workers.empty():
+        if worker := _workers.get():
+            worker.stop()

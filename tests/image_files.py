@@ -111,8 +111,8 @@ REFUSED = {
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
     "JPEG 2000": (lambda: saved(sample(), "JPEG2000"), "not an image"),
     "random bytes": (lambda: np.random.default_rng(0).bytes(5000), "not an image"),
-    "25.01 megapixels": (lambda: bomb(5001, 5001), "has more than 25 million pixels"),
-    "bomb": (lambda: bomb(60_000, 60_000), "has more than 25 million pixels"),
+    "100.02 megapixels": (lambda: bomb(10_001, 10_001), "has 10,001 x 10,001 pixels; the limit is 100 million"),
+    "bomb": (lambda: bomb(60_000, 60_000), "has 60,000 x 60,000 pixels"),
     "PNG header alone": (lambda: saved(sample(), "PNG")[:40], "damaged or incomplete|not an image"),
     "truncated JPEG": (lambda: saved(sample(), "JPEG")[:300], "damaged or incomplete|not an image"),
 }

@@ -90,7 +90,7 @@ def test_a_file_that_is_truncated_or_has_flipped_bits_never_crashes_the_decoder(
         damaged.append(bytes(flipped))
     results = decode_all(damaged, SIZE)
     assert sum(isinstance(result, UserError) for result in results[:20]) >= 15
-    known = ("the image is damaged", "the image has", "the file is not an image")
+    known = ("the image is damaged", "the image has", "the file is")
     assert all(str(result).startswith(known) for result in results if isinstance(result, UserError))
 
 
@@ -106,6 +106,6 @@ def test_what_is_not_a_regular_file_is_refused_and_the_others_are_still_decoded(
 def test_an_image_that_is_too_large_to_be_shown_is_none(tmp_path, monkeypatch):
     Image.new("RGB", (20, 10)).save(tmp_path / "cat.png")
     assert read_rgb(tmp_path / "cat.png").size == (20, 10)
-    monkeypatch.setattr(images, "_MAX_PIXELS", 199)
+    monkeypatch.setattr(images, "_MAX_BYTES", 20)
     assert read_rgb(tmp_path / "cat.png") is None
     assert read_rgb(tmp_path / "none.png") is None

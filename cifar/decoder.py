@@ -1,0 +1,213 @@
+"""The rules by which image files are decoded, and the worker program that applies them within limits.
+
+`python decoder.py MEMORY SECONDS` writes a line once it is ready, and then answers requests until its input ends. A
+request is a line of JSON, {"size", "fit", "lengths"}, and the contents of files of these lengths. The answer to each
+file is three numbers, width, height and the length of an error, and then RGB pixels or the error. An image that takes
+over MEMORY bytes or SECONDS ends the program.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import importlib
+import io
+import json
+import signal
+import struct
+import sys
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+MAX_PIXELS = 100_000_000
+OUT_OF_MEMORY = 3  # the exit code
+ANSWER = struct.Struct("<III")  # width, height, length of the error
+# Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and not what hardly anybody
+# has: each decoder is one more that may have a security hole. MPO, which many cameras write, is opened by JPEG's.
+_FORMATS = ("Png", "Jpeg", "Gif", "WebP", "Avif", "Bmp", "Tiff", "Ppm", "Ico")
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+
+
+class Refused(Exception):
+    """The file is not an image that can be decoded; the message is a sentence for the user."""
+
+
+def decode(content: bytes, size: int, fit: str) -> Image.Image:
+    """Decode an image as a person sees it: upright, in sRGB, on white, 8 bits a channel.
+
+    fit: `crop` and `letterbox` as in images.decode, at size x size pixels; `whole` keeps the original size.
+    Raises Refused for what is not an image, is damaged, or has over 100 million pixels, which is checked before it is
+    unpacked, and MemoryError.
+    """
+    try:
+        image = _open(content)
+        if fit != "whole":
+            image.draft(None, (4 * size, 4 * size))  # lets JPEG unpack at a half to an eighth of its size
+        image.load()
+        image = _resize(_to_eight_bits(image), size, fit)
+        with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
+            ImageOps.exif_transpose(image, in_place=True)
+        image = _over_white(_to_srgb(image))
+        if fit != "letterbox":
+            return image
+        square = Image.new("RGB", (size, size), "white")
+        square.paste(image, tuple(round((size - length) / 2) for length in image.size))
+        return square
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files
+        if "memory" in str(error):
+            raise MemoryError from None
+        raise Refused(_problem(error, content)) from None
+
+
+def _problem(error: Exception, content: bytes) -> str:
+    if isinstance(error, Image.DecompressionBombError):  # within an ICO file
+        return "the image has over 100 million pixels: make it smaller"
+    if content.startswith((b"II*\0", b"MM\0*")):  # Pillow does not tell one from the other
+        return "the file is damaged, or a kind of TIFF that is not supported: save it as PNG or JPEG"
+    return "the image is damaged or incomplete"
+
+
+def _open(content: bytes) -> Image.Image:
+    """Open an image without unpacking its pixels."""
+    start = content[:16]
+    if start[4:8] == b"ftyp" and any(brand in content[8:40] for brand in (b"hei", b"hev")):
+        raise Refused("HEIC images are not supported: convert it to JPEG or PNG")
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name.upper(), (None, None))  # AVIF and WebP may be left out of Pillow
+        if factory and accept(start) is True:
+            image = factory(io.BytesIO(content), None)
+            if image.width * image.height > MAX_PIXELS:
+                shape = f"{image.width:,} x {image.height:,} pixels"
+                raise Refused(f"the image has {shape}; the limit is 100 million: make it smaller")
+            return image
+    raise Refused("the file is not an image in a supported format: convert it to JPEG or PNG")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert any mode to L, LA, RGB, RGBA, CMYK or LAB, which Pillow resamples well."""
+    if image.mode.startswith(("I", "F")):
+        grey = _to_grey(image)
+        grey.info = image.info
+        is_white_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow sees to this at 8 bits only
+        return ImageOps.invert(grey) if is_white_zero else grey
+    if "transparency" in image.info or image.mode in ("La", "PA", "RGBa"):
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Convert greyscale of many bits or float to 8 bits.
+
+    Up to 16 bits, the depth is the range. 32 bits and float do not say their range: it is 0 to 1 (float only), 255 or
+    65535, the first that most pixels do not exceed by more than twice, as sharpening does; more is clipped. Images
+    with negative values have the range of their pixels. In both cases a thousandth of the pixels may be outside.
+    """
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        native = image if image.mode == "I;16" else image.convert("I")  # from big-endian
+        return native.point(lambda value: value / 2 ** (bits - 8)).convert("L")
+    reduced = image.reduce(max(1, min(image.size) // 1000))  # a pixel takes four times the memory of one of 8 bits
+    values = np.nan_to_num(np.asarray(reduced, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
+    if low > -0.1 * high:
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        low, high = 0.0, next((top for top in ranges if high <= 2 * top), high)
+    if image.format == "PPM":  # Pillow stretches its values to 16 bits
+        low, high = 0.0, 65535.0
+    return Image.fromarray(((values.clip(low, high) - low) * (255 / max(high - low, 1e-30))).astype(np.uint8))
+
+
+def _resize(image: Image.Image, size: int, fit: str) -> Image.Image:
+    if fit == "whole":
+        return image
+    if fit == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    shape = [max(1, round(length * size / max(image.size))) for length in image.size]
+    return image.resize(shape, Image.Resampling.BICUBIC)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert by the image's color profile, if it has one that can be used."""
+    with contextlib.suppress(Exception):  # of any type, for malformed profiles and those of another mode
+        profile = b"" if image.mode == "LAB" else image.info.get("icc_profile")
+        if profile is not None and (transform := _transform(profile, image.mode)):
+            return ImageCms.applyTransform(image, transform)
+    return image
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform from a profile, or from CIELAB, to sRGB; None if it is sRGB already."""
+    source = ImageCms.getOpenProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
+    if profile and "sRGB" in ImageCms.getProfileDescription(source):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGBA" if mode == "RGBA" else "RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("LA", "RGBA"):
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _answer(content: bytes, size: int, fit: str) -> bytes:
+    try:
+        image = decode(content, size, fit)
+        return ANSWER.pack(*image.size, 0) + image.tobytes()
+    except Refused as error:
+        message = str(error).encode()
+        return ANSWER.pack(0, 0, len(message)) + message
+
+
+def main(memory: int, seconds: float) -> None:
+    """Answer requests; see the module."""
+    _prepare()
+    _limit(memory)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    answers.write(b"\n")
+    answers.flush()
+    while line := requests.readline():
+        request = json.loads(line)
+        try:
+            for content in [requests.read(length) for length in request["lengths"]]:
+                _set_deadline(seconds)
+                answers.write(_answer(content, request["size"], request["fit"]))
+                answers.flush()
+                _set_deadline(0)
+        except MemoryError:
+            sys.exit(OUT_OF_MEMORY)
+
+
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
+    for name in (*_FORMATS, "Mpo"):
+        importlib.import_module(f"PIL.{name}ImagePlugin")
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow, which looks into ICO too, refuses over twice this
+    # Long texts and profiles are no damage; memory and time have other limits.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 10**9
+
+
+def _limit(memory: int) -> None:
+    with contextlib.suppress(ImportError):  # Windows has no limits
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+
+
+def _set_deadline(seconds: float) -> None:
+    """End this program in that many seconds, whatever it is doing then; 0: no more."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it
+    elif seconds:  # takes 0.1 ms, where that takes 0.001 ms
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
