@@ -3,15 +3,19 @@
 torch, pandas and matplotlib are imported where they are used, so that the leaderboard appears at once.
 """
 
+import functools
 import hashlib
+import statistics
 import string
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.text import Text
 
 from cifar import console, runs
@@ -21,17 +25,19 @@ from cifar.records import Metrics
 from cifar.runs import Run
 
 if TYPE_CHECKING:
-    import pandas
-
-    from cifar.style import Axes, Figure
+    from cifar.style import Figure
 
 LETTERS = string.ascii_uppercase
 TTA = "accuracy (TTA)"
 COLUMNS = "run", "status", "accuracy", TTA, "seconds", "seed", "epochs", "loss", "calibration", "recipe", "dataset"
-METHOD = (
-    "p values are from McNemar's exact test on the predictions without TTA, with Holm's correction for several pairs; "
-    "`python main.py --seeds 5` shows how much accuracy varies between seeds"
-)
+NOT_SET, NO_EFFECT = "not set", "no effect"
+_CONDITIONS = {  # settings that have an effect in some runs only
+    "momentum": lambda config: config.optimizer != "adam",
+    "patience": lambda config: config.val_size > 0,
+    "crop_mode": lambda config: config.crop > 0,
+    "small_size": lambda config: config.small_epochs > 0,
+    "hard_share": lambda config: config.hard_epochs > 0,
+}
 _FORMATS = {"accuracy": ".2%", TTA: ".2%", "calibration": ".2%", "loss": ".4f", "seconds": ",.0f"}
 _CLASSES = 10  # that a table or a figure has room for
 # Okabe and Ito 2008: safe if color-blind.
@@ -147,162 +153,211 @@ def _cell(row: dict[str, Any], column: str) -> str | Text:
 # Comparisons.
 
 
-def compare(found: Sequence[Run]) -> dict[str, Any]:
-    """Compare two or more evaluated runs; returns the content of comparison.json, which calls them A, B and so on.
+def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
+    """Compare evaluated runs; returns the content of comparison.json, which calls them A, B and so on.
 
-    Raises UserError if a run is given twice, is not evaluated or has a damaged record; anything else that is missing
-    or damaged is left out, with a sentence in `notes`.
+    The runs of one directory of --seeds are compared as one, by their means, unless `pairs` is true or there are no
+    others. `notes` say which are not tested, and why. Raises UserError if a run is given twice, is not evaluated or is
+    damaged.
     """
-    if not 2 <= len(found) <= len(LETTERS):
-        raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(found)}; `invoke compare` lists them")
     if repeated := next((run.path.name for run in found if found.count(run) > 1), None):
         raise UserError(f"{repeated} is given twice")
-    notes: list[str] = []
-    rows = [_describe(letter, run, notes) for letter, run in zip(LETTERS, found)]
-    differences = _differences(_read_outcomes(found, rows, notes), notes)
-    names = dict.fromkeys(name for row in rows for name in row["settings"])
-    settings = [{"name": name, "values": [row["settings"].get(name, "not set") for row in rows]} for name in names]
+    groups = defaultdict(list)
+    for run in found:
+        groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
+    if pairs or len(groups) == 1:
+        groups = {run.path: [run] for run in found}
+    groups = {path if len(members) > 1 else members[0].path: members for path, members in groups.items()}
+    if not 2 <= len(groups) <= len(LETTERS):
+        raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `invoke compare` lists them")
+    rows = [_describe(letter, path, members) for letter, (path, members) in zip(LETTERS, groups.items())]
+    pairs, notes = _pairs(dict(zip(LETTERS, groups.values())))
+    recalls = [row["classes"] for row in rows]
+    names = recalls[0] if all(recall.keys() == recalls[0].keys() for recall in recalls) else ()
     return {
         "runs": rows,
-        "pairs": _pairs(differences),
-        "method": METHOD,
+        "pairs": pairs,
         "notes": notes,
-        "classes": _by_class(rows, differences),
-        "settings": [row for row in settings if any(value != row["values"][0] for value in row["values"])],
+        "classes": [{"class": name, "recall": [recall[name] for recall in recalls]} for name in names],
+        "settings": _different_settings([row["settings"] for row in rows]),
     }
 
 
-def _describe(letter: str, run: Run, notes: list[str]) -> dict[str, Any]:
-    """Collect one run's metrics, settings, recall by class and curve."""
-    config, metrics, history = run.config, run.metrics, []
-    try:
-        history = run.history()
-    except UserError as error:
-        notes.append(f"{letter} has no curve: {error}")
+def _describe(letter: str, path: Path, members: Sequence[Run]) -> dict[str, Any]:
+    """Collect the metrics, settings, recall by class and curves of a run, or of several seeds: their means."""
+    config, metrics = members[0].config, [run.metrics for run in members]
+    seeds = sorted(run.config.seed for run in members)
+    numbers = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
+    headlines = [headline(run) for run in members]
+    recalls = [{name: scores.recall for name, scores in one.per_class.items()} for one in metrics]
     return {
         "letter": letter,
-        "run": run.path.name,
-        "path": display_path(run.path),
-        "subject": f"{config.title} on {Path(config.dataset).name}, seed {config.seed}",
-        **headline(run),
-        **metrics.model_dump(mode="json", include={"n", "interval_95", "interval_95_tta", "test_sha256"}),
-        "settings": _settings(run),
-        "classes": {name: scores.recall for name, scores in metrics.per_class.items()},
-        "curves": {name: [getattr(record, name) for record in history] for name in ("epoch", "val_accuracy")},
+        "run": path.name,
+        "path": display_path(path),
+        "subject": f"{config.title} on {Path(config.dataset).name}, {numbers}",
+        "seeds": seeds,
+        **{name: _mean([one[name] for one in headlines]) for name in headlines[0]},
+        "interval_95": _interval(metrics, ""),
+        "interval_95_tta": _interval(metrics, "_tta"),
+        "n": metrics[0].n,
+        "test_sha256": metrics[0].test_sha256,
+        "settings": [_settings(run) for run in members],
+        "classes": {name: _mean([one.get(name) for one in recalls]) for name in recalls[0]},
+        "curves": [_curve(run) for run in members],
     }
+
+
+def _curve(run: Run) -> dict[str, list]:
+    epochs = [epoch for epoch in run.history() if epoch.val_accuracy is not None]
+    return {name: [getattr(epoch, name) for epoch in epochs] for name in ("epoch", "val_accuracy")}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
+
+
+def _interval(metrics: Sequence[Metrics], suffix: str) -> list[float]:
+    """Return the 95% interval of a run's accuracy, or of the mean over several."""
+    if len(metrics) == 1:
+        return list(getattr(metrics[0], f"interval_95{suffix}"))
+    from cifar.metrics import mean_and_spread
+
+    return mean_and_spread([getattr(one, f"accuracy{suffix}") for one in metrics], 0, 1)["interval_95"]
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """Collect the settings that the run has recorded, and what else its result depends on."""
-    record, recorded = run.record, runs.read_json(run.path / "config.json")
-    settings = run.config.model_dump(include=recorded.keys() - set(LOCATIONS))
+    record, config = run.record, run.config
+    settings = config.model_dump(include=runs.read_json(run.path / runs.CONFIG).keys() - set(LOCATIONS))
     facts = {
-        "precision in use": record.precision,
-        "hardware": record.hardware,
+        "device": record.hardware,
+        "precision": record.precision,
         "threads": record.threads,
         "parameters": record.model and record.model.parameters,
         "PyTorch": (record.versions or {}).get("torch"),
         "commit": record.commit and record.commit[:12] + (" with changes" if record.dirty else ""),
     }
-    return {name: value for name, value in {**settings, **facts}.items() if value is not None}
+    known = {name: value for name, value in (*settings.items(), *facts.items()) if value is not None}
+    return known | {name: NO_EFFECT for name, has_effect in _CONDITIONS.items() if not has_effect(config)}
 
 
-def _read_outcomes(found: Sequence[Run], rows: list[dict[str, Any]], notes: list[str]) -> dict[str, "pandas.Series"]:
-    """Return, by letter, 1.0 for each test image that the run predicted correctly, else 0.0, indexed by true class.
+def _different_settings(settings: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """List the settings that differ where they have an effect. settings: of each run, or of each seed of it."""
+    rows = []
+    for name in dict.fromkeys(name for members in settings for one in members for name in one):
+        by_run = [dict.fromkeys(str(one.get(name, NOT_SET)) for one in members) for members in settings]
+        values = [", ".join(values) for values in by_run]
+        if len({*values} - {NO_EFFECT}) > 1:
+            rows.append({"name": name, "values": values})
+    return rows
 
-    Each is named by the test set's SHA-256. A run whose predictions.csv cannot be read, or is not of the evaluation
-    that wrote metrics.json, has none.
-    """
-    import pandas
 
-    from cifar import evaluate
+# Tests of significance.
 
-    outcomes = {}
-    for run, row in zip(found, rows):
+
+def _pairs(groups: Mapping[str, Sequence[Run]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Test the difference of each two, with Holm's correction; returns, too, why some cannot be tested."""
+    from cifar.metrics import SIGNIFICANCE_LEVEL, holm
+
+    pairs, reasons, read = [], defaultdict(list), functools.cache(_read_outcomes)
+    for (first, before), (second, after) in combinations(groups.items(), 2):
         try:
-            table = evaluate.read_predictions(run)
-            correct = (table["true"] == table["predicted"]).to_numpy(float)
-            if len(correct) != row["n"] or abs(correct.sum() - row["accuracy"] * row["n"]) > 0.5:
-                raise UserError(f"{display_path(run.path / 'predictions.csv')} does not fit the run's metrics.json")
-            outcomes[row["letter"]] = pandas.Series(correct, table["true"], name=row["test_sha256"])
-        except UserError as error:
-            notes.append(f"{row['letter']} is left out of the paired tests: {error}")
-    return outcomes
+            pairs.append({"first": first, "second": second, **_difference(before, after, read)})
+        except UserError as reason:
+            reasons[str(reason)].append(f"{first} and {second}")
+    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs])):
+        better = pair["second" if pair["difference"] > 0 else "first"]
+        pair |= {"p_corrected": p, "better": better if p < SIGNIFICANCE_LEVEL else None}
+        pair["verdict"] = _verdict(pair)
+    return pairs, [f"not tested: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
-def _differences(outcomes: dict[str, "pandas.Series"], notes: list[str]) -> dict[tuple[str, str], "pandas.Series"]:
-    """Return, for each two runs of one test set, 1 for each image that only the second got right, -1 if only the first.
+def _difference(before: Sequence[Run], after: Sequence[Run], read: Callable) -> dict[str, Any]:
+    """Test the difference of two runs, or of two recipes over seeds. Raises UserError with a reason if it cannot be."""
+    metrics = [run.metrics for run in (*before, *after)]
+    supports = [[(name, scores.support) for name, scores in one.per_class.items()] for one in metrics]
+    if len({one.test_sha256 for one in metrics} - {None}) > 1 or any(one != supports[0] for one in supports):
+        raise UserError("the test sets differ")
+    if len(before) == len(after) == 1:
+        return _mcnemar(read(before[0]), read(after[0]))
+    if 1 in (len(before), len(after)):
+        raise UserError("one seed does not show how much accuracy varies between seeds; --pairs tests single runs")
+    return _t_test(before, after)
 
-    Where a hash was not saved, the true classes decide whether the test sets are the same.
+
+def _read_outcomes(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return the true class of each test image, and 1.0 where the run predicted it correctly, else 0.0.
+
+    Raises UserError if predictions.csv cannot be read, or is not of the evaluation that wrote metrics.json.
     """
-    differences, unpaired = {}, []
-    for (first, before), (second, after) in combinations(outcomes.items(), 2):
-        if len({before.name, after.name} - {None}) < 2 and before.index.equals(after.index):
-            differences[first, second] = after - before
-        else:
-            unpaired.append(f"{first} and {second}")
-    if unpaired:
-        notes.append(f"not tested, because the test sets differ: {', '.join(unpaired)}")
-    return differences
+    from cifar.evaluate import read_predictions
+
+    table, metrics = read_predictions(run), run.metrics
+    correct = (table["true"] == table["predicted"]).to_numpy(float)
+    if len(correct) != metrics.n or abs(correct.sum() - metrics.accuracy * metrics.n) > 0.5:
+        raise UserError(f"{display_path(run.path / 'predictions.csv')} does not fit the run's metrics.json")
+    return table["true"].to_numpy(), correct
 
 
-def _interval(differences: "pandas.Series") -> list[float] | None:
-    """Return the 95% interval of the mean; None for a single value."""
-    from cifar.metrics import mean_and_spread
-
-    return mean_and_spread(differences.to_numpy())["interval_95"] if len(differences) > 1 else None
-
-
-def _pairs(differences: dict[tuple[str, str], "pandas.Series"]) -> list[dict[str, Any]]:
-    """Apply McNemar's test to each pair of runs, with Holm's correction."""
+def _mcnemar(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    """Apply McNemar's exact test to the outcomes of two runs on the same images."""
     from cifar import metrics
 
-    pairs = []
-    for (first, second), difference in differences.items():
-        counts = {"only_first": int((difference < 0).sum()), "only_second": int((difference > 0).sum())}
-        effect = {"difference": float(difference.mean()), "interval_95": _interval(difference)}
-        p = metrics.mcnemar(*counts.values())
-        pairs.append({"first": first, "second": second, "n": len(difference), **counts, **effect, "p": p})
-    for pair, p in zip(pairs, metrics.holm([pair["p"] for pair in pairs])):
-        better = pair["second" if pair["difference"] > 0 else "first"]
-        pair |= {"p_corrected": p, "better": better if p < metrics.SIGNIFICANCE_LEVEL else None}
-        pair["verdict"] = _verdict(pair)
-    return pairs
+    if not np.array_equal(first[0], second[0]) or len(first[0]) < 2:
+        raise UserError("the test sets differ, or have a single image")
+    difference = second[1] - first[1]  # 1 where only the second was right, -1 where only the first was
+    counts = {"only_first": int((difference < 0).sum()), "only_second": int((difference > 0).sum())}
+    return {
+        "n": len(difference),
+        **counts,
+        "difference": float(difference.mean()),
+        "interval_95": metrics.mean_and_spread(difference)["interval_95"],
+        "p": metrics.mcnemar(*counts.values()),
+        "test": f"McNemar's exact test on {len(difference):,} images",
+    }
+
+
+def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
+    """Apply the t-test to the accuracies over seeds: paired (Student 1908) if the seeds are the same, else Welch's."""
+    from scipy.stats import ttest_ind, ttest_rel
+
+    before, after = (sorted(members, key=lambda run: run.config.seed) for members in (before, after))
+    is_paired = [run.config.seed for run in before] == [run.config.seed for run in after]
+    result: dict[str, Any] = {"seeds": [len(before), len(after)]}
+    for suffix in ("", "_tta"):
+        first, second = (
+            np.array([getattr(run.metrics, f"accuracy{suffix}") for run in members]) for members in (before, after)
+        )
+        if max(np.ptp(values) for values in ([second - first] if is_paired else [first, second])) < 1e-9:
+            raise UserError("the accuracy does not vary between these seeds, so that more are needed for a test")
+        test = ttest_rel(second, first) if is_paired else ttest_ind(second, first, equal_var=False)
+        result |= {
+            f"difference{suffix}": float(second.mean() - first.mean()),
+            f"interval_95{suffix}": [float(end) for end in test.confidence_interval()],
+            f"p{suffix}": float(test.pvalue),
+        }
+    kind, count = "paired" if is_paired else "Welch's", " and ".join(dict.fromkeys(map(str, result["seeds"])))
+    return {**result, "test": f"{kind} t-test over {count} seeds"}
 
 
 def _verdict(pair: dict[str, Any]) -> str:
-    low, high = pair["interval_95"] or [pair["difference"]] * 2
-    p = pair["p_corrected"]
+    """Say which is better, or ahead, and by how many points."""
+    is_second, p = pair["difference"] > 0, pair["p_corrected"]
+    ahead, behind = (pair["second"], pair["first"]) if is_second else (pair["first"], pair["second"])
+
+    def points(suffix: str) -> list[float]:
+        low, high = pair[f"interval_95{suffix}"]
+        values = (pair[f"difference{suffix}"], low, high) if is_second else (-pair[f"difference{suffix}"], -high, -low)
+        return [100 * value + 0.0 for value in values]  # without -0.0
+
+    start = f"{ahead} is better than {behind}" if pair["better"] else f"no difference shown: {ahead} leads {behind}"
     p_text = f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1e}" if p >= 1e-300 else "p < 1e-300"
-    points = f"{100 * pair['difference']:+.2f} points, 95% interval {100 * low:+.2f} to {100 * high:+.2f}, {p_text}"
-    conclusion = f"{pair['better']} is better" if pair["better"] else "no significant difference"
-    return f"{pair['second']} - {pair['first']} is {points}: {conclusion}"
+    interval = "{:.2f} points of test accuracy, 95% interval {:.2f} to {:.2f}".format(*points(""))
+    tta = "; with TTA {:.2f} points, {:.2f} to {:.2f}".format(*points("_tta")) if "seeds" in pair else ""
+    return f"{start} by {interval}, {p_text} ({pair['test']}){tta}"
 
 
-def _by_class(rows: list[dict[str, Any]], differences: dict[tuple[str, str], "pandas.Series"]) -> list[dict[str, Any]]:
-    """List each class with the recall of every run and the differences from the first; empty if the classes differ.
-
-    interval_95: of each difference, None where the runs share no test set.
-    """
-    recalls = [row["classes"] for row in rows]
-    if any(one.keys() != recalls[0].keys() for one in recalls):
-        return []
-    of_first = [differences.get(("A", row["letter"])) for row in rows[1:]]
-    return [
-        {
-            "class": name,
-            "recall": [one[name] for one in recalls],
-            "difference": [one[name] - recalls[0][name] for one in recalls[1:]],
-            "interval_95": [None if each is None else _interval(each[each.index == name]) for each in of_first],
-        }
-        for name in recalls[0]
-    ]
-
-
-def most_different(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the classes for which there is room: those whose recall differs most from the first run's, in order."""
-    largest = sorted(classes, key=lambda row: -max(map(abs, row["difference"])))[:_CLASSES]
-    return [row for row in classes if row in largest]
+# Output.
 
 
 def folder(output_dir: str, comparison: dict[str, Any]) -> Path:
@@ -328,22 +383,25 @@ def write(comparison: dict[str, Any], folder: Path) -> Path:
 
 def show_comparison(comparison: dict[str, Any]) -> None:
     """Print the comparison's tables, and last its conclusions."""
-    rows, pairs, classes = comparison["runs"], comparison["pairs"], most_different(comparison["classes"])
+    rows, pairs = comparison["runs"], comparison["pairs"]
     for run in rows:
         console.say(f"{run['letter']}  {run['path']}: {run['subject']}")
     letters = [run["letter"] for run in rows]
     show_table("test split, with 95% intervals", [_test_cells(run) for run in rows])
+    classes = sorted(comparison["classes"], key=lambda row: min(row["recall"]) - max(row["recall"]))[:_CLASSES]
     recalls = [{letter: f"{recall:.1%}" for letter, recall in zip(letters, row["recall"])} for row in classes]
     cells = [{"class": row["class"], **recall} for row, recall in zip(classes, recalls)]
     show_table(f"recall of the {len(classes)} classes that differ most", cells)
-    settings = [(row["name"], map(str, row["values"])) for row in comparison["settings"]]
-    show_table("settings that differ", [{"setting": name, **dict(zip(letters, values))} for name, values in settings])
+    settings = [{"setting": row["name"], **dict(zip(letters, row["values"]))} for row in comparison["settings"]]
+    show_table("settings that differ", settings)
     for note in comparison["notes"]:
         console.say(note, style="yellow")
     for pair in pairs:
         console.say(pair["verdict"], style="bold" if pair["better"] else None)
-    if pairs:
-        console.say(comparison["method"])
+    if len(pairs) > 1:
+        console.say("p values are corrected for the number of pairs (Holm)")
+    if any("seeds" not in pair for pair in pairs):
+        console.say("how much recipes differ, and not two runs: `invoke compare` with two directories of --seeds")
 
 
 def _test_cells(run: dict[str, Any]) -> dict[str, str]:
@@ -362,55 +420,31 @@ def _test_cells(run: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(comparison: dict[str, Any]) -> "Figure":
-    """Draw accuracies, validation accuracy by epoch and differences by class; inside `style.drawing`."""
+    """Draw test accuracies with their intervals, and validation accuracy by epoch; inside `style.drawing`."""
     from cifar import style
 
-    rows, classes = comparison["runs"], most_different(comparison["classes"])
-    curves = [(color, line, run["curves"]) for run, (color, line) in zip(rows, _LOOKS)]
-    curves = [one for one in curves if {*one[2]["val_accuracy"]} - {None}]
-    figure = style.canvas(f"comparison of {len(rows)} runs", 14, 6 + 0.4 * len(rows))
-    panels = ["accuracy", "epochs"] if curves else ["accuracy"]
-    axes = figure.subplot_mosaic([[panel, "classes"] if classes else [panel] for panel in panels])
-    _draw_accuracies(axes["accuracy"], rows)
-    for color, line, curve in curves:
-        axes["epochs"].plot(curve["epoch"], curve["val_accuracy"], line, color=color, marker=".")
+    rows = comparison["runs"]
+    has_curves = any(curve["epoch"] for run in rows for curve in run["curves"])
+    figure = style.canvas(f"comparison of {len(rows)} runs", 10, 3 + 3 * has_curves + 0.5 * len(rows))
+    axes = figure.subplot_mosaic([["accuracy"], ["epochs"]][: 1 + has_curves])
+    for number, (run, (color, line)) in enumerate(zip(rows, _LOOKS)):
+        label = style.label(f"{run['letter']}  {run['run']}: {run['subject']}", 150)
+        axes["accuracy"].plot([], [], line, color=color, label=label)
+        for height, marker, suffix in ((number - 0.12, "o", ""), (number + 0.12, "D", "_tta")):
+            axes["accuracy"].plot(run[f"interval_95{suffix}"], [height] * 2, color=color)
+            axes["accuracy"].plot(run[f"accuracy{suffix}"], height, marker, color=color, markersize=5)
+        for curve in run["curves"]:
+            if curve["epoch"]:
+                axes["epochs"].plot(curve["epoch"], curve["val_accuracy"], line, color=color, marker=".")
+    title = "test accuracy (dot) and with TTA (diamond), 95% interval"
+    axes["accuracy"].set(title=title, ylim=(len(rows) - 0.5, -0.5))
+    axes["accuracy"].set_yticks(range(len(rows)), [run["letter"] for run in rows])
+    style.label_percent(axes["accuracy"], "x")
+    if has_curves:
         axes["epochs"].set(title="validation accuracy", xlabel="epoch")
         axes["epochs"].xaxis.set_major_locator(style.MaxNLocator(integer=True))
         style.label_percent(axes["epochs"], "y")
-    if classes:
-        _draw_classes(axes["classes"], classes)
     for panel in axes.values():
         panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
     return figure
-
-
-def _draw_accuracies(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
-    """Draw both accuracies of each run with their intervals, one row per run."""
-    from cifar.style import label_percent
-
-    for row, (run, (color, line)) in enumerate(zip(rows, _LOOKS)):
-        axes.plot([], [], line, color=color, label=f"{run['letter']}  {run['run']}: {run['subject']}")
-        for height, marker, suffix in ((row - 0.12, "o", ""), (row + 0.12, "D", "_tta")):
-            axes.plot(run[f"interval_95{suffix}"], [height] * 2, color=color)
-            axes.plot(run[f"accuracy{suffix}"], height, marker, color=color, markersize=5)
-    axes.set(title="test accuracy (dot) and with TTA (diamond), 95% interval", ylim=(len(rows) - 0.5, -0.5))
-    axes.set_yticks(range(len(rows)), [run["letter"] for run in rows])
-    label_percent(axes, "x")
-
-
-def _draw_classes(axes: "Axes", classes: Sequence[dict[str, Any]]) -> None:
-    """Draw each class's difference in recall from the first run, with its interval if there is one."""
-    from cifar.style import label
-
-    for row, one in enumerate(classes):
-        count = len(one["difference"])
-        for n, (difference, interval) in enumerate(zip(one["difference"], one["interval_95"])):
-            color, height = _LOOKS[n + 1][0], row + 0.7 * ((n + 0.5) / count - 0.5)
-            axes.plot(100 * difference, height, "o", color=color, markersize=4)
-            if interval:
-                axes.plot([100 * end for end in interval], [height] * 2, color=color, linewidth=1)
-    axes.axvline(0, color="grey", linewidth=1)
-    axes.set(title="recall minus that of A, in points", ylim=(len(classes) - 0.4, -0.6))
-    axes.set_yticks(range(len(classes)), [label(one["class"]) for one in classes])
-    axes.xaxis.set_major_formatter("{x:+g}")
