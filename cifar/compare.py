@@ -167,11 +167,11 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
         groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
     if pairs or len(groups) == 1:
         groups = {run.path: [run] for run in found}
-    groups = {path if len(members) > 1 else members[0].path: members for path, members in groups.items()}
     if not 2 <= len(groups) <= len(LETTERS):
         raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `invoke compare` lists them")
-    rows = [_describe(letter, path, members) for letter, (path, members) in zip(LETTERS, groups.items())]
-    pairs, notes = _pairs(dict(zip(LETTERS, groups.values())))
+    recipes = dict(zip(LETTERS, (sorted(members, key=lambda run: run.config.seed) for members in groups.values())))
+    rows = [_describe(letter, members) for letter, members in recipes.items()]
+    pairs, notes = _pairs(recipes)
     recalls = [row["classes"] for row in rows]
     names = recalls[0] if all(recall.keys() == recalls[0].keys() for recall in recalls) else ()
     return {
@@ -183,10 +183,11 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     }
 
 
-def _describe(letter: str, path: Path, members: Sequence[Run]) -> dict[str, Any]:
+def _describe(letter: str, members: Sequence[Run]) -> dict[str, Any]:
     """Collect the metrics, settings, recall by class and curves of a run, or of several seeds: their means."""
     config, metrics = members[0].config, [run.metrics for run in members]
-    seeds = sorted(run.config.seed for run in members)
+    path, seeds = members[0].path, [run.config.seed for run in members]
+    path = path if len(members) == 1 else path.parent
     numbers = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
     headlines = [headline(run) for run in members]
     recalls = [{name: scores.recall for name, scores in one.per_class.items()} for one in metrics]
@@ -202,7 +203,9 @@ def _describe(letter: str, path: Path, members: Sequence[Run]) -> dict[str, Any]
         "n": metrics[0].n,
         "test_sha256": metrics[0].test_sha256,
         "settings": [_settings(run) for run in members],
-        "classes": {name: _mean([one.get(name) for one in recalls]) for name in recalls[0]},
+        "classes": {
+            name: _mean([one[name] for one in recalls]) for name in recalls[0] if all(name in one for one in recalls)
+        },
         "curves": [_curve(run) for run in members],
     }
 
@@ -255,12 +258,12 @@ def _different_settings(settings: Sequence[Sequence[dict[str, Any]]]) -> list[di
 # Tests of significance.
 
 
-def _pairs(groups: Mapping[str, Sequence[Run]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _pairs(recipes: Mapping[str, Sequence[Run]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Test the difference of each two, with Holm's correction; returns, too, why some cannot be tested."""
     from cifar.metrics import SIGNIFICANCE_LEVEL, holm
 
     pairs, reasons, read = [], defaultdict(list), functools.cache(_read_outcomes)
-    for (first, before), (second, after) in combinations(groups.items(), 2):
+    for (first, before), (second, after) in combinations(recipes.items(), 2):
         try:
             pairs.append({"first": first, "second": second, **_difference(before, after, read)})
         except UserError as reason:
@@ -321,7 +324,6 @@ def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
     """Apply the t-test to the accuracies over seeds: paired (Student 1908) if the seeds are the same, else Welch's."""
     from scipy.stats import ttest_ind, ttest_rel
 
-    before, after = (sorted(members, key=lambda run: run.config.seed) for members in (before, after))
     is_paired = [run.config.seed for run in before] == [run.config.seed for run in after]
     result: dict[str, Any] = {"seeds": [len(before), len(after)]}
     for suffix in ("", "_tta"):
