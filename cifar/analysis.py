@@ -46,7 +46,7 @@ def write(run: Run, dataset: Dataset, evaluation: Evaluation) -> None:
     """Write analysis.json, and saliency.npz with the saliency of every image that it names."""
     probabilities, labels = evaluation.probabilities, dataset.test.labels.numpy()
     pairs = [pair.model_dump() for pair in evaluation.metrics.most_confused]
-    run.write("analysis.json", analyze(probabilities, labels, dataset.classes, pairs))
+    run.write("analysis.json", analyze(probabilities, labels, dataset.classes, pairs, dataset.test_files))
     indices = list(dict.fromkeys(image.index for image in images(run.read("analysis.json"))))
     maps = np.zeros((len(indices), *dataset.test.images.shape[-2:]), np.uint8)
     for number, index in enumerate(indices):
@@ -58,17 +58,22 @@ def write(run: Run, dataset: Dataset, evaluation: Evaluation) -> None:
 
 
 def analyze(
-    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], most_confused: Sequence[dict[str, Any]]
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    most_confused: Sequence[dict[str, Any]],
+    files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Rank the mistakes and compute the curves of probabilities (N, C): the content of analysis.json.
 
-    most_confused: the pairs of metrics.json. Images are named by their index in the split.
+    most_confused: the pairs of metrics.json. files: of the images; none if they have no files of their own.
     """
     import pandas
 
     predicted, names = probabilities.argmax(1), np.array(classes, dtype=object)
     columns = {"index": np.arange(len(labels)), "true": names[labels], "predicted": names[predicted]}
     columns |= {"confidence": probabilities.max(1), "true_probability": probabilities[columns["index"], labels]}
+    columns |= {"file": list(files)} if files else {}
     wrong = pandas.DataFrame(columns)[predicted != labels]
     # By log odds rather than confidence: of the first 30 test images of CIFAR-10 in a run of `fast`, people (CIFAR-10H,
     # Peterson et al. 2019) chose another class than the label for 9 by log odds and for 5 by confidence.
@@ -97,12 +102,15 @@ def _top(rows: "DataFrame", column: str, most: int) -> list[dict[str, Any]]:
 
 
 def _precision_recall(is_class: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
-    """Compute precision and recall of one class at the first threshold for each percent of recall, to four decimals."""
+    """Compute precision and recall of one class at the first threshold for each percent of recall, to four decimals.
+
+    A class of few images has as few points.
+    """
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, _ = precision_recall_curve(is_class, probability)
     precision, recall = precision[::-1], recall[::-1]  # recall rises
-    indices = np.searchsorted(recall, np.linspace(0, 1, _CURVE_POINTS)[1:] - 1e-12)
+    indices = np.unique(np.searchsorted(recall, np.linspace(0, 1, _CURVE_POINTS)[1:] - 1e-12))
     return {"recall": recall[indices].round(4).tolist(), "precision": precision[indices].round(4).tolist()}
 
 
@@ -171,9 +179,11 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
     """Measure accuracy and calibration of the run's best weights under each corruption; write corruptions.json.
 
     Takes at most 2,000 test images, drawn by the run's seed. Calls advance(1) after each of the CELLS corruptions.
-    Raises UserError if the run has not been evaluated or the dataset is not the run's.
+    Raises UserError if the run has not been evaluated, the dataset is not the run's, or the history, without which
+    there is no page to show the result, is damaged.
     """
     run.check_dataset(dataset.name)
+    run.history()
     temperature, seed = run.metrics.calibration.temperature, run.config.seed
     network, _ = evaluate.load_network(run, dataset.classes)
     target = device.choose(device_name)
@@ -253,21 +263,16 @@ def _through_jpeg(image: Tensor, quality: int) -> Tensor:
         return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
 
 
-def tabulate(corruptions: Corruptions, key: str) -> "DataFrame":
-    """Return accuracy or expected_calibration_error by corruption, the mildest first, and by severity, from "1"."""
-    import pandas
-
-    rows = corruptions.corruptions
-    kinds = sorted(rows, key=lambda kind: -np.mean([cell.accuracy for cell in rows[kind]]))
-    values = pandas.DataFrame([[getattr(cell, key) for cell in rows[kind]] for kind in kinds], index=kinds)
-    return values.rename(columns=lambda column: str(column + 1))
-
-
 def show_corruptions(corruptions: Corruptions) -> None:
     """Print accuracy by corruption and severity, the mildest corruption first."""
-    shown, errors = tabulate(corruptions, "accuracy"), tabulate(corruptions, "expected_calibration_error")
-    shown = shown.assign(mean=shown.mean(axis=1), **{"calibration error": errors.mean(axis=1)})
-    columns = {name: [f"{value:.1%}" for value in values] for name, values in shown.items()}
+    rows = []
+    for kind, cells in corruptions.corruptions.items():
+        accuracies = [cell.accuracy for cell in cells]
+        error = np.mean([cell.expected_calibration_error for cell in cells])
+        rows.append([kind, *accuracies, np.mean(accuracies), error])
+    kinds, *values = zip(*sorted(rows, key=lambda row: -row[-2]))
+    heads = [*map(str, range(1, len(values) - 1)), "mean", "calibration error"]
+    columns = {head: [f"{value:.1%}" for value in column] for head, column in zip(heads, values)}
     title = f"accuracy by corruption and severity: {corruptions.dataset}, {corruptions.n:,} test images"
-    console.out.print(console.table(title, {"corruption": list(shown.index), **columns}))
+    console.out.print(console.table(title, {"corruption": kinds, **columns}))
     console.say(f"mean accuracy {corruptions.mean.accuracy:.1%}; on the clean images {corruptions.clean.accuracy:.1%}")

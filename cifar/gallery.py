@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PLAIN = "test split, without test-time augmentation"
 _IMAGES, _COLUMNS = 32, 8  # of the test split
-_SAMPLES, _SAMPLE_ROWS = 12, 20  # training images per class, and classes
+_SAMPLES, _SAMPLE_ROWS = 10, 20  # training images per class, and classes
 
 
 def misclassified(predictions: "DataFrame", dataset: Dataset, subject: str) -> Figure:
@@ -36,10 +36,10 @@ def sample_predictions(predictions: "DataFrame", dataset: Dataset, subject: str)
 
 
 def _grid(shown: "DataFrame", dataset: Dataset, title: str) -> Figure:
-    """Draw test images row by row, each above a caption of two or three lines."""
-    rows = -(-len(shown) // _COLUMNS) or 1
-    title += f",\n{PLAIN}; with calibrated confidence and index in the split"
-    figure = canvas(title, 12, 0.8 + 1.74 * rows, "compressed")
+    """Draw test images row by row, each above a caption of two to four lines."""
+    rows, files = -(-len(shown) // _COLUMNS) or 1, dataset.test_files
+    title += f",\n{PLAIN}; with calibrated confidence and {'file name' if files else 'index in the split'}"
+    figure = canvas(title, 12, 0.8 + (1.9 if files else 1.74) * rows, "compressed")
     axes = figure.add_subplot()
     axes.set_axis_off()
     if shown.empty:
@@ -47,12 +47,17 @@ def _grid(shown: "DataFrame", dataset: Dataset, title: str) -> Figure:
         return figure
     images = dataset.test.images[shown["index"].tolist()]
     height, width = images.shape[-2:]
-    below, beside = round(0.45 * height), round(0.25 * width)
+    below, beside = round((0.6 if files else 0.45) * height), round(0.25 * width)
     _show(axes, images, _COLUMNS, below, beside)
     for position, row in enumerate(shown.itertuples(index=False)):
         is_right = row.true == row.predicted
-        lines = [f"{'✓' if is_right else '✗'} {row.predicted}", f"{row.confidence:.1%}   #{row.index}"]
-        text = "\n".join(label(line, 23) for line in (lines if is_right else [*lines, f"true {row.true}"]))
+        lines = [f"{'✓' if is_right else '✗'} {row.predicted}", f"{row.confidence:.1%}"]
+        lines += [] if is_right else [f"true {row.true}"]
+        if files:
+            lines.append(files[row.index].rpartition("/")[2])
+        else:
+            lines[1] += f"   #{row.index}"
+        text = "\n".join(label(line, 23) for line in lines)
         corner = position % _COLUMNS * (width + beside) - 0.5, position // _COLUMNS * (height + below) + height
         axes.text(*corner, text, va="top", fontsize=7.5, color=BLUE if is_right else ORANGE, linespacing=1.1)
     return figure
@@ -63,10 +68,10 @@ def dataset_samples(dataset: Dataset, subject: str) -> Figure:
     images, labels, count = dataset.train.images, dataset.train.labels, len(dataset.classes)
     numbers = _evenly_spaced(count, _SAMPLE_ROWS)
     which = "" if len(numbers) == count else f", {len(numbers)} of {count:,} classes"
-    title = f"Training images{which}: {subject}, the first {_SAMPLES} of each class, and the size of the class"
-    figure = canvas(title, 10.5, 0.7 + 0.75 * len(numbers), "compressed")
+    title = f"Training images{which}: {subject},\nthe first {_SAMPLES} of each class, and the size of the class"
+    figure = canvas(title, 9, 0.9 + 0.75 * len(numbers), "compressed")
     axes = figure.add_subplot()
-    rows = [images[labels == number][:_SAMPLES] for number in numbers]
+    rows = [images[(labels == number).nonzero()[:_SAMPLES, 0]] for number in numbers]
     padded = [F.pad(row, (0, 0) * 3 + (0, _SAMPLES - len(row)), value=255) for row in rows]
     below, beside = (size // 10 for size in images.shape[-2:])
     _show(axes, torch.cat(padded), _SAMPLES, below, beside)

@@ -17,6 +17,7 @@ from matplotlib.colors import PowerNorm as PowerNorm
 from matplotlib.figure import Figure as Figure
 from matplotlib.ticker import MaxNLocator as MaxNLocator
 from matplotlib.ticker import PercentFormatter
+from rich.cells import cell_len
 
 from cifar import console
 
@@ -47,9 +48,15 @@ def canvas(title: str, width: float, height: float, layout: str = "constrained")
 
 
 def label(name: str, most: int = 30) -> str:
-    """Return a name as a figure shows it: control characters escaped, and at most so many characters."""
+    """Return a name as a figure shows it: control characters escaped, and its middle left out if it is too long.
+
+    most: characters, of which those of East Asian scripts and emoji count double.
+    """
     name = console.printable(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    if cell_len(name) > most:
+        kept = most * len(name) // cell_len(name) - 1
+        name = f"{name[: kept // 2]}…{name[len(name) - (kept + 1) // 2 :]}"
+    return name
 
 
 def label_percent(axes: Axes, which: str) -> None:

@@ -1,10 +1,9 @@
 """The figures of a run: FIGURES lists them all; `visualize` draws those whose data the run has saved.
 
-To add a figure, write a function that draws it and add one entry to FIGURES. seaborn is imported inside the functions
-that use it: it takes a second.
+To add a figure, write a function that draws it and add one entry to FIGURES.
 """
 
-import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,29 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from cifar import analysis, evaluate, gallery
+from cifar import analysis, checkpoint, evaluate, gallery
 from cifar.datasets import Dataset
 from cifar.errors import UserError
 from cifar.gallery import PLAIN
-from cifar.records import Analysis, Corruptions, EpochRecord, LayerRecord, Metrics, ModelRecord
+from cifar.records import Analysis, EpochRecord, LayerRecord, Metrics, ModelRecord
 from cifar.runs import Run, atomic_write, damaged
 from cifar.style import BLUE, GREEN, GREY, ORANGE, Figure, MaxNLocator, PowerNorm, canvas, drawing, label, label_percent
 
 _FEW_CLASSES = 20  # have room for counts in a confusion matrix, and for large letters
-_MAX_CLASSES = 100  # of a figure; beyond them those with the lowest F1 are shown
-_MAX_BLOCKS = 50  # of the architecture figure
-_MAX_STEPS = 95  # characters that fit into a block
+_MANY_CLASSES = 100  # still have a row each; of more classes only the worst have one
+_WORST_CLASSES = 40
+_MAX_BLOCKS = 24  # of the architecture figure
 
 
-def training_history(history: list[EpochRecord], subject: str) -> Figure:
-    """Plot loss, accuracy and learning rate by epoch, and mark the epoch whose weights were kept.
+def training_history(history: list[EpochRecord], kept_epoch: int, subject: str) -> Figure:
+    """Plot loss, accuracy and learning rate by epoch, and mark the epoch whose weights were kept, if one is known.
 
     Shades the epochs on small images, where validation at full size lags, and those on the hardest images.
     """
     figure = canvas(f"Training history: {subject}", 13, 4.2)
     epochs, first, last = [line.epoch for line in history], history[0], history[-1]
-    is_validated = first.val_loss is not None
-    best = max(history, key=lambda line: line.val_accuracy).epoch if is_validated else last.epoch
     small = [line.epoch for line in history if line.image_size < last.image_size]
     hard = [line.epoch for line in history if line.images and first.images and line.images < first.images]
     training, validation = ("o-", BLUE, "training (augmented)"), ("s--", ORANGE, "validation")
@@ -46,7 +43,7 @@ def training_history(history: list[EpochRecord], subject: str) -> Figure:
     }
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels.items()):
         for key, (style, color, name) in lines.items():
-            if is_validated or name != "validation":
+            if getattr(first, key) is not None:
                 size = 4 if len(history) <= 50 else 0
                 axes.plot(epochs, [getattr(line, key) for line in history], style, color=color, label=name, ms=size)
         if small:
@@ -55,80 +52,74 @@ def training_history(history: list[EpochRecord], subject: str) -> Figure:
         if hard:
             name = f"trained on the hardest {last.images / first.images:.0%}"
             axes.axvspan(hard[0] - 0.5, hard[-1] + 0.5, color=GREY, alpha=0.3, linewidth=0, label=name)
-        axes.axvline(best, color=GREY, linestyle=":", label=f"{'best' if is_validated else 'last'} epoch {best} (kept)")
+        if kept_epoch:
+            axes.axvline(kept_epoch, color=GREY, linestyle=":", label=f"weights of epoch {kept_epoch} kept")
         axes.set(title=title, xlabel="epoch", xlim=(first.epoch - 0.5, last.epoch + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", frameon=True, framealpha=0.9, edgecolor="none")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small", frameon=True, framealpha=0.9, edgecolor="none")
     label_percent(figure.axes[1], "y")
     axes.set_ylim(bottom=0)
     return figure
 
 
 def confusion_matrix(metrics: Metrics, subject: str) -> Figure:
-    """Draw counts as numbers, where they fit, and fractions of the true class as color."""
-    import seaborn
+    """Draw counts as numbers, where they fit, and fractions of the true class as color.
 
-    classes, which = _by_f1(metrics)
-    shown = [number for number, name in enumerate(metrics.per_class) if name in classes]
-    names = [label(name) for name in metrics.per_class if name in classes]
-    counts = np.array(metrics.confusion_matrix)
-    percentages = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    size, has_counts = max(6.5, 0.13 * len(names)), len(names) <= _FEW_CLASSES
+    Of many classes, those with the most errors have rows and columns of their own, and the others share one.
+    """
+    counts, names, which = np.array(metrics.confusion_matrix), list(metrics.per_class), ""
+    if len(names) > _MANY_CLASSES:
+        errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+        shown = np.sort(np.argsort(-errors, kind="stable")[:_WORST_CLASSES])
+        rows = np.full(len(names), _WORST_CLASSES)
+        rows[shown] = range(_WORST_CLASSES)
+        counts = np.zeros((_WORST_CLASSES + 1,) * 2, int)
+        np.add.at(counts, (rows[:, None], rows), metrics.confusion_matrix)
+        which = f" (the {_WORST_CLASSES} classes with the most errors of {len(names):,})"
+        names = [*(names[number] for number in shown), f"the other {len(names) - _WORST_CLASSES:,}"]
+    names = [label(name) for name in names]
+    size = max(6.5, 0.13 * len(names))
     cell = 72 * size / len(names)  # points
-    font = min(10, 0.7 * cell)
     figure = canvas(f"Confusion matrix{which}: {subject},\n{PLAIN}", size + 2.5, size + 1.5)
-    axes = seaborn.heatmap(
-        percentages[np.ix_(shown, shown)],
-        # With a square-root scale, a confusion of 1% differs from none, beside a diagonal of 95%.
-        norm=PowerNorm(0.5, vmin=0, vmax=100),
-        cmap="Blues",
-        cbar_kws={"label": "% of the true class (square-root scale)", "ticks": [0, 1, 5, 10, 25, 50, 75, 100]},
-        annot=counts if has_counts else None,
-        annot_kws={"size": min(10, 0.3 * cell)},
-        fmt="d",
-        linewidths=0.5 if has_counts else 0,
-        xticklabels=names,
-        yticklabels=names,
-        ax=figure.add_subplot(),
-    )
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.tick_params(axis="x", labelsize=font, rotation=0 if max(map(len, names)) * 0.7 * font < cell else 90)
-    axes.tick_params(axis="y", labelsize=font, rotation=0)
+    axes = figure.add_subplot(xlabel="predicted class", ylabel="true class")
+    # With a square-root scale, a confusion of 1% differs from none, beside a diagonal of 95%.
+    norm, percentages = PowerNorm(0.5, vmin=0, vmax=100), 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    ticks = [0, 1, 5, 10, 25, 50, 75, 100]
+    drawn = axes.imshow(percentages, cmap="Blues", norm=norm)
+    figure.colorbar(drawn, label="% of the true class (square-root scale)", ticks=ticks, shrink=0.8)
+    if len(names) <= _FEW_CLASSES:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if percentages[row, column] > 30 else "black"
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=min(10, 0.3 * cell))
+    font = min(10, 0.7 * cell)
+    turn = 0 if max(map(len, names)) * 0.7 * font < cell else 90
+    axes.set_xticks(range(len(names)), names, fontsize=font, rotation=turn)
+    axes.set_yticks(range(len(names)), names, fontsize=font)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return figure
-
-
-def _by_f1(metrics: Metrics) -> tuple[list[str], str]:
-    """Return the classes, the highest F1 first, and words for those that are left out because they are too many."""
-    classes = sorted(metrics.per_class, key=lambda name: -metrics.per_class[name].f1)
-    if len(classes) <= _MAX_CLASSES:
-        return classes, ""
-    return classes[-_MAX_CLASSES:], f" (the {_MAX_CLASSES} of {len(classes):,} classes with the lowest F1)"
 
 
 def per_class_metrics(metrics: Metrics, subject: str) -> Figure:
     """Plot precision, recall and F1 of each class, the highest F1 on top; dots, as bars would have to start at 0."""
-    classes, which = _by_f1(metrics)
-    scores = {key: [getattr(metrics.per_class[name], key) for name in classes] for key in ("precision", "recall", "f1")}
+    classes, which = sorted(metrics.per_class, key=lambda name: -metrics.per_class[name].f1), ""
+    if len(classes) > _MANY_CLASSES:
+        which = f" (the {_WORST_CLASSES} classes with the lowest F1 of {len(classes):,})"
+        classes = classes[-_WORST_CLASSES:]
     height, font = (0.35, 10) if len(classes) <= _FEW_CLASSES else (0.17, 7)
     title = f"Precision, recall and F1 by class{which}: {subject},\n{PLAIN}"
     figure = canvas(title, 8.5, 2 + height * max(5, len(classes)))
-    axes, rows = figure.add_subplot(), range(len(classes))
-    lowest, highest = np.min(list(scores.values()), axis=0), np.max(list(scores.values()), axis=0)
-    axes.hlines(rows, lowest, highest, color="#cccccc", linewidth=2, zorder=1)
-    for (key, values), marker, color in zip(scores.items(), "><o", (BLUE, ORANGE, GREEN)):
-        name = "F1" if key == "f1" else key
-        axes.scatter(values, rows, marker=marker, color=color, label=name, s=3.5 * font, zorder=2, clip_on=False)
+    axes, rows = figure.add_subplot(xlabel="score"), range(len(classes))
+    for key, marker, color in (("precision", ">", BLUE), ("recall", "<", ORANGE), ("f1", "o", GREEN)):
+        values, name = [getattr(metrics.per_class[name], key) for name in classes], key.replace("f1", "F1")
+        axes.scatter(values, rows, marker=marker, color=color, label=name, s=3.5 * font, zorder=2)
     axes.axvline(metrics.macro_average.f1, color=GREY, linestyle=":", label=f"macro F1 {metrics.macro_average.f1:.1%}")
-    start = max(0, np.floor(20 * lowest.min() - 0.2) / 20)
-    axes.set(xlim=(start, 1.01 - 0.01 * start), ylim=(len(classes) - 0.3, -0.7))
-    axes.set_xlabel(f"score (the axis starts at {start:.0%})")
+    axes.set_ylim(len(classes) - 0.3, -0.7)
     label_percent(axes, "x")
     axes.set_yticks(rows, [label(name) for name in classes], fontsize=font)
-    right = axes.secondary_yaxis("right")
-    right.set_yticks(rows, [f"{value:.1%}" for value in scores["f1"]], fontsize=font)
-    right.set_ylabel("F1")
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -198,69 +189,46 @@ def risk_coverage(analysis: Analysis, metrics: Metrics, subject: str) -> Figure:
     return figure
 
 
-def corruptions(corruptions: Corruptions, subject: str) -> Figure:
-    """Show accuracy and calibration error by corruption and severity, the mildest corruption on top."""
-    import seaborn
-
-    title = f"Robustness to corruptions: {subject},\n{corruptions.n:,} images of the {PLAIN}"
-    figure = canvas(title, 12, 2.1 + 0.36 * len(corruptions.corruptions))
-    panels = ("accuracy", "accuracy", "Blues", 100), ("expected_calibration_error", "calibration error", "Oranges", 10)
-    style = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 9}, "linewidths": 0.5, "cbar": False, "vmin": 0}
-    for axes, (key, name, colors, most) in zip(figure.subplots(1, 2, sharey=True), panels):
-        values = 100 * analysis.tabulate(corruptions, key)
-        seaborn.heatmap(values, vmax=max(most, values.max(axis=None)), cmap=colors, ax=axes, **style)
-        clean, mean = getattr(corruptions.clean, key), getattr(corruptions.mean, key)
-        axes.set(title=f"{name} in percent: {clean:.1%} on clean images, mean {mean:.1%}", xlabel="severity")
-        axes.tick_params(length=0, labelrotation=0)
-    return figure
-
-
 def blocks(layers: Sequence[LayerRecord]) -> list[LayerRecord]:
-    """Join the layers into blocks by their dotted names, in very deep networks by the first part of the name alone.
+    """Join layers that follow each other and belong to the same part of the network, such as `groups.1.conv`.
 
-    `stages.0.1.conv1.0` belongs to stages.0.1, `blocks.0.1.2` to blocks.0, `stem.2` to stem, `head` to itself.
+    A part is named by the first two words of the dotted names, in deep networks by the first; else all are one.
     """
-    for pattern in (r"[^.]+(\.\d+)*(?=\.\D)|[^.]+(\.\d+)?(?=\.)|.*", r"[^.]*"):
-        groups = groupby(layers, lambda layer, pattern=pattern: re.match(pattern, layer.name).group())
-        found = [_block(name, list(members)) for name, members in groups]
+    for words in (2, 1, 0):
+        found = []
+        for name, members in groupby(layers, lambda layer, words=words: _part(layer.name, words)):
+            found.append(_block(name, list(members)))
         if len(found) <= _MAX_BLOCKS:
             break
     return found
 
 
+def _part(name: str, words: int) -> str:
+    *path, last = name.split(".")
+    return ".".join((path or [last])[:words]) or "all layers"
+
+
 def _block(name: str, layers: list[LayerRecord]) -> LayerRecord:
-    paths = [[layer.kind for layer in layers if (".shortcut" in layer.name) == is_last] for is_last in (False, True)]
-    steps = "  +  shortcut ".join(" → ".join(path) for path in paths if path)
-    if len(steps) > _MAX_STEPS:
-        steps = f"{steps[:_MAX_STEPS].rpartition(' → ')[0]} → …, {len(layers)} layers"
+    kinds = Counter(layer.kind for layer in layers)
+    kind = ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in kinds.items())
     costs = {key: sum(getattr(layer, key) for layer in layers) for key in ("parameters", "multiply_adds")}
-    return LayerRecord(name=name, kind=steps, output_shape=layers[-1].output_shape, **costs)
+    return LayerRecord(name=name, kind=kind, output_shape=layers[-1].output_shape, **costs)
 
 
 def architecture(model: ModelRecord, subject: str) -> Figure:
-    """Draw the network's blocks from input to logits, with the parameters and the work of each."""
+    """Draw the parameters and the work of the network's blocks, from input to logits."""
     shown = blocks(model.layers)
-    rows = range(len(shown))
     total = f"{model.parameters:,} parameters, {model.multiply_adds / 1e6:,.1f} million multiply-adds per image"
-    figure = canvas(f"Network {label(model.name)}: {subject}\n{total}", 12, 1.4 + 0.62 * len(shown))
-    flow, *costs = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
-    flow.barh(rows, 1, height=0.7, color="#e8f1f8", edgecolor=BLUE)
-    arrow = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
-    for row, block in enumerate(shown):
-        shape = "x".join(map(str, block.output_shape))
-        flow.text(0.015, row - 0.15, label(block.name, 50), weight="bold", va="center", fontsize=9)
-        flow.text(0.985, row - 0.15, shape, weight="bold", va="center", ha="right", fontsize=9)
-        flow.text(0.015, row + 0.15, block.kind, va="center", fontsize=8)
-        if row:
-            flow.annotate("", (0.5, row - 0.35), (0.5, row - 0.65), arrowprops=arrow)
-    flow.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), title="block, its layers, and its output shape")
-    for axes, key in zip(costs, ("parameters", "multiply_adds")):
+    figure = canvas(f"Network {label(model.name)}: {subject}\n{total}", 12, 1.4 + 0.45 * len(shown))
+    names = [f"{label(block.name)} → {'x'.join(map(str, block.output_shape))}" for block in shown]
+    rows = [f"{name}\n{label(block.kind, 60)}" for name, block in zip(names, shown)]
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("parameters", "multiply_adds")):
         values = [getattr(block, key) for block in shown]
-        axes.bar_label(axes.barh(rows, values, height=0.4, color=BLUE), fmt="{:,.0f}", padding=3, fontsize=8)
-        axes.set(title=key.replace("_", "-"), xlim=(0, 1.8 * max(values, default=0) or 1))
-    for axes in figure.axes:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+        bars = axes.barh(range(len(shown)), values, height=0.6, color=BLUE)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axes.set(title=key.replace("_", "-"), xlim=(0, 1.3 * max(values, default=0) or 1), xticks=[])
+        axes.set_yticks(range(len(shown)), rows, fontsize=8)
+    axes.invert_yaxis()
     return figure
 
 
@@ -276,7 +244,9 @@ class FigureSpec:
 
 # By file name without .png, in the order in which pages show them.
 FIGURES: dict[str, FigureSpec] = {
-    "training_history": FigureSpec("Loss, accuracy and learning rate by epoch", training_history, ("history",)),
+    "training_history": FigureSpec(
+        "Loss, accuracy and learning rate by epoch", training_history, ("history", "kept_epoch")
+    ),
     "confusion_matrix": FigureSpec("Confusion matrix: true class by predicted class", confusion_matrix, ("metrics",)),
     "per_class_metrics": FigureSpec("Precision, recall and F1 by class", per_class_metrics, ("metrics",)),
     "precision_recall": FigureSpec("Precision-recall curve of each class", precision_recall, ("analysis", "metrics")),
@@ -286,7 +256,6 @@ FIGURES: dict[str, FigureSpec] = {
     "architecture": FigureSpec("Blocks of the network and their costs", architecture, ("model",)),
     "calibration": FigureSpec("Accuracy by confidence, before and after calibration", calibration, ("metrics",)),
     "risk_coverage": FigureSpec("Error rate by fraction of images answered", risk_coverage, ("analysis", "metrics")),
-    "corruptions": FigureSpec("Accuracy and calibration error by corruption", corruptions, ("corruptions",)),
 }
 
 
@@ -323,12 +292,21 @@ def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
         "subject": f"{run.config.title} on {label(dataset.name)}",
         "dataset": dataset,
         "history": run.history() or None,
+        "kept_epoch": _kept_epoch(run, metrics),
         "model": run.record.model,
         "metrics": metrics,
         "analysis": analysis.read(run, metrics),
         "corruptions": run.read_if_present("corruptions.json"),
         "predictions": predictions,
     }
+
+
+def _kept_epoch(run: Run, metrics: Metrics | None) -> int:
+    """Return the epoch of the weights that were evaluated or, before that, of the best checkpoint; 0 if unknown."""
+    if metrics:
+        return metrics.epoch or 0
+    best = run.checkpoints / "best.pt"
+    return checkpoint.load(best)["epoch"] if best.exists() else 0
 
 
 def drawable(results: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ LAYERS = [
 ]
 MODEL = {"name": "tiny", "parameters": 879, "multiply_adds": 7680, "layers": LAYERS}
 RECORD = {"status": "completed", "start": "2026-01-01T00:00:00+00:00", "seconds": {}}
-FACTS = {"dataset": "digits", "recipe": "fast", "split": "test"}
+FACTS = {"dataset": "digits", "recipe": "fast", "split": "test", "epoch": 1}
 
 
 def _cells(*accuracies: float) -> list[dict]:
@@ -89,6 +89,7 @@ def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED,
     What the confidence leaves is shared out evenly over the other classes.
     """
     run, count = Run(path), len(classes)
+    path.mkdir(parents=True, exist_ok=True)
     run.write("config.json", Config(dataset="digits", val_size=10).model_dump())
     run.write("run.json", RECORD | {"model": MODEL})
     for epoch in range(1, epochs + 1):
