@@ -32,13 +32,14 @@ def write(run: Run, dataset: Dataset) -> Path:
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
     record, config, results = run.record, run.config, visualize.read_results(run, dataset)
+    saved = run.read("config.json")  # lacks settings that are newer than the run
     page = environment.get_template("report.html").render(
         results,
         name=run.path.name,
         path=display_path(run.path),
         record=record,
         command=shlex.join(record.command or []),
-        settings=[(field, getattr(config, field), help_text(field)) for field in FIELDS],
+        settings=[(field, getattr(config, field) if field in saved else None, help_text(field)) for field in FIELDS],
         unused=unused_settings(config),
         figures=_embed_figures(run, visualize.drawable(results)),
         images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -20,6 +21,14 @@ def cell(figure, row: int, column: int, height: int, width: int) -> np.ndarray:
     """The 8x8 image in a cell of the drawn grid, whose cells are `height` x `width`."""
     (image,) = figure.axes[0].images
     return image.get_array()[row * height : row * height + 8, column * width : column * width + 8]
+
+
+def test_images_of_a_folder_are_named_by_their_files(tmp_path):
+    files = tuple(f"test/dog/IMG_{index}_at_the_sea_in_summer.jpg" for index in range(12))
+    found = figures(make_run(tmp_path), dataclasses.replace(make_dataset(), test_files=files))
+    assert captions(found["misclassified"])[0] == "✗ cat\n95.0%\ntrue ship\nIMG_8_at_th…_summer.jpg"
+    assert captions(found["sample_predictions"])[0] == "✓ cat\n90.0%\nIMG_0_at_th…_summer.jpg"
+    assert "with calibrated confidence and file name" in found["misclassified"].get_suptitle()
 
 
 def test_misclassified_images_are_ordered_by_confidence(tmp_path):

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from cifar.config import FIELDS
 from cifar.errors import UserError
 from cifar.runs import Run
 from cifar.visualize import FIGURES
-from handmade import RECORD, TRUE, make_dataset, make_metrics, make_run
+from handmade import CLASSES, PREDICTED, RECORD, TRUE, make_dataset, make_metrics, make_run
 
 
 class Page(HTMLParser):
@@ -89,6 +90,40 @@ def test_the_page_says_how_the_run_was_made(corrupted_run):
     assert f"{record.model.parameters:,}" in page.text
 
 
+def test_settings_without_effect_or_unknown_to_the_run_are_not_shown_as_if_they_counted(tmp_path):
+    run = make_run(tmp_path)
+    content = run.config.replace(model="simple", optimizer="adam", val_size=0, crop=0, hard_epochs=0, small_epochs=0)
+    run.write("config.json", {name: value for name, value in content.model_dump().items() if name != "cutout"})
+    report.write(run, make_dataset())
+    values = {row[0]: row[1] for row in Page(run).tables["settings"][1:]}
+    without_effect = {"momentum", "patience", "crop_mode", "small_size", "hard_share"}
+    assert {name for name, value in values.items() if value == "no effect"} == without_effect
+    assert values["cutout"] == "not set"
+
+
+def test_what_the_run_warned_of_is_on_the_page_and_printed(tmp_path, capsys):
+    run, warnings = make_run(tmp_path), ["Every image gets one class.", "Validation stays at <chance>."]
+    run.update(warnings=warnings)
+    report.write(run, make_dataset())
+    report.show_run(run)
+    page, printed = Page(run), capsys.readouterr().out
+    for warning in warnings:
+        assert f'<p class="note">{html.escape(warning)}</p>' in page.source
+        assert warning in printed
+
+
+def test_images_of_a_folder_are_named_by_their_files(tmp_path):
+    run, dataset = make_run(tmp_path), make_dataset()
+    files = [f"test/{CLASSES[label]}/IMG {index}.jpg" for index, label in enumerate(TRUE)]
+    pairs = run.read("analysis.json").model_dump()["confused_pairs"]
+    run.write("analysis.json", analysis.analyze(np.eye(3)[list(PREDICTED)], np.array(TRUE), CLASSES, pairs, files))
+    report.write(run, dataset)
+    page = Page(run)
+    assert all(f"{files[index]} " in page.text for index in (3, 8, 9))
+    assert "#3" not in page.text
+    assert "and the file" in page.text
+
+
 def test_every_figure_and_every_image_of_the_analysis_is_shown(corrupted_run):
     page = Page(corrupted_run)
     for image in analysis.images(corrupted_run.read("analysis.json")):
@@ -110,25 +145,33 @@ def test_a_new_figure_needs_no_place_in_the_template(tmp_path, monkeypatch):
     assert 'alt="Something new"' in Page(run).source
 
 
-@pytest.fixture(scope="module")
-def large_run(tmp_path_factory) -> Run:
-    """A hundred classes with long names that look like HTML, drawn and reported."""
-    classes = [f"<b>aquarium_fish_{number}</b>" for number in range(100)]
-    rng = np.random.default_rng(0)
-    true, confidence = np.arange(400) % 100, rng.uniform(0.3, 1, 400)
-    predicted = np.where(rng.random(400) < 0.6, true, rng.integers(0, 100, 400))
-    path, labels = tmp_path_factory.mktemp("large"), true.tolist()
-    run = make_run(path, classes, true=labels, predicted=predicted.tolist(), confidence=confidence.tolist())
-    visualize.visualize(run, make_dataset(classes, labels))
-    report.write(run, make_dataset(classes, labels))
+def make_large_run(path: Path, count: int) -> Run:
+    """A run of that many classes with long names that look like HTML, drawn and reported."""
+    classes = [f"<b>aquarium_fish_{number}</b>" + "x" * 200 for number in range(count)]
+    rng, images = np.random.default_rng(0), 3 * count
+    true, confidence = np.arange(images) % count, rng.uniform(0.3, 1, images)
+    predicted = np.where(rng.random(images) < 0.6, true, rng.integers(0, count, images))
+    run = make_run(path, classes, true=true, predicted=predicted, confidence=confidence)
+    visualize.visualize(run, make_dataset(classes, true.tolist()))
+    report.write(run, make_dataset(classes, true.tolist()))
     return run
 
 
-def test_a_hundred_classes_are_escaped_and_take_less_than_five_megabytes(large_run):
-    page = Page(large_run)
-    assert [row[0] for row in page.tables["per-class"][1:]] == [f"<b>aquarium_fish_{n}</b>" for n in range(100)]
+@pytest.fixture(scope="module")
+def large_run(tmp_path_factory) -> Run:
+    return make_large_run(tmp_path_factory.mktemp("large"), 260)
+
+
+@pytest.mark.parametrize("count", [260, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_classes_are_all_listed_escaped_and_bounded_in_bytes_and_pixels(large_run, tmp_path, count):
+    run = large_run if count == 260 else make_large_run(tmp_path, count)
+    page, figures = Page(run), [*run.figures.iterdir()]
+    names = [f"<b>aquarium_fish_{number}</b>" + "x" * 200 for number in range(count)]
+    assert [row[0] for row in page.tables["per-class"][1:]] == names
     assert "<b>aquarium" not in page.source
-    assert len(page.source) < 5e6
+    assert all(page.source.count(f'alt="{FIGURES[path.stem].alt}"') == 1 for path in figures)
+    assert len(page.source) + sum(path.stat().st_size for path in figures) < 5e6
+    assert max(int(pixels) for pixels in re.findall(r'(?:width|height)="(\d+)"', page.source)) < 2500
 
 
 def test_a_run_without_mistakes_and_without_validation_has_a_page(tmp_path):
