@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar import console
-from cifar.config import DATASETS, IMAGE_FOLDER, PROJECT, Config
-from cifar.errors import UserError, describe, display_path, known_name
+from cifar.config import PROJECT, Config
+from cifar.errors import UserError, describe, display_path
+from cifar.runs import Run
 
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
@@ -41,12 +42,17 @@ def examine(config: Config, port: int) -> list[Finding]:
     checks = {
         "packages": _packages(REQUIREMENTS),
         "device": _device(config.device),
-        "memory": _memory(config.dataset),
+        "memory": _memory(),
         "disk": _disk(config.output_dir),
         "dataset": _dataset(config),
         "port": _port(port),
     }
     return [finding for subject, check in checks.items() for finding in _guarded(subject, check)]
+
+
+def examine_run(run: Run) -> list[Finding]:
+    """Say how a run ended, what training and evaluation found in it, and what to try."""
+    return list(_guarded("run", _run(run)))
 
 
 def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
@@ -59,7 +65,7 @@ def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
         if isinstance(error, OSError) and error.filename:
             yield Finding(subject, "failure", f"cannot read {error.filename}: {error.strerror}")
             return
-        fix = f"pip install --force-reinstall -r {display_path(REQUIREMENTS)}, best in a fresh virtual environment"
+        fix = f"if a package is broken: pip install --force-reinstall -r {display_path(REQUIREMENTS)}"
         yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", fix)
 
 
@@ -115,9 +121,9 @@ def _device(name: str) -> Iterator[Finding]:
 
     chosen = device.choose(name)
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        message = f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU: the CPU computes"
-        fix = "update the driver, or install the torch for it from pytorch.org"
-        yield Finding("device", "warning", message, fix)
+        message = f"{chosen.type}: nvidia-smi is installed, but torch {torch.__version__} finds no GPU"
+        hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+        yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
     else:
         yield Finding("device", "ok", f"{chosen.type}: {device.describe(chosen)}")
     if device.has_bfloat16(chosen):
@@ -132,16 +138,15 @@ def _device(name: str) -> Iterator[Finding]:
 
 def _threads(threads: int, cores: int) -> Finding:
     """Compare torch's threads with the cores that this process may use, and look for other programs on them."""
-    message = f"{threads} on {cores} cores"
+    message = f"{threads} for the {cores} that this process can run at once"
     if threads > cores:
-        message = f"{threads}, but this process may use {cores} cores only: the threads would wait for each other"
+        message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         # Measured on two busy cores with `convnet`: 86 images a second, and 673 with passive waiting.
-        message += ", but other programs keep this machine busy: training may be much slower"
+        message += "; the machine was busy in the last minute: beside other programs training is slower"
         return Finding("threads", "warning", message, "end other programs, or export OMP_WAIT_POLICY=passive")
-    if threads < cores and os.environ.get("OMP_NUM_THREADS"):
-        message += ", as OMP_NUM_THREADS says"
+    if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
     return Finding("threads", "ok", message)
 
@@ -159,21 +164,20 @@ def memory() -> tuple[float, float]:
     return total, min(total, free)
 
 
-def _memory(dataset: str) -> Iterator[Finding]:
-    needed = 1.4e9 if dataset == "digits" else 3.0e9  # of `fast` on the CPU; measured: 1.29 GB, and 2.9 GB on CIFAR-10
+def _memory() -> Iterator[Finding]:
+    needed = 3.0e9  # measured on the CPU: 2.9 GB with CIFAR-10, 1.29 GB with digits
     total, free = memory()
-    message = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to {needed / 1e9:.1f} GB"
-    if total < needed:
-        yield Finding("memory", "failure", message, "use a machine with more memory, or train --recipe convnet")
-    elif free < needed:
-        yield Finding("memory", "warning", message, "end other programs first, or the system may end the run")
+    message = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to 3.0 GB with CIFAR-10"
+    if free < needed:
+        fix = "end other programs, or choose a smaller --batch-size or --recipe convnet"
+        yield Finding("memory", "warning", message, fix)
     elif math.isfinite(total):
         yield Finding("memory", "ok", message)
 
 
 def _disk(output_dir: str) -> Iterator[Finding]:
     free = _require_room(output_dir, 20, "--output-dir")
-    yield Finding("disk", "ok", f"{free / 1e9:.1f} GB free in {output_dir}; a run takes 20 MB")
+    yield Finding("disk", "ok", f"{free / 1e9:.1f} GB free in {output_dir}; a run of fast takes 20 MB")
 
 
 def _require_room(folder: str, megabytes: float, flag: str) -> float:
@@ -194,42 +198,29 @@ def _require_room(folder: str, megabytes: float, flag: str) -> float:
 def _dataset(config: Config) -> Iterator[Finding]:
     from cifar import download
 
-    name = "cifar10" if config.dataset == "auto" else config.dataset
-    if archive := download.ARCHIVES.get(name):
-        yield _archive(archive, config)
-    elif name == "digits":
-        yield Finding("dataset", "ok", "digits comes with scikit-learn: it needs no download")
-    elif name in DATASETS:
-        yield Finding("dataset", "note", f"only `invoke data --dataset {name}` checks {name}")
-    else:
-        from cifar import folder
+    path, archive = (
+        Path(config.data_dir),
+        download.ARCHIVES.get("cifar10" if config.dataset == "auto" else config.dataset),
+    )
+    if not archive:
+        from cifar import datasets
 
-        root = Path(os.path.expanduser(name))
-        if not root.is_dir():
-            known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
-        classes, files, _ = folder.list_images(root)  # decodes no image
-        count = f"{len(files):,} files in {len(classes)} classes"
-        yield Finding("dataset", "ok", f"{name} has {count}; whether they are images, `invoke data` checks")
-
-
-def _archive(archive, config: Config) -> Finding:
-    """Check the archive or its files on disk, or whether it can be downloaded."""
-    from cifar import download
-
-    path = Path(config.data_dir)
-    if folder := download.find(archive, path):
+        yield Finding("dataset", "ok", datasets.check(config.dataset, config.data_dir))
+    elif folder := download.find(archive, path):
         download.verify(archive, folder)
-        return Finding("dataset", "ok", f"in {folder}; each file has its published MD5")
-    if file := download.find_file(archive, path):
-        return Finding("dataset", "ok", f"{file} has the published SHA-256; the next run unpacks it")
-    return _missing(archive, config)
+        yield Finding("dataset", "ok", f"in {folder}; each file has its published MD5")
+    elif file := download.find_file(archive, path):
+        yield Finding("dataset", "ok", f"{file} has the published SHA-256; the next run unpacks it")
+    else:
+        yield _missing(archive, config)
 
 
 def _missing(archive, config: Config) -> Finding:
     from cifar import download
 
     _require_room(config.data_dir, (archive.size + archive.unpacked) / 1e6, "--data-dir")
-    message = f"{archive.name} is not in {config.data_dir}"
+    source = " (CIFAR_DATA_DIR)" if config.data_dir == os.environ.get("CIFAR_DATA_DIR") else ""
+    message = f"{archive.name} is not in {config.data_dir}{source}"
     if host := download.is_reachable(archive, config.mirror, seconds=1.5):
         return Finding("dataset", "note", f"{message}: the next run downloads {archive.size / 1e6:.0f} MB from {host}")
     message += ", and no address sends it"
@@ -247,3 +238,23 @@ def _port(port: int) -> Iterator[Finding]:
         yield Finding("port", "warning", message, "invoke demo --port with another number")
     else:
         yield Finding("port", "ok", f"{port} is free for the demo")
+
+
+def _run(run: Run) -> Iterator[Finding]:
+    record, status, epochs = run.record, run.status(), run.history()
+    fix = f"resume it with `{run.resume_command}`" if status in ("interrupted", "killed") else ""
+    level = "ok" if status in ("completed", "running") else "warning"
+    yield Finding("run", level, f"{run.path.name} is {status}" + (f": {record.error}" if record.error else ""), fix)
+    if run.has_metrics:
+        yield Finding("run", "ok", f"test accuracy {run.metrics.accuracy:.2%}, with TTA {run.metrics.accuracy_tta:.2%}")
+    warnings, advice = record.warnings or [], ""
+    if epochs and epochs[-1].val_accuracy is not None:
+        last, chance = epochs[-1], 1 / len(run.dataset.classes)
+        if last.val_accuracy < 1.5 * chance and last.train_accuracy > max(2 * chance, chance + 0.2):
+            measured = f"training accuracy {last.train_accuracy:.1%}, validation accuracy {last.val_accuracy:.1%}"
+            warnings = warnings or [
+                f"{measured}, where chance is {chance:.1%}: the network knows only its training images"
+            ]
+            advice = "check the labels, add images, or try more --epochs, a lower --lr, or --recipe convnet"
+    for sentence in warnings:
+        yield Finding("run", "warning", sentence, advice)

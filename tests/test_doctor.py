@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import doctor
-from cifar.config import DATASETS, PROJECT, Config
+from cifar import datasets, doctor
+from cifar.config import PROJECT, Config
 from cifar.download import ARCHIVES
+from cifar.errors import UserError
 from conftest import as_nobody
+from handmade import make_line, make_run
 from server import CONTENT, archive_of, fail, send
 
 
@@ -82,9 +84,8 @@ def test_a_broken_torch_is_one_failure_with_its_cure(tmp_path):
     done = subprocess.run([sys.executable, "-c", EXAMINE], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     failure = "failure  device    cannot be checked: OSError: libtorch_cpu.so: not found"
-    assert f"{failure}\n              fix: pip install --force" in done.stdout
-    assert done.stdout.count("cannot be checked") == 1
-    assert "ok       dataset   digits" in done.stdout
+    assert f"{failure}\n              fix: if a package is broken: pip install --force" in done.stdout
+    assert done.stdout.count("cannot be checked") == 2  # the datasets need torch too
 
 
 # Hardware
@@ -100,6 +101,8 @@ def test_a_gpu_that_cannot_be_used_is_reported(tmp_path, monkeypatch):
     found = next(doctor._device("auto"))
     assert found.level == "warning"
     assert "finds no GPU" in found.message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert next(doctor._device("auto")).fix == "unset CUDA_VISIBLE_DEVICES"
 
 
 @pytest.mark.parametrize(("kind", "level"), [("amx_bf16", "ok"), ("avx512_bf16", "ok"), ("avx2", "note")])
@@ -121,6 +124,7 @@ def test_the_kind_of_processor_is_named(monkeypatch, kind, level):
         (5, 0.0, "", "warning", "export OMP_NUM_THREADS=4"),
         (4, 1e9, "", "warning", "end other programs, or export OMP_WAIT_POLICY=passive"),
         (1, 0.0, "1", "note", "unset OMP_NUM_THREADS to use all cores"),
+        (2, 0.0, "9", "ok", ""),
     ],
 )
 def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, load, variable, level, fix):
@@ -130,18 +134,10 @@ def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, lo
     assert (found.level, found.fix) == (level, fix)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "total", "free", "level"),
-    [
-        ("auto", 8e9, 4e9, "ok"),
-        ("auto", 8e9, 1e9, "warning"),
-        ("auto", 2e9, 2e9, "failure"),
-        ("digits", 2e9, 2e9, "ok"),
-    ],
-)
-def test_memory_is_compared_with_what_the_dataset_needs(monkeypatch, dataset, total, free, level):
-    monkeypatch.setattr(doctor, "memory", lambda: (total, free))
-    assert only("memory", doctor._memory(dataset)).level == level
+@pytest.mark.parametrize(("free", "level"), [(4e9, "ok"), (1e9, "warning")])
+def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, level):
+    monkeypatch.setattr(doctor, "memory", lambda: (8e9, free))
+    assert only("memory", doctor._memory()).level == level
 
 
 def test_memory_is_no_more_than_the_control_groups_limit(monkeypatch, tmp_path):
@@ -178,7 +174,7 @@ def test_a_folder_that_cannot_be_read_is_a_failure(tmp_path):
     for name, data_dir in (("cifar10", tmp_path / "closed"), (str(tmp_path / "closed"), "nowhere")):
         with as_nobody():
             found = dataset(name, data_dir)
-        assert (found.level, found.message) == ("failure", f"cannot read {tmp_path / 'closed'}: Permission denied")
+        assert (found.level, str(tmp_path / "closed") in found.message) == ("failure", True)
 
 
 def test_a_damaged_file_of_the_dataset_is_named(small_cifar10):
@@ -219,18 +215,21 @@ def test_a_missing_dataset_is_looked_for_but_not_downloaded(known, server, tmp_p
     assert "set --data-dir to another folder" in dataset("cifar10", tmp_path).message
 
 
-def test_a_dataset_that_cannot_serve_is_not_ok(tmp_path, monkeypatch):
+def test_a_dataset_that_cannot_be_used_is_a_failure(tmp_path):
     assert "did you mean cifar10?" in dataset("cifr10").message
-    for name in (str(tmp_path / "none"), "~nobody-of-that-name/x"):
-        assert (dataset(name).level, dataset(name).message.split(" '")[0]) == ("failure", "unknown dataset")
+    assert dataset("digits").level == "ok"
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"x")
-    assert (dataset(str(tmp_path)).level, "only one class" in dataset(str(tmp_path)).message) == ("failure", True)
-    (tmp_path / "dog").mkdir()
-    assert dataset(str(tmp_path)).level == "ok"
-    assert dataset(str(tmp_path)).message.startswith(f"{tmp_path} has 1 files in 2 classes; whether they are images, ")
-    monkeypatch.setattr(doctor, "DATASETS", (*DATASETS, "without-archive"))
-    assert dataset("without-archive").level == "note"
+    for name in ("cifr10", str(tmp_path / "none"), "~nobody-of-that-name/x", str(tmp_path)):
+        with pytest.raises(UserError) as refused:
+            datasets.check(name, "nowhere")
+        assert dataset(name) == doctor.Finding("dataset", "failure", str(refused.value))
+
+
+def test_a_data_dir_from_the_environment_is_named(known, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DATA_DIR", str(tmp_path / "none"))
+    found = only("dataset", doctor._dataset(Config.create({"dataset": "cifar10"})))
+    assert found.message.startswith(f"data.tar.gz is not in {tmp_path / 'none'} (CIFAR_DATA_DIR): the next run ")
 
 
 def test_a_taken_port_is_a_warning():
@@ -240,3 +239,37 @@ def test_a_taken_port_is_a_warning():
     assert (found.level, found.fix) == ("warning", "invoke demo --port with another number")
     assert found.message == f"the demo cannot listen on port {port}: Address already in use"
     assert only("port", doctor._port(port)).level == "ok"
+
+
+# A run
+
+
+def findings_of(run) -> list[tuple[str, str, bool]]:
+    return [(found.level, found.message, bool(found.fix)) for found in doctor.examine_run(run)]
+
+
+def test_a_run_is_described_with_its_warnings(tmp_path):
+    run = make_run(tmp_path / "run")
+    sound = [("ok", "run is completed", False), ("ok", "test accuracy 75.00%, with TTA 75.00%", False)]
+    run.update(dataset={"name": "digits", "train_sha256": "x", "classes": ["cat", "dog", "ship"]})
+    assert findings_of(run) == sound
+    run.update(warnings=["Every image gets one class."])
+    assert findings_of(run) == [*sound, ("warning", "Every image gets one class.", False)]
+    run.update(warnings=None, status="interrupted")
+    assert findings_of(run)[0] == ("warning", "run is interrupted", True)
+    run.update(status="failed", error="no room")
+    assert findings_of(run)[0] == ("warning", "run is failed: no room", False)
+    run.write("run.json", {})
+    assert [level for level, *_ in findings_of(run)] == ["failure"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "is_stuck"), [(0.95, 0.34, True), (0.95, 0.9, False), (0.4, 0.34, False), (0.95, None, False)]
+)
+def test_validation_at_chance_while_training_learns_is_a_warning_with_advice(tmp_path, train, val, is_stuck):
+    run = make_run(tmp_path / "run", epochs=0)
+    run.update(dataset={"name": "digits", "train_sha256": "x", "classes": ["cat", "dog", "ship"]})
+    run.append_history(make_line(1, train_accuracy=train, val_accuracy=val, val_loss=None if val is None else 1.0))
+    assert [bool(fix) for level, _, fix in findings_of(run) if level == "warning"] == [True] * is_stuck
+    run.update(warnings=["Validation stays at chance."])
+    assert findings_of(run)[-1] == ("warning", "Validation stays at chance.", is_stuck)
