@@ -1,17 +1,28 @@
 """Train and evaluate an image classifier, and write a report."""
 
-import argparse
 import os
 import sys
+from collections import deque
 from typing import Any, NoReturn
 
 from cifar import console
-from cifar.config import CONFIG_HELP, FIELDS, RESUME_HELP, Config, flag, help_text, load_settings
-from cifar.errors import UserError
+from cifar.config import CONFIG_HELP, FIELDS, RESUME_HELP, Config, flag, help_page, help_text, load_settings, take_flag
+from cifar.errors import UsageError, UserError
+
+_COMMAND = "python main.py"
+_HELP = {name: help_text(name) for name in FIELDS} | {
+    "config": CONFIG_HELP,
+    "resume": f"{RESUME_HELP}; without RUN the newest",
+}
+_TAKES_VALUE = {flag(name): None if name == "resume" else True for name in _HELP}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "-h" in arguments or "--help" in arguments:
+        texts = {flag(name): text for name, text in _HELP.items()}
+        return console.exit_code(lambda: console.out.out(help_page(_COMMAND, __doc__, texts, _TAKES_VALUE)))
     if "RANK" not in os.environ:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
@@ -20,20 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
 
 
-def parse(arguments: list[str] | None) -> tuple[dict[str, Any], str | None]:
-    """Return the settings that are given, by name, and the run to resume. Exits with code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
-    for name in FIELDS:
-        parser.add_argument(flag(name), metavar=name.split("_")[-1].upper(), help=help_text(name).replace("%", "%%"))
-    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=f"{RESUME_HELP}; without RUN the newest")
-    if console.err.quiet:
-        parser._print_message = lambda *_: None
-    given = vars(parser.parse_args(arguments))
-    file, resume = given.pop("config"), given.pop("resume")
+def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
+    """Return the settings that are given, by name, and the run to resume, "" for the newest."""
+    words, given = deque(arguments), {}
+    while words:
+        if not words[0].startswith("-"):
+            raise UsageError(f"{_COMMAND} takes only flags, not '{words[0]}'; `{_COMMAND} --help` lists them")
+        name, value = take_flag(words, _TAKES_VALUE, _COMMAND)
+        given[name.removeprefix("--").replace("-", "_")] = value
+    file, resume = given.pop("config", None), given.pop("resume", None)
     settings = load_settings(given, file)
     Config.create(settings)  # a mistake is reported before the import of torch, which takes seconds
-    return settings, resume
+    return settings, "" if resume is True else resume
 
 
 def run_pipeline(given: dict[str, Any], resume: str | None) -> None:

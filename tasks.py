@@ -1,23 +1,36 @@
 """The stages of main.py one by one, as invoke tasks: `invoke --list`, `invoke train --help`.
 
 A task is a function: its parameters are the flags, its docstring is the help. A parameter without a default stands for
-the words without a flag, `**settings` for a flag of every setting in cifar/config.py.
+the words without a flag, `**settings` for a flag of every setting in cifar/config.py. The flags are read here, as those
+of main.py are, and passed on to invoke as it spells them.
 """
 
 import functools
+import os
 import shlex
 import sys
+from collections import deque
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from itertools import dropwhile, pairwise
+from itertools import takewhile
 from pathlib import Path
 
 from invoke import Argument, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import CONFIG_HELP, FIELDS, PROJECT, RESUME_HELP, Config, given_flags, help_text, load_settings
-from cifar.errors import UsageError, UserError, display_path
+from cifar.config import (
+    CONFIG_HELP,
+    FIELDS,
+    PROJECT,
+    RESUME_HELP,
+    Config,
+    help_page,
+    help_text,
+    load_settings,
+    take_flag,
+)
+from cifar.errors import UsageError, UserError, did_you_mean, display_path
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
 _HELP = {name: help_text(name) for name in FIELDS} | {
@@ -40,51 +53,21 @@ def command(**help: str) -> Callable:
         defaults = {name: parameter.default for name, parameter in signature(body).parameters.items()}
         if defaults.pop("settings", None):
             defaults |= dict.fromkeys(_SETTINGS)
-        flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in defaults.items()]
+        words = [name for name, default in defaults.items() if default is Parameter.empty]
+        defaults |= dict.fromkeys(words)
+        flags = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
 
         @functools.wraps(body)
         def run(_context, **values):
-            if code := console.exit_code(lambda: body(**given_flags(values))):
+            given = {name: value for name, value in values.items() if value is not None}
+            if code := console.exit_code(lambda: body(**given)):
                 raise Exit(code=code)
 
         run.__signature__ = Signature([Parameter("context", Parameter.POSITIONAL_ONLY), *flags])
         texts = {name: (_HELP | help)[name] for name in defaults}
-        return task(run, help=texts, auto_shortflags=False, klass=_Task)
+        return task(run, help=texts, auto_shortflags=False, iterable=words)
 
     return decorate
-
-
-class _Task(Task):
-    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
-        arguments = super().get_arguments(ignore_unknown_help)
-        return [_Words(self.name, argument) if argument.positional else argument for argument in arguments]
-
-
-class _Words(Argument):
-    """A positional argument that takes any number of words; invoke's own takes exactly one.
-
-    invoke passes words on for as long as `value` is None, so it is None until all words after the task have come.
-    """
-
-    def __init__(self, task_name: str, argument: Argument):
-        super().__init__(argument.name, kind=list, positional=True, help=argument.help)
-        self.missing = sum(
-            not _is_flag(word) and not (_is_flag(before) and "=" not in before)  # all flags of such tasks take a value
-            for before, word in pairwise(dropwhile(task_name.__ne__, sys.argv))
-        )
-
-    @property
-    def value(self) -> list[str] | None:
-        return None if self.missing else self._value
-
-    @value.setter
-    def value(self, word: str) -> None:
-        self._value.append(word)
-        self.missing -= 1
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("-") and word != "-"  # which is standard input
 
 
 def _find_run(output_dir: str | None, name: str | None) -> runs.Run:
@@ -103,7 +86,7 @@ def _port(text: str) -> int:
 @task(default=True, name="list")
 def list_tasks(_context):
     """List the tasks."""
-    program.run(["invoke", "--list"], exit=False)
+    program.list_tasks()
 
 
 @command()
@@ -145,6 +128,8 @@ def evaluate(run=None, corruptions=False, data_dir=None, device=None, output_dir
     from cifar import analysis, datasets, evaluate, report
 
     dataset = datasets.of_run(found, data_dir)
+    if corruptions:
+        found.history()  # the report needs it: if it is damaged, nothing is written
     with found.claim():
         with found.stage("evaluate"):
             evaluation = evaluate.evaluate(found, dataset, device)
@@ -155,7 +140,7 @@ def evaluate(run=None, corruptions=False, data_dir=None, device=None, output_dir
                 table = analysis.measure_corruptions(found, dataset, device, advance)
             analysis.show_corruptions(table)
             if (found.path / "report.html").exists():
-                _write_report(found, dataset)
+                report.write(found, dataset)
 
 
 @command()
@@ -163,22 +148,15 @@ def visualize(run=None, data_dir=None, output_dir=None):
     """Draw a run's figures from its files, and write its report.html."""
     found = _find_run(output_dir, run)
 
-    from cifar import datasets, report
+    from cifar import datasets, report, visualize
 
     dataset = datasets.of_run(found, data_dir)
     with found.claim():
-        _write_report(found, dataset)
+        with found.stage("visualize"):
+            visualize.visualize(found, dataset)
+        with found.stage("report"):
+            report.write(found, dataset)
     report.show_run(found)
-
-
-def _write_report(run: runs.Run, dataset) -> None:
-    """Draw the figures of a run that is claimed, and write its report.html."""
-    from cifar import report, visualize
-
-    with run.stage("visualize"):
-        visualize.visualize(run, dataset)
-    with run.stage("report"):
-        report.write(run, dataset)
 
 
 @command(
@@ -190,7 +168,7 @@ def predict(paths, run=None, fit="crop", output=None, device=None, output_dir=No
     """Predict the classes of images: files, folders, glob patterns, or - for standard input."""
     if not paths:
         raise UsageError("name image files, folders or glob patterns, or - for standard input")
-    if output and not output.endswith((".csv", ".json")):
+    if output and Path(output).suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
     device = Config.create({"device": device}).device
     found = _find_run(output_dir, run)
@@ -245,9 +223,10 @@ def export(run=None, output=None, output_dir=None):
 @command(
     names="runs, or directories of several seeds; without names all runs are listed",
     sort="column by which to sort the list of all runs; default the newest first",
+    pairs="compare the runs of several seeds one by one, and not by their mean",
     output="folder for the figure and the numbers; default compare/ in --output-dir",
 )
-def compare(names, sort=None, output=None, output_dir=None):
+def compare(names, sort=None, pairs=False, output=None, output_dir=None):
     """Compare runs, with tests of significance, or list all runs."""
     output_dir = Config.create({"output_dir": output_dir}).output_dir
     if names and sort:
@@ -258,7 +237,7 @@ def compare(names, sort=None, output=None, output_dir=None):
     if not names:
         rows = compare.leaderboard(output_dir, sort)
         return compare.show_runs(rows, compare.groups(output_dir), compare.columns(sort))
-    comparison = compare.compare([run for name in names for run in runs.find_all(output_dir, name)])
+    comparison = compare.compare([run for name in names for run in runs.find_all(output_dir, name)], pairs)
     folder = compare.write(comparison, Path(output) if output else compare.folder(output_dir, comparison))
     compare.show_comparison(comparison)
     console.say(f"figure and numbers: {display_path(folder)}")
@@ -308,3 +287,65 @@ def lint(context):
     ruff = f"{shlex.quote(sys.executable)} -m ruff"
     with context.cd(str(PROJECT)):
         context.run(f"{ruff} check . && {ruff} format --check .")
+
+
+# The command line.
+
+
+def _read_command_line() -> None:
+    """Check the words that invoke has left for the tasks, and spell them as it does; show the help that they ask for.
+
+    Raises UsageError for an unknown task, and as `take_flag`.
+    """
+    words = list(program.core.unparsed)
+    before_help = list(takewhile(lambda word: word not in ("-h", "--help"), words))
+    asked = program.args.help.value
+    if len(before_help) < len(words):
+        asked = next((word for word in reversed(before_help) if word in _TASKS), "list")
+    if asked:
+        console.out.out(_help(asked))
+        raise Exit
+    if words and program.core.remainder:  # what follows `--`, so that it is no flag
+        rest = program.argv[program.argv.index("--") + 1 :]
+        words += [f"./{word}" if word.startswith("-") else word for word in rest]
+    program.core.unparsed[:] = _spelled(deque(words))
+
+
+def _spelled(words: deque[str]) -> list[str]:
+    """Return the tasks, their flags and their words as invoke takes them: `predict --paths=a.png --run=x`."""
+    spelled, command, words_flag, takes_value = [], "", None, {}
+    while words:
+        word = words[0]
+        if command and word.startswith("-") and word != "-":  # which is standard input
+            name, value = take_flag(words, takes_value, command)
+            spelled.append(name if value is True else f"{name}={value}")
+        elif words_flag:
+            if not word.strip():
+                raise UsageError(f"a word after `{command}` must not be empty")
+            spelled.append(f"{words_flag}={os.path.expanduser(words.popleft())}")
+        else:
+            arguments, command = _arguments(word), f"invoke {word}"
+            words_flag = next((name for name, argument in arguments.items() if argument.kind is list), None)
+            takes_value = {name: arguments[name].takes_value for name in arguments if name != words_flag}
+            spelled.append(words.popleft())
+    return spelled
+
+
+def _arguments(task: str) -> dict[str, Argument]:
+    """Return the arguments of a task by flag. Raises UsageError if there is no such task."""
+    if task not in _TASKS:
+        hint = did_you_mean(task, _TASKS) or "`invoke --list` lists them"
+        raise UsageError(f"there is no task '{task}': {hint.strip()}")
+    return {f"--{argument.names[0]}": argument for argument in _TASKS[task].get_arguments()}
+
+
+def _help(task: str) -> str:
+    arguments = _arguments(task).items()
+    texts = {name.lstrip("-") if one.kind is list else name: one.help for name, one in arguments}
+    return help_page(f"invoke {task}", _TASKS[task].__doc__, texts, {name: one.takes_value for name, one in arguments})
+
+
+_TASKS = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}
+# Once invoke has read its own flags, it loads this file and goes on.
+if hasattr(program, "core") and (code := console.exit_code(_read_command_line)):
+    raise Exit(code=code)

@@ -1,15 +1,17 @@
-"""Every setting of a run, and the recipes: named sets of them."""
+"""Every setting of a run, the recipes, which are named sets of them, and the flags of the command lines."""
 
+import argparse
 import json
 import os
 import tomllib
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from cifar.errors import UsageError, UserError, display_path, known_name
+from cifar.errors import UsageError, UserError, did_you_mean, display_path, known_name
 
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
@@ -72,12 +74,13 @@ DATASETS = ("auto", "cifar10", "cifar100", "digits")
 IMAGE_FOLDER = "the path of a folder of images"
 MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
 OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
-MODEL_ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96"}  # the names in runs of the first version
 MAX_EPOCHS = 100_000
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 RESUME_HELP = "resume an interrupted, failed or killed run: its directory, or its name in --output-dir"
 CONFIG_HELP = "file with settings, .toml or .json, such as a run's config.json; flags take precedence"
 
+# The networks' names in runs of the first version, and what some call a GPU.
+_ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
@@ -138,7 +141,7 @@ class Config(BaseModel):
     hard_share: float = Field(0.64, ge=0.05, le=1, description="fraction of the images that --hard-epochs train on")
 
     def __init__(self, **settings):
-        recipe = known_name("recipe", str(settings.get("recipe", "fast")), RECIPES)
+        recipe = known_name("recipe", _known_spelling("recipe", str(settings.get("recipe", "fast"))), RECIPES)
         try:
             super().__init__(**{**RECIPES[recipe], **settings})
         except ValidationError as error:
@@ -153,10 +156,10 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would accept: true for 1, and text that cannot be a file name."""
-        if isinstance(value, bool) or (isinstance(value, str) and not _is_file_name(value)):
+        """Take known names in any case; refuse true for 1, which pydantic would accept, and what cannot be a path."""
+        if isinstance(value, bool) or (isinstance(value, str) and not (value.strip() and _is_file_name(value))):
             raise UserError(f"{flag(info.field_name)} does not take {value!a}")
-        return model_name(value) if info.field_name == "model" and isinstance(value, str) else value
+        return _known_spelling(info.field_name, value) if isinstance(value, str) else value
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
@@ -167,7 +170,7 @@ class Config(BaseModel):
         """
         settings = {name: value for name, value in given.items() if value is not None}
         if "model" in settings:
-            model = model_name(str(settings["model"]))
+            model = _known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
             settings.setdefault("recipe", recipe)
         settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(PROJECT / "data"))
@@ -199,7 +202,7 @@ FIELDS = tuple(Config.model_fields)
 
 def model_name(name: str) -> str:
     """Return a network's name, also for the name that it had in the first version."""
-    return MODEL_ALIASES.get(name, name)
+    return _known_spelling("model", name)
 
 
 def max_small_epochs(epochs: int) -> int:
@@ -232,13 +235,40 @@ def help_text(name: str) -> str:
     return "; ".join(parts)
 
 
-def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that are given: not None. Raises UsageError for an empty text, as of an unset shell variable."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    for name, value in given.items():
-        if value == "":
-            raise UsageError(f"{flag(name)} must not be empty")
-    return given
+def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command: str) -> tuple[str, str | bool]:
+    """Take a flag and its value from the front of a command line; returns both, the flag as `takes_value` spells it.
+
+    takes_value: of each flag; None where the value may be left out. The value is True where there is none. Underscores
+    count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value that is missing,
+    empty, as that of an unset shell variable, or one too many.
+    """
+    word, has_value, value = words.popleft().partition("=")
+    name = word.replace("_", "-")
+    if name not in takes_value:
+        hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
+        raise UsageError(f"{command} has no flag {word}: {hint.strip()}")
+    if takes_value[name] is not False and not has_value and words and not words[0].startswith("--"):
+        has_value, value = "=", words.popleft()
+    if takes_value[name] is not None and takes_value[name] != bool(has_value):
+        raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else f"{name} needs a value")
+    if has_value and not value.strip():
+        raise UsageError(f"{name} must not be empty")
+    return name, os.path.expanduser(value) if has_value else True
+
+
+def help_page(command: str, description: str, texts: Mapping[str, str], takes_value: Mapping[str, bool | None]) -> str:
+    """Lay out the help of a command.
+
+    texts: of each flag, or of the words without a flag by a name without dashes. takes_value: as for `take_flag`.
+    """
+    words = [f"[{name.upper()} ...]" for name in texts if not name.startswith("-")]
+    usage = " ".join((command, "[FLAGS]", *words))
+    parser = argparse.ArgumentParser(usage=usage, description=description, add_help=False)
+    for name, text in texts.items():
+        value = {"metavar": name.split("-")[-1].upper(), "nargs": "?" if takes_value.get(name) is None else None}
+        options = {"action": "store_true"} if takes_value.get(name) is False else value
+        parser.add_argument(name, help=text.replace("%", "%%"), **options)
+    return parser.format_help()
 
 
 def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
@@ -247,8 +277,8 @@ def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
     flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
     config.json are ignored. Raises UserError that names the file for an invalid one.
     """
-    given = given_flags({**flags, "config": file})
-    settings = _read_settings(Path(given.pop("config"))) if file else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = _read_settings(Path(file)) if file else {}
     if "recipe" in settings and given.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     return settings | given
@@ -305,6 +335,14 @@ def _choices(name: str) -> tuple[str, ...]:
     """Return the values of a setting that takes nothing else."""
     annotation = Config.model_fields[name].annotation
     return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _known_spelling(name: str, value: str) -> str:
+    """Return the value as the setting spells it, if it is a known one in another case or by another name."""
+    known = {"model": MODELS, "dataset": DATASETS}.get(name, _choices(name))
+    lower = value.lower()
+    lower = _ALIASES.get(lower, lower)
+    return lower if lower in known and not (name == "dataset" and os.path.exists(value)) else value
 
 
 def _is_file_name(text: str) -> bool:

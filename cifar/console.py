@@ -5,9 +5,12 @@ Everything has a plain form for a pipe, a file or a dumb terminal.
 
 import contextlib
 import io
+import os
 import re
 import signal
+import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +25,7 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -34,17 +38,41 @@ from cifar.records import EpochRecord
 
 _REFRESH_SECONDS = 0.25
 _PIPE_WIDTH = 10_000  # nothing is folded or cut off where nobody sees a window
+# What torch, the dynamic linker, Python and the system say.
+_NO_MEMORY = (
+    *("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory"),
+    "bad_alloc",
+)
+_NAME = TextColumn("{task.description}", markup=False)
 _GAP = 3  # columns of the terminal between two columns of a table
 _NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
 
 
+_MIN_WIDTH = 40  # columns; a smaller value of COLUMNS is a mistake
+_BACKQUOTED = re.compile(r"`[^`]+`")
+_NO_BREAK = "\ue000"  # stands for a space at which a line must not end
+
+
+class _Console(Console):
+    """Standard output or standard error."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without output when nobody reads it any more, as after `| head -1`."""
+        self.quiet = True
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), self.file.fileno())
+        err.print("standard output is closed: going on without it")
+
+
 def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    console = _Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
 
 
+if not (columns := os.environ.get("COLUMNS", "80")).isdecimal() or int(columns) < _MIN_WIDTH:
+    del os.environ["COLUMNS"]  # which rich and argparse would obey
 out = _console()
 err = _console(stderr=True)
 
@@ -60,13 +88,24 @@ def printable(text: str) -> str:
 
 
 def say(message: str, style: str | None = None) -> None:
-    """Print one line, never wrapped or interpreted as markup."""
-    out.print(Text(printable(message), style=style or ""), soft_wrap=True)
+    """Print a sentence; only a terminal that is narrower gets several lines, broken between words."""
+    out.print(Text(_wrapped(printable(message), out), style=style or ""), soft_wrap=True)
 
 
 def error(message: str) -> None:
-    """Print the one sentence of an error on standard error, on one line."""
-    err.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+    """Print the one sentence of an error on standard error."""
+    text = Text(_wrapped(f"error: {printable(message)}", err))
+    text.stylize("bold red", 0, len("error:"))
+    err.print(text, soft_wrap=True)
+
+
+def _wrapped(text: str, console: Console) -> str:
+    """Break a text for a terminal between words; not in `commands`, so that they can be copied, nor in paths."""
+    if not console.is_terminal:
+        return text
+    text = _BACKQUOTED.sub(lambda command: command[0].replace(" ", _NO_BREAK), text)
+    lines = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    return lines.replace(_NO_BREAK, " ")
 
 
 def banner(message: str | None) -> None:
@@ -103,9 +142,8 @@ def exit_code(action: Callable[[], None]) -> int:
 
     Returns 0, 1 for an error, 2 for invalid usage, 130 after Ctrl-C and 143 after SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # text that the terminal's encoding does not have
+    _open_standard_streams()
+    hook, sys.unraisablehook = sys.unraisablehook, _redeliver
     try:
         with handled(signal.SIGTERM, by=interrupt):
             action()
@@ -113,21 +151,47 @@ def exit_code(action: Callable[[], None]) -> int:
         error(str(problem))
         return problem.exit_code
     except KeyboardInterrupt as stop:
-        err.print(Text(printable(str(stop) or "interrupted")), soft_wrap=True)
+        err.print(Text(_wrapped(printable(str(stop) or "interrupted"), err)), soft_wrap=True)
         return 128 + signal_number(stop)
     except Exception as problem:
         if (sentence := _system_error(problem)) is None:
             raise
         error(sentence)
         return 1
+    finally:
+        sys.unraisablehook = hook
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Escape what the terminal's encoding lacks; keep files from taking the number of a stream that is closed.
+
+    What libraries print would be written into such a file.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _redeliver(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again whose exception Python has dropped, because it came while a finalizer ran."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Not now: it would be dropped again.
+        threading.Timer(0.05, os.kill, (os.getpid(), signal_number(unraisable.exc_value))).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _system_error(problem: Exception) -> str | None:
     """Word an error that the system reports: a file, or memory; None for any other, which is a bug."""
     name = type(problem).__name__  # torch.OutOfMemoryError, without the import of torch
-    if name in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator: " in str(problem):
-        return "out of memory; a smaller --batch-size needs less"
+    if name in ("OutOfMemoryError", "MemoryError") or any(text in str(problem) for text in _NO_MEMORY):
+        return "out of memory: close other programs or raise the limit; a smaller --batch-size needs less in training"
     if isinstance(problem, OSError):
         reason = problem.strerror or describe(problem)
         return f"{problem.filename}: {reason}" if problem.filename else reason
@@ -155,10 +219,8 @@ def interrupt(number: int, frame: object = None) -> NoReturn:
 @contextlib.contextmanager
 def handled(*numbers: int, by: Callable[[int, object], None]) -> Iterator[None]:
     """Handle signals inside the context, except those that this process was started to ignore."""
-    handlers: dict[int, object] = {}
-    if threading.current_thread() is threading.main_thread():
-        wanted = (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
-        handlers = {number: signal.signal(number, by) for number in wanted}
+    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, by) for number in wanted}
     try:
         yield
     finally:
@@ -168,22 +230,45 @@ def handled(*numbers: int, by: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
-    """Defer the first Ctrl-C or SIGTERM, and say so; a second one raises Interrupted at once.
+    """Defer the first Ctrl-C or SIGTERM, and say so at once; a second one raises Interrupted.
 
     Yields a function that returns the number of the signal that was received, or None.
     """
-    received: list[int] = []
+    received, announced = [], []
 
     def handler(number: int, frame: object) -> None:
         received.append(number)
-        if len(received) > 1:
+        if max(len(received), len(announced)) > 1:  # Python calls this once for two that came during one operation
             interrupt(number)
-        hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
-        with contextlib.suppress(RuntimeError):  # the signal came while the same stream was being written
+
+    def announce(number: int) -> None:
+        announced.append(number)
+        if len(announced) == 1:
+            hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
             say(f"finishing this step, then saving{hint}")
 
-    with handled(signal.SIGINT, signal.SIGTERM, by=handler):
+    with _watched(announce), handled(signal.SIGINT, signal.SIGTERM, by=handler):
         yield lambda: received[0] if received else None
+
+
+@contextlib.contextmanager
+def _watched(action: Callable[[int], None]) -> Iterator[None]:
+    """Call the action in another thread for each signal that is handled.
+
+    Python itself calls a handler only between two operations, and a step of training can be one of several seconds.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    thread = threading.Thread(target=lambda: [action(*number) for number in iter(lambda: reader.recv(1), b"")])
+    thread.start()
+    previous = signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 @contextlib.contextmanager
@@ -197,9 +282,8 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
         say(f"downloading {name}, {size / 1e6:.0f} MB{done}")
         yield lambda count: None
         return
-    label = TextColumn("{task.description}", markup=False)
-    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out) as progress:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(_NAME, *columns, console=out) as progress:
         task = progress.add_task(printable(name), total=size, completed=present)
         yield lambda count: progress.update(task, completed=count)
 
@@ -207,8 +291,9 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
 @contextlib.contextmanager
 def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar that counts things; yields a function that takes how many more are done. Nothing in a pipe."""
-    with Progress(*Progress.get_default_columns(), console=out, transient=True, disable=not is_live()) as progress:
-        task = progress.add_task(name, total=total)
+    columns = (_NAME, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not is_live()) as progress:
+        task = progress.add_task(printable(name), total=total)
         yield lambda count: progress.advance(task, count)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ def known_name(kind: str, name: str, known: Collection[str], others: str = "") -
     """
     if name in known:
         return name
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
     also = f", or {others}" if others else ""
-    raise UserError(f"unknown {kind} '{name}': {hint}choose from {', '.join(known)}{also}")
+    raise UserError(f"unknown {kind} '{name}': {did_you_mean(name, known)}choose from {', '.join(known)}{also}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean X? " with the known name that is nearest, or nothing if none is near."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]}? " if nearest else ""
 
 
 def listing(names: Sequence[str], most: int = 3) -> str:

@@ -25,6 +25,7 @@ from cifar.errors import UserError, csv_cell, describe, display_path, known_name
 from cifar.images import FITS, Source, decode_all
 from cifar.runs import Run
 
+_MAX_INPUT = 400_000_000  # bytes of standard input; decode_all says that more are too many
 _BATCH = 500  # images that are decoded before the network sees them
 _ROWS = 20  # that the terminal shows at most
 _COLUMNS = ("image", "predicted", "confidence", "probably_none", "error")  # of a .csv file, before the classes
@@ -86,32 +87,32 @@ def find_images(paths: Sequence[str]) -> list[Source]:
     """Find the images that files, folders, glob patterns and `-` (standard input) stand for.
 
     A folder stands for all files below it in sorted order, without hidden ones. A path that does not exist stays in
-    the list, so that its error appears in its place.
+    the list, so that its error appears in its place. What is named twice is found once.
     """
     found: list[Source] = []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         if path == "-":
             if sys.stdin is None or sys.stdin.closed:
                 raise UserError("standard input is closed, so no image can be read from it")
-            found.append(sys.stdin.buffer.read())
+            found.append(sys.stdin.buffer.read(_MAX_INPUT + 1))
             continue
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in map(Path, matches or [path]):
             inside = [match / name for name in glob.glob("**", root_dir=match, recursive=True)]
             found += [file for file in sorted(inside) if file.is_file()] or [match]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Write predictions to a .csv or .json file. Raises UserError if it cannot be written."""
     rows = [_row(prediction, predictor) for prediction in predictions]
     nothing = dict.fromkeys(predictor.classes, "")
-    lines = [[*_COLUMNS, *predictor.classes]]
+    lines = [[*_COLUMNS, *(f"{name} (class)" if name in _COLUMNS else name for name in predictor.classes)]]
     for row in rows:
         lines.append([*(row.get(column, "") for column in _COLUMNS), *row.get("probabilities", nothing).values()])
     with runs.atomic_write(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
             return
         with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -136,7 +137,7 @@ def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
     readable = [prediction for prediction in predictions if prediction.probabilities is not None]
-    shown = predictions
+    shown, run = predictions, predictor.run
     if len(predictions) > _ROWS:
         shown = predictions[: _ROWS // 2]
         counts = Counter(predictor.classes[one.probabilities.argmax()] for one in readable).most_common(_ROWS // 2)
@@ -147,7 +148,7 @@ def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) ->
     columns = {"image": [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]}
     for rank, place in enumerate(("first", "second", "third")[: len(predictor.classes)]):
         columns[place] = [_cell(prediction, predictor, rank) for prediction in shown]
-    console.out.print(console.table(f"predictions of {predictor.run.path.name}", columns))
+    console.out.print(console.table(f"predictions of {run.path.name}, trained on {run.dataset.name}", columns))
     if len(predictions) > len(shown):
         console.say(f"and {len(predictions) - len(shown):,} more images; --output saves all predictions")
     for prediction in [prediction for prediction in predictions if prediction.error][: _ROWS // 2]:

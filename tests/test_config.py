@@ -41,6 +41,7 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
         ({"lr": "nan"}, "--lr must be finite, not nan"),
         ({"epochs": 3.5}, "--epochs takes a whole number, not 3.5"),
         ({"epochs": True}, "--epochs does not take True"),
+        ({"output_dir": " "}, "--output-dir does not take ' '"),
         ({"lr": {}}, "--lr takes a number, not {}"),
         ({"lr": "\udcff"}, "--lr does not take '\\udcff'"),
         ({"data_dir": 3}, "--data-dir takes text, not 3"),
@@ -63,10 +64,21 @@ def test_a_wrong_value_is_one_sentence(given, sentence):
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("text", ["abc", "1.5", "", "9" * 5000])
+@pytest.mark.parametrize("text", ["abc", "1.5", "9" * 5000])
 def test_text_that_is_no_number_is_a_usage_error(text):
     with pytest.raises(UsageError, match=r"^--epochs takes a whole number, not '.{0,40}'$"):
         Config.create({"epochs": text})
+
+
+def test_known_names_are_taken_in_any_case_but_not_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    given = {"recipe": "Best", "dataset": "CIFAR10", "device": "GPU", "optimizer": "Adam", "model": "ResNet18"}
+    made = Config.create({**given, "precision": "BFloat16"})
+    assert (made.recipe, made.dataset, made.device) == ("best", "cifar10", "cuda")
+    assert (made.optimizer, made.model, made.precision) == ("adam", "resnet18", "bfloat16")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Digits").mkdir()
+    assert Config.create({"dataset": "Digits"}).dataset == "Digits"
+    assert Config.create({"model": "My.Net:Build"}).model == "My.Net:Build"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """What the terminal and a pipe show, exit codes, Ctrl-C and SIGTERM, and the wording of errors."""
 
 import errno
+import hashlib
 import io
 import os
 import re
+import resource
 import signal
+import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from rich.text import Text
 from cifar import console, errors
 from cifar.errors import UsageError, UserError
 from cifar.records import EpochRecord
+from commands import run
 from handmade import make_line
 
 EPOCH = EpochRecord(**make_line(1, train_loss=0.5, train_accuracy=0.871, val_loss=0.4, val_accuracy=0.9123))
@@ -30,7 +36,9 @@ def raising(error):
     return action
 
 
-OUT_OF_MEMORY = "error: out of memory; a smaller --batch-size needs less\n"
+OUT_OF_MEMORY = (
+    "error: out of memory: close other programs or raise the limit; a smaller --batch-size needs less in training\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,7 @@ OUT_OF_MEMORY = "error: out of memory; a smaller --batch-size needs less\n"
         (raising(MemoryError()), 1, OUT_OF_MEMORY),
         (raising(OutOfMemoryError("CUDA out of memory")), 1, OUT_OF_MEMORY),
         (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 1, OUT_OF_MEMORY),
+        (raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")), 1, OUT_OF_MEMORY),
     ],
 )
 def test_an_error_is_one_sentence_and_an_exit_code(action, code, printed, capsys):
@@ -70,6 +79,20 @@ def test_a_programming_error_keeps_its_traceback():
 def test_messages_are_one_line_whatever_is_in_them(capsys):
     console.say("[bold]é💥\udcff\r\n" + "x" * 300)
     assert capsys.readouterr().out == "[bold]é💥\\udcff\\r\\n" + "x" * 300 + "\n"
+
+
+def test_a_terminal_breaks_long_messages_between_words_but_neither_commands_nor_paths(terminal, monkeypatch):
+    monkeypatch.setattr(console, "err", console.out)
+    console.out.width = 40
+    console.say("this is [a] long sentence in which no word is cut in two; resume with `python main.py --resume x`")
+    console.error("cannot read /a/very/long/path/that/is/wider-than-the-terminal.png")
+    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines() == [
+        "this is [a] long sentence in which no",
+        "word is cut in two; resume with",
+        "`python main.py --resume x`",
+        "error: cannot read",
+        "/a/very/long/path/that/is/wider-than-the-terminal.png",
+    ]
 
 
 def test_a_banner_shows_a_sentence_and_nothing_without_one(capsys):
@@ -171,11 +194,41 @@ def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
         assert received() is None
         os.kill(os.getpid(), signal.SIGINT)
         assert received() == signal.SIGINT
-        assert capsys.readouterr().out == "finishing this step, then saving; press Ctrl-C again to quit now\n"
         with pytest.raises(console.Interrupted) as second:
             os.kill(os.getpid(), signal.SIGTERM)
         assert console.signal_number(second.value) == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().out == "finishing this step, then saving; press Ctrl-C again to quit now\n"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_signals_are_announced_and_counted_during_one_long_operation(presses, monkeypatch):
+    said = []
+    monkeypatch.setattr(console, "say", lambda message: said.append(time.monotonic()))
+    with console.deferred_interrupt(), pytest.raises(console.Interrupted) if presses == 2 else nullcontext():
+        for press in range(presses):
+            threading.Timer(0.1 + 0.1 * press, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # most of a second in which Python calls no handler
+        finally:
+            ended = time.monotonic()
+    assert len(said) == 1
+    assert said[0] < ended
+
+
+def test_a_signal_that_comes_while_a_finalizer_runs_is_not_lost():
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the handler raises here, and Python drops what __del__ raises
+
+    def action():
+        Finalized()
+        time.sleep(5)
+
+    started = time.monotonic()
+    assert console.exit_code(action) == 143
+    assert time.monotonic() - started < 4
 
 
 def test_a_signal_that_this_process_was_started_to_ignore_stays_ignored():
@@ -195,6 +248,39 @@ def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch):
     assert console.exit_code(lambda: console.say("é")) == 0
     stream.flush()
     assert stream.buffer.getvalue() == b"\\xe9\n"
+
+
+def exit_of(action: str, **options) -> tuple[int, str, str]:
+    """Run an action in a process of its own; returns its exit code, output and errors."""
+    return run(
+        "-c", f"import os, sys; from cifar import console; sys.exit(console.exit_code(lambda: {action}))", **options
+    )
+
+
+def test_a_command_goes_on_when_nobody_reads_its_output(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    action = f"[console.say('x'), console.say('y'), open({str(tmp_path / 'done')!r}, 'w')]"
+    code, _, err = exit_of(action, stdout=writer)
+    os.close(writer)
+    assert (code, err) == (0, "standard output is closed: going on without it\n")
+    assert (tmp_path / "done").exists()
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    close = lambda: [os.close(descriptor) for descriptor in (0, 2)]  # noqa: E731
+    assert exit_of("print(open('main.py').fileno() > 2)", preexec_fn=close)[:2] == (0, "True\n")
+
+
+@pytest.mark.parametrize(("columns", "kept"), [("1", None), ("abc", None), ("100", "100")])
+def test_a_nonsensical_width_in_the_environment_is_ignored(columns, kept):
+    printed = exit_of("print(os.environ.get('COLUMNS'))", env={**os.environ, "COLUMNS": columns})
+    assert printed == (0, f"{kept}\n", "")
+
+
+def test_a_limit_of_memory_that_is_too_low_is_one_sentence():
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (500_000_000, 500_000_000))  # noqa: E731
+    assert exit_of("__import__('torch')", preexec_fn=limit) == (1, "", OUT_OF_MEMORY)
 
 
 def test_errors_are_worded_in_one_line():

@@ -33,3 +33,4 @@ def test_there_is_no_cycle_and_training_does_not_depend_on_what_shows_its_result
 def test_the_numeric_modules_import_nothing_but_device_and_errors():
     for name in ("data", "optim", "metrics", "layers"):
         assert IMPORTS[name] <= {"device", "errors"}
+    assert not IMPORTS["decoder"]  # which is a program of its own

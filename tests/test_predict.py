@@ -30,7 +30,7 @@ def stand_in(classes, threshold=0.5) -> SimpleNamespace:
     """What `write` and `show_predictions` need of a predictor."""
     return SimpleNamespace(
         classes=tuple(classes),
-        run=SimpleNamespace(path=Path("my-run")),
+        run=SimpleNamespace(path=Path("my-run"), dataset=SimpleNamespace(name="pets")),
         threshold=threshold,
         is_probably_none=lambda probabilities: bool(probabilities.max() < threshold),
     )
@@ -87,14 +87,18 @@ def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_pat
     assert found("*.png") == ["a.png", "b.png"]
     assert found("[1]") == ["[1]/e.png"]
     absolute = str(tmp_path / "a.png")
-    assert found("none.png", absolute, "inner/c.png") == ["none.png", absolute, "inner/c.png"]
+    assert found("none.png", absolute, "inner/c.png", "none.png") == ["none.png", absolute, "inner/c.png"]
+    assert found("a" * 300, "a.png") == ["a" * 300, "a.png"]
 
 
 def test_a_dash_is_standard_input_and_a_closed_one_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"image")))
-    assert predict.find_images(["-"]) == [b"image"]
-    sys.stdin.close()
-    for closed in (sys.stdin, None):
+    assert predict.find_images(["-", "x.png", "-"]) == [b"image", Path("x.png")]
+    monkeypatch.setattr(predict, "_MAX_INPUT", 1000)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert predict.find_images(["-"]) == [bytes(1001)]
+    for closed in (endless, None):
         monkeypatch.setattr(sys, "stdin", closed)
         with pytest.raises(UserError, match="standard input is closed"):
             predict.find_images(["-"])
@@ -123,7 +127,7 @@ def test_class_names_are_whole_and_control_characters_escaped_whatever_the_path(
     assert max(map(len, printed.splitlines()[:6])) <= console.out.width
     for part in ("_folder/photo.png", "relative/[red].png", r"bell\x07.png", "automobile 40.0%", r"[bold]cat\n 40.0%"):
         assert part in printed
-    assert "probably none of the classes (confidence below 50.0%): /data/a_long" in printed
+    assert "probably none of the classes (confidence below 50.0%): /data/a_long" in " ".join(printed.split())
 
 
 def test_of_many_images_a_summary_and_the_first_are_shown(written, tmp_path, monkeypatch):
@@ -143,9 +147,9 @@ def test_of_many_images_a_summary_and_the_first_are_shown(written, tmp_path, mon
 def test_predictions_are_written_as_csv_and_json(tmp_path):
     classes = ("image", "error", "=1+1", "-")
     predictions = [*predictions_of(["@a.png", "b.png", "c,\udc80.png"], 4, sure=0.7), Prediction(b"", None, "empty")]
-    for name in ("new/a.csv", "a.json"):
+    for name in ("new/a.CSV", "a.JSON"):
         predict.write(tmp_path / name, predictions, stand_in(classes))
-    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    rows = json.loads((tmp_path / "a.JSON").read_text(encoding="utf-8"))
     assert rows[0] == {
         "image": "@a.png",
         "predicted": "image",
@@ -154,9 +158,10 @@ def test_predictions_are_written_as_csv_and_json(tmp_path):
         "probabilities": {"image": 0.7, "error": 0.1, "=1+1": 0.1, "-": 0.1},
     }
     assert rows[3] == {"image": "standard input", "error": "empty"}
-    with (tmp_path / "new" / "a.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (tmp_path / "new" / "a.CSV").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         header, *lines = csv.reader(file)
-    assert header == ["image", "predicted", "confidence", "probably_none", "error", "image", "error", "'=1+1", "'-"]
+    assert header[:5] == ["image", "predicted", "confidence", "probably_none", "error"]
+    assert header[5:] == ["image (class)", "error (class)", "'=1+1", "'-"]
     assert lines == [
         ["'@a.png", "image", "0.7", "False", "", "0.7", "0.1", "0.1", "0.1"],
         ["b.png", "error", "0.7", "False", "", "0.1", "0.7", "0.1", "0.1"],
@@ -164,5 +169,5 @@ def test_predictions_are_written_as_csv_and_json(tmp_path):
         ["standard input", "", "", "", "empty", "", "", "", ""],
     ]
     with pytest.raises(UserError, match="cannot write"):
-        predict.write(tmp_path / "a.json" / "b.csv", predictions, stand_in(classes))
+        predict.write(tmp_path / "a.JSON" / "b.csv", predictions, stand_in(classes))
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]

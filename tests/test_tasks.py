@@ -43,7 +43,7 @@ def images(tmp_path_factory, digits) -> Path:
         ((*INVOKE, "--list"), 0),
         ((MAIN, "--help"), 0),
         ((MAIN, "--epochs", "0"), 1),
-        ((*INVOKE, "data", "--dataset"), 1),
+        ((*INVOKE, "data", "--dataset"), 2),
     ],
 )
 def test_help_and_a_mistake_take_less_than_half_a_second(command, expected):
@@ -67,16 +67,21 @@ def test_every_setting_but_seeds_is_a_flag_of_main_and_of_train():
     texts = [" ".join(call[1].split()) for call in (main("--help"), invoke("train", "--help"))]
     for name in FIELDS:
         assert f"{flag(name)} " in texts[0]
-        assert (f"{flag(name)}=" in texts[1]) == (name != "seeds")
+        assert (f"{flag(name)} " in texts[1]) == (name != "seeds")
     assert all("passes over the training images; default 13 (best: 40," in text for text in texts)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_help(task):
-    for words in ((task, "--help"), ("--help", task)):
+def test_every_task_has_help_wherever_it_is_asked_for(task):
+    for words in ((task, "--help"), ("--help", task), (task, "-h"), ("data", "x", task, "--no-flag", "a.png", "-h")):
         code, out, err = invoke(*words)
         assert (code, err) == (0, "")
-        assert re.search(r"Docstring:\n  (?!none)\w+", out)
+        assert re.match(rf"usage: invoke {task} \[FLAGS\].*\n\n\w+ .*\.\n", out, re.DOTALL)
+
+
+def test_main_has_help_wherever_it_is_asked_for():
+    pages = [main(*words) for words in (("--help",), ("-h",), ("--no-flag", "--help"), ("--epochs", "-h"))]
+    assert pages == [(0, pages[0][1], "")] * 4
 
 
 # Mistakes.
@@ -89,7 +94,15 @@ def test_every_task_has_help(task):
         (("--model", "airbench"), 1, "unknown model 'airbench'"),
         (("--config", "none.toml"), 1, "cannot read none.toml"),
         (("--config", ""), 2, "--config must not be empty"),
-        (("--dataset", ""), 2, "--dataset must not be empty"),
+        (("--dataset", " "), 2, "--dataset must not be empty"),
+        (("--dataset=",), 2, "--dataset must not be empty"),
+        (("--epoch", "3"), 2, "has no flag --epoch: did you mean --epochs?"),
+        (("-lr", "3"), 2, "has no flag -lr: did you mean --lr?"),
+        (("--xyz",), 2, " --help` lists its flags"),
+        (("--epochs",), 2, "--epochs needs a value"),
+        (("--epochs", "--lr", "1"), 2, "--epochs needs a value"),
+        (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),
+        (("fast",), 2, "'fast'"),
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
@@ -112,7 +125,13 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
     [
         (("evaluate", "--run", ""), 2, "--run must not be empty"),
         (("evaluate", "--output-dir", "{empty}"), 1, "there is no finished run in {empty}"),
-        (("evaluate", "--device", "gpu"), 1, "unknown device 'gpu'"),
+        (("evaluate", "--device", "tpu"), 1, "unknown device 'tpu'"),
+        (("evaluate", "--corruptions=yes"), 2, "--corruptions takes no value, so not 'yes'"),
+        (("trian",), 2, "there is no task 'trian': did you mean train?"),
+        (("--help", "trian"), 2, "there is no task 'trian': did you mean train?"),
+        (("-x",), 2, "there is no task '-x': `invoke --list` lists them"),
+        (("compare", "-e"), 2, "invoke compare has no flag -e: `invoke compare --help` lists its flags"),
+        (("predict", ""), 2, "a word after `invoke predict` must not be empty"),
         (("visualize", "--run", "{empty}"), 1, "{empty} is not a run directory"),
         (("predict",), 2, "name image files, folders or glob patterns, or - for standard input"),
         (("predict", "x.png", "--output", "x.txt"), 1, "--output takes a file that ends in .csv or .json, not 'x.txt'"),
@@ -158,6 +177,19 @@ def test_predict_takes_several_words_between_flags(evaluated_run, images, tmp_pa
     assert [row.split(",")[1] for row in rows[1:]] == [row.split(",")[2] for row in saved[1:4]]
 
 
+def test_predict_takes_words_after_two_dashes_and_the_home_directory(evaluated_run, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(images))
+    shutil.copy(images / "0.png", tmp_path / "-0.png")
+    words = ("--run", str(evaluated_run.path), "~/*.png", "--output=~/all.CSV", "--", "-0.png", "--help")
+    for name in ("tasks.py", "cifar"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    code, _, err = invoke("predict", *words, cwd=tmp_path)
+    assert (code, err) == (1, "error: 1 of 5 images could not be read\n")
+    rows = [row.split(",")[0] for row in (images / "all.CSV").read_text(encoding="utf-8").splitlines()]
+    assert rows == ["image", *(str(images / f"{index}.png") for index in range(3)), "'-0.png", "'--help"]
+    (images / "all.CSV").unlink()
+
+
 def test_predict_tries_every_image_and_then_exits_with_1(evaluated_run, images):
     code, out, err = invoke("predict", __file__, str(images), "--run", str(evaluated_run.path))
     assert (code, err) == (1, "error: 1 of 4 images could not be read\n")
@@ -180,6 +212,15 @@ def test_the_tasks_of_a_chain_use_the_run_of_the_first_and_corruptions_enter_its
     assert (code, err, "standard input" in out) == (0, "", True)
     assert "accuracy and calibration error by corruption" in (tmp_path / "first" / "report.html").read_text().lower()
     assert "best.pt" in invoke("evaluate", "--output-dir", str(tmp_path))[2]  # without --run: the latest
+
+
+def test_corruptions_are_not_measured_for_a_run_whose_report_cannot_be_written(evaluated_run, tmp_path):
+    shutil.copytree(evaluated_run.path, tmp_path / "run")
+    (tmp_path / "run" / "history.jsonl").write_text("{}")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = invoke("evaluate", "--corruptions", "--run", str(tmp_path / "run"))
+    assert (code, "history.jsonl is damaged" in err) == (1, True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 # Hostile command lines: an answer or one sentence, and never a traceback.
@@ -229,8 +270,7 @@ def typed(chance: random.Random, port: int) -> list[str]:
     given = {field: value for field, value in {**quick, "port": str(port)}.items() if field in flags}
     given |= {chance.choice(flags): chance.choice(VALUES) for _ in range(chance.choice((1, 2)))}
     words = [word for field, value in given.items() for word in (flag(field), value)]
-    names = [value for value in VALUES if not value.startswith("-")]  # invoke takes those for flags
-    return [name, *words, *(chance.choices(names, k=2) if name in ("predict", "compare") else [])]
+    return [name, *words, *(chance.choices(VALUES, k=2) if name in ("predict", "compare") else [])]
 
 
 @pytest.mark.parametrize("lines", [100, pytest.param(3000, marks=pytest.mark.slow)])
@@ -244,4 +284,4 @@ def test_no_command_line_ends_in_a_traceback(hasty, lines):
         assert code in (0, 1, 2), (name, words)
         assert "Traceback" not in out + err, (name, words)
         assert bool(code) == bool(err), (name, words, err)
-        assert err.count("\n") <= 1 or "usage:" in err, (name, words, err)
+        assert err.count("\n") <= 1, (name, words, err)
