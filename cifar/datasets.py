@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cifar import console, device, download, folder
 from cifar.config import DATASETS, IMAGE_FOLDER, PROJECT, Config
 from cifar.data import Split
 from cifar.download import ARCHIVES
-from cifar.errors import known_name, listing
+from cifar.errors import UserError, known_name, listing
 from cifar.runs import Run
 
 # Archive -> the files of each split and the key of their labels, the file of the classes' names and its key.
@@ -46,6 +46,8 @@ class Dataset:
     """Reads "train" or "test". Raises UserError that names a damaged file."""
     verify: Callable[[], None] = lambda: None
     """Raises UserError that names a damaged file, without reading images."""
+    test_files: tuple[str, ...] = ()
+    """Of a folder: the path of each test image, relative to it, with /."""
 
     @property
     def name(self) -> str:
@@ -90,16 +92,55 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return config
 
 
+def check(name: str, data_dir: str) -> str:
+    """Describe a dataset in a few words, without downloading or decoding it.
+
+    Raises UserError as `find` does, unless only decoding shows what is wrong.
+    """
+    if archive := ARCHIVES.get("cifar10" if name == "auto" else name):
+        location = download.find(archive, Path(data_dir)) or download.find_file(archive, Path(data_dir))
+        return f"{archive.folder} in {location}" if location else f"{archive.name}, which is not yet in {data_dir}"
+    if name in DATASETS:
+        return name
+    found = folder.list_images(_folder_root(name))
+    return f"a folder of {len(found.classes):,} classes, {len(found.files):,} files"
+
+
 def of_run(run: Run, data_dir: str | None) -> Dataset:
     """Find the run's dataset in `data_dir`, or else in CIFAR_DATA_DIR, or else where the run found it.
 
-    If the run's folder of images has been moved, data_dir is that folder.
+    If the run's folder of images is no longer in its place, data_dir is the folder. Raises UserError if it does not
+    have the images that the run was trained on.
     """
-    config, name = run.config, run.config.dataset
-    if data_dir and name not in DATASETS and not Path(name).is_dir():
-        name, data_dir = data_dir, None
-    data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
-    return find(name, data_dir, config.image_size, config.mirror)[0]
+    config = run.config
+    if config.dataset in DATASETS:
+        data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
+        return find(config.dataset, data_dir, config.image_size, config.mirror)[0]
+    place = config.dataset if os.path.isdir(config.dataset) else data_dir
+    if not place:
+        raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
+    dataset, _ = find(place, config.data_dir, config.image_size)
+    if dataset.train.sha256() != run.dataset.train_sha256:
+        raise UserError(f"{dataset.location} has other training images than those that {run.path.name} was trained on")
+    return replace(dataset, key=config.dataset)
+
+
+def summary_lines(dataset: Dataset) -> list[str]:
+    """Say how many images each class of a folder has; nothing for others, of which training does not read the test."""
+    return _class_sizes(dataset) if dataset.test_files else []
+
+
+def _class_sizes(dataset: Dataset) -> list[str]:
+    lines = []
+    for part, split in (("train", dataset.train), ("test", dataset.test)):
+        counts = torch.bincount(split.labels, minlength=len(dataset.classes)).tolist()
+        sizes = [f"{name}: {count:,}" for count, name in sorted(zip(counts, dataset.classes))]
+        if min(counts) == max(counts):
+            sizes = [f"{counts[0]:,} in each class"]
+        elif len(sizes) > 10:
+            sizes[5:-5] = [f"{len(sizes) - 10:,} more classes"]
+        lines.append(f"{part}: {len(split):,} images: {', '.join(sizes)}")
+    return lines
 
 
 def show_dataset(dataset: Dataset) -> None:
@@ -115,6 +156,8 @@ def show_dataset(dataset: Dataset) -> None:
     console.out.print(console.table(dataset.name, columns))
     console.say(f"location: {dataset.location}")
     console.say(f"classes: {listing(dataset.classes, 10)}")
+    for line in _class_sizes(dataset):
+        console.say(line)
 
 
 # Each of them
@@ -167,12 +210,30 @@ def _read_digits(part: str) -> Split:
 
 
 def _folder(name: str, data_dir: Path, image_size: int) -> tuple[Dataset, str | None]:
-    root = Path(os.path.expanduser(name)).resolve()
-    if not name or not root.is_dir():
-        known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
-    cache_dir = data_dir.parent if data_dir.is_file() else data_dir
-    if str(data_dir) == os.environ.get("CIFAR_DATA_DIR"):  # a folder that is shared should not get a user's own images
-        cache_dir = PROJECT / "data"
-    images = folder.load(root, image_size, cache_dir)
-    read = {"train": images.train, "test": images.test}.__getitem__
-    return Dataset(key=str(root), classes=images.classes, location=str(root), can_flip=True, read=read), images.note
+    root = _folder_root(name)
+    # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
+    is_shared = str(data_dir) == os.environ.get("CIFAR_DATA_DIR") or data_dir.resolve().is_relative_to(root)
+    if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
+        data_dir = PROJECT / "data"
+    images = folder.load(root, image_size, data_dir)
+    dataset = Dataset(
+        key=str(root),
+        classes=images.classes,
+        location=str(root),
+        can_flip=True,
+        read={"train": images.train, "test": images.test}.__getitem__,
+        test_files=images.test_files,
+    )
+    return dataset, images.note
+
+
+def _folder_root(name: str) -> Path:
+    """Return the absolute path of a folder of images. Raises UserError if there is none of that name."""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path).resolve()
+    if os.path.exists(path):
+        raise UserError(f"{name} is a file: --dataset takes {IMAGE_FOLDER}")
+    if os.sep in name:
+        raise UserError(f"there is no folder {name}, or it may not be read")
+    known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
