@@ -243,18 +243,18 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
     console.say(f"figure and numbers: {display_path(folder)}")
 
 
-@command()
-def doctor(dataset=None, data_dir=None, mirror=None, device=None, output_dir=None, port="7860"):
+@command(run="instead say of this run how it ended, what was noticed, and what to try")
+def doctor(run=None, dataset=None, data_dir=None, mirror=None, device=None, output_dir=None, port="7860"):
     """Check the environment and suggest fixes."""
     given = {"dataset": dataset, "data_dir": data_dir, "mirror": mirror, "device": device, "output_dir": output_dir}
     config = Config.create(given)
 
     from cifar import doctor
 
-    findings = doctor.examine(config, _port(port))
+    findings = doctor.examine_run(_find_run(output_dir, run)) if run else doctor.examine(config, _port(port))
     doctor.show_findings(findings)
     if failures := [finding.subject for finding in findings if finding.level == "failure"]:
-        raise UserError(f"a run would fail because of: {', '.join(dict.fromkeys(failures))}")
+        raise UserError(f"failed checks: {', '.join(dict.fromkeys(failures))}")
 
 
 @command()

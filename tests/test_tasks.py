@@ -154,11 +154,12 @@ def test_a_mistake_in_any_task_is_one_sentence(evaluated_run, tmp_path, argument
     assert sentence.format(**places) in err
 
 
-def test_doctor_exits_with_1_if_a_run_would_fail():
+def test_doctor_exits_with_1_if_a_check_fails(evaluated_run):
     code, out, err = invoke("doctor", "--dataset", "digits", "--output-dir", "main.py")
     assert code == 1
     assert "failure" in out
-    assert re.fullmatch(r"error: a run would fail because of: [^\n]+\n", err)
+    assert re.fullmatch(r"error: failed checks: [^\n]+\n", err)
+    assert invoke("doctor", "--run", str(evaluated_run.path))[::2] == (0, "")
 
 
 # Words, chains and results.
