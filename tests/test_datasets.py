@@ -11,7 +11,8 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from cifar import config, datasets
+from cifar import config, datasets, folder
+from cifar.data import Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
 from conftest import as_nobody
@@ -92,10 +93,22 @@ def test_a_data_folder_that_may_not_be_read_is_named(tmp_path):
         datasets.find("auto", str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize("name", ["cifra10", "no/such/folder", "", "~nobody-of-this-name/x"])
-def test_an_unknown_dataset_is_refused_with_the_known_ones(name):
-    with pytest.raises(UserError, match=rf"^unknown dataset '{name}': .*auto, cifar10, .* folder of images$"):
-        datasets.find(name, "nowhere")
+UNKNOWN = {
+    "cifra10": "^unknown dataset 'cifra10': did you mean cifar10? .*auto, cifar10, .* folder of images$",
+    "": "^unknown dataset '': .* folder of images$",
+    "no/such/folder": "^there is no folder no/such/folder, or it may not be read$",
+    "~nobody-of-this-name/x": "^there is no folder ~nobody-of-this-name/x, or",
+    "x" * 5000: "^unknown dataset",
+    "a\0/b": "^there is no folder a\0/b",
+    __file__: "test_datasets.py is a file: --dataset takes the path of a folder of images$",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_a_dataset_is_refused_by_a_run_and_a_check(name):
+    for action in (datasets.find, datasets.check):
+        with pytest.raises(UserError, match=UNKNOWN[name].replace("?", r"\?")):
+            action(name, "nowhere")
 
 
 @pytest.fixture
@@ -111,7 +124,9 @@ def image_folder(digits, tmp_path) -> Path:
 
 def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, image_folder, tmp_path):
     dataset, note = datasets.find(str(image_folder), str(tmp_path / "cache"))
-    assert (dataset.name, dataset.key, dataset.classes, note) == ("my digits", str(image_folder), digits.classes, None)
+    assert (dataset.name, dataset.key, dataset.classes) == ("my digits", str(image_folder), digits.classes)
+    assert note.startswith("Too few images to learn well, fewer than 20 in train: 0: 9,")
+    assert [name.split("/")[1] for name in dataset.test_files] == [str(int(label)) for label in dataset.test.labels]
     for part in ("train", "test"):
         found, expected = (
             sorted(zip(split.labels.tolist(), split.images.flatten(1).tolist()))
@@ -120,25 +135,73 @@ def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, imag
         assert found == expected
 
 
-def test_the_images_of_a_folder_are_not_cached_in_a_shared_data_folder(image_folder, tmp_path, monkeypatch):
+def test_a_folder_is_described_without_decoding_it(image_folder, small_cifar10, monkeypatch):
+    monkeypatch.setattr(folder, "_read", None)
+    assert datasets.check(str(image_folder), "nowhere") == "a folder of 10 classes, 300 files"
+    assert datasets.check("digits", "nowhere") == "digits"
+    assert datasets.check("auto", str(small_cifar10.parent)) == f"cifar-10-batches-py in {small_cifar10}"
+    assert datasets.check("cifar100", "nowhere") == "cifar-100-python.tar.gz, which is not yet in nowhere"
+    for label in range(1, 10):
+        shutil.rmtree(image_folder / "train" / str(label))
+    with pytest.raises(UserError, match="only one class, 0"):
+        datasets.check(str(image_folder), "nowhere")
+
+
+def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
+    image_folder, small_cifar10, tmp_path, monkeypatch
+):
     monkeypatch.setenv("CIFAR_DATA_DIR", str(tmp_path / "shared"))
     monkeypatch.setattr(datasets, "PROJECT", tmp_path / "project")
-    datasets.find(str(image_folder), str(tmp_path / "shared"))
-    assert not (tmp_path / "shared").exists()
+    for place in (tmp_path / "shared", small_cifar10, small_cifar10.parent, image_folder, image_folder / "train"):
+        before = set(tmp_path.rglob("*"))
+        datasets.find(str(image_folder), str(place))
+        made = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+        assert made <= {"project"}
     assert len(list((tmp_path / "project" / "data" / "decoded").iterdir())) == 1
 
 
-def test_a_folder_that_was_moved_is_found_by_data_dir(image_folder, tmp_path):
-    settings = config.Config(dataset=str(image_folder), data_dir=str(tmp_path / "cache"))
-    image_folder.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="unknown dataset"):
-        datasets.of_run(SimpleNamespace(config=settings), None)
-    assert datasets.of_run(SimpleNamespace(config=settings), str(tmp_path / "moved")).key == str(tmp_path / "moved")
+def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image_folder, tmp_path):
+    cache, moved = str(tmp_path / "cache"), tmp_path / "moved"
+    dataset = datasets.find(str(image_folder), cache)[0]
+    record = SimpleNamespace(train_sha256=dataset.train.sha256())
+    run = SimpleNamespace(
+        config=config.Config(dataset=str(image_folder), data_dir=cache), dataset=record, path=Path("run")
+    )
+    image_folder.rename(moved)
+    with pytest.raises(UserError, match="my digits is missing: if it was moved, name its new place with --data-dir"):
+        datasets.of_run(run, None)
+    found = datasets.of_run(run, str(moved))
+    assert (found.key, found.name, found.location) == (str(image_folder), "my digits", str(moved))
+    record.train_sha256 = "0" * 64
+    with pytest.raises(UserError, match="moved has other training images than those that run was trained on"):
+        datasets.of_run(run, str(moved))
 
 
 def test_show_dataset_lists_the_splits_and_escapes_names(digits, capsys):
-    datasets.show_dataset(dataclasses.replace(digits, key="/data/[red]\x1b[31m", classes=("[bold]a", "b\x1b[0m")))
+    names = ("[bold]a", "b\x1b[0m", *"23456789")
+    datasets.show_dataset(dataclasses.replace(digits, key="/data/[red]\x1b[31m", classes=names))
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
-    for part in ("[red]", "[bold]a, b", "1,437", "360", "32x32", digits.test.sha256()[:16]):
+    for part in ("[red]", "[bold]a, b", "1,437", "360", "32x32", digits.test.sha256()[:16], "[bold]a: 142"):
         assert part in shown
+
+
+def test_the_sizes_of_all_classes_are_said_in_two_bounded_lines():
+    labels = torch.arange(1000).repeat_interleave(torch.arange(1000) % 7 + 3)
+    train = Split(torch.zeros(len(labels), 3, 1, 1), labels)
+    splits = {"train": train, "test": train[:6]}
+    facts = {"key": "x", "location": "x", "can_flip": True, "test_files": ("a",)}
+    names = tuple(f"c{number}" for number in range(1000))
+    assert datasets.summary_lines(datasets.Dataset(classes=names, read=splits.__getitem__, **facts)) == [
+        "train: 5,997 images: c0: 3, c105: 3, c112: 3, c119: 3, c126: 3, 990 more classes, c97: 9, c972: 9, c979: 9, "
+        "c986: 9, c993: 9",
+        "test: 6 images: c10: 0, c100: 0, c101: 0, c102: 0, c103: 0, 990 more classes, c997: 0, c998: 0, c999: 0, "
+        "c0: 3, c1: 3",
+    ]
+    alike = datasets.Dataset(classes=("a", "b"), read=lambda _: Split(train.images[:6], labels[:6] % 2), **facts)
+    assert datasets.summary_lines(alike) == [f"{part}: 6 images: 3 in each class" for part in ("train", "test")]
+
+
+def test_the_start_of_a_training_says_nothing_about_a_test_split_that_it_must_not_read(small_cifar10):
+    (small_cifar10 / "test_batch").unlink()
+    assert datasets.summary_lines(datasets.find("cifar10", str(small_cifar10))[0]) == []
