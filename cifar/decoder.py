@@ -20,7 +20,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 MAX_PIXELS = 100_000_000
-OUT_OF_MEMORY = 3  # the exit code
+# What Popen.returncode is after a limit was exceeded.
+OUT_OF_MEMORY = 3
+OUT_OF_TIME = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 1
 ANSWER = struct.Struct("<III")  # width, height, length of the error
 # Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and not what hardly anybody
 # has: each decoder is one more that may have a security hole. MPO, which many cameras write, is opened by JPEG's.
@@ -44,7 +46,8 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
         if fit != "whole":
             image.draft(None, (4 * size, 4 * size))  # lets JPEG unpack at a half to an eighth of its size
         image.load()
-        image = _resize(_to_eight_bits(image), size, fit)
+        image = _to_eight_bits(image)
+        image = _resize(image, size, fit)
         with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
             ImageOps.exif_transpose(image, in_place=True)
         image = _over_white(_to_srgb(image))
@@ -202,7 +205,7 @@ def _limit(memory: int) -> None:
 def _set_deadline(seconds: float) -> None:
     """End this program in that many seconds, whatever it is doing then; 0: no more."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # by SIGALRM
     elif seconds:  # takes 0.1 ms, where that takes 0.001 ms
         faulthandler.dump_traceback_later(seconds, exit=True)
     else:
