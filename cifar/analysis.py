@@ -23,7 +23,6 @@ from cifar.runs import Run, atomic_write, damaged
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_CURVE_POINTS = 101
 _MAX_CORRUPTED = 2000  # test images
 # The amount at severities 1 to 5. Those of noise, blur, contrast, jpeg and pixelation are CIFAR-10-C's (Hendrycks and
 # Dietterich 2019, arXiv:1903.12261); the others are ours.
@@ -64,7 +63,7 @@ def analyze(
     most_confused: Sequence[dict[str, Any]],
     files: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Rank the mistakes and compute the curves of probabilities (N, C): the content of analysis.json.
+    """Rank the mistakes and compute the precision-recall curves of probabilities (N, C): the content of analysis.json.
 
     most_confused: the pairs of metrics.json. files: of the images; none if they have no files of their own.
     """
@@ -82,8 +81,6 @@ def analyze(
     for pair in most_confused[:6]:
         is_pair = (wrong.true == pair["true"]) & (wrong.predicted == pair["predicted"])
         pairs.append({**pair, "pictures": _top(wrong[is_pair], "confidence", 8)})
-    risk = metrics.risk(probabilities, labels)
-    counts = np.unique(np.linspace(0, len(labels), _CURVE_POINTS).round().astype(int).clip(1))  # of images answered
     return {
         "confused_pairs": pairs,
         "confident_mistakes": _top(wrong, "confidence", 24),
@@ -92,7 +89,6 @@ def analyze(
             classes[number]: _precision_recall(labels == number, probabilities[:, number])
             for number in np.unique(labels)
         },
-        "risk_coverage": {"coverage": (counts / len(labels)).tolist(), "risk": risk[counts - 1].tolist()},
     }
 
 
@@ -110,7 +106,7 @@ def _precision_recall(is_class: np.ndarray, probability: np.ndarray) -> dict[str
 
     precision, recall, _ = precision_recall_curve(is_class, probability)
     precision, recall = precision[::-1], recall[::-1]  # recall rises
-    indices = np.unique(np.searchsorted(recall, np.linspace(0, 1, _CURVE_POINTS)[1:] - 1e-12))
+    indices = np.unique(np.searchsorted(recall, np.arange(1, 101) / 100 - 1e-12))
     return {"recall": recall[indices].round(4).tolist(), "precision": precision[indices].round(4).tolist()}
 
 

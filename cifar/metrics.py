@@ -86,7 +86,9 @@ def ranking_scores(probabilities: np.ndarray, labels: np.ndarray, classes: Seque
     """
     from sklearn.metrics import average_precision_score
 
-    risks = risk(probabilities, labels)
+    order = np.argsort(-probabilities.max(1), kind="stable")
+    wrong = (probabilities.argmax(1) != labels)[order]
+    risks = wrong.cumsum() / np.arange(1, len(labels) + 1)  # error rate of the 1, 2, ... N most confident
     trusted = np.flatnonzero(risks <= 0.01 + 1e-12)
     coverage = (int(trusted[-1]) + 1) / len(labels) if len(trusted) else 0.0
     return {
@@ -96,13 +98,6 @@ def ranking_scores(probabilities: np.ndarray, labels: np.ndarray, classes: Seque
         },
         "selective": {"area_under_risk_coverage": float(risks.mean()), "coverage_at_99_accuracy": coverage},
     }
-
-
-def risk(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the error rates of the 1, 2, ... N most confident predictions: (N,)."""
-    order = np.argsort(-probabilities.max(1), kind="stable")
-    wrong = (probabilities.argmax(1) != labels)[order]
-    return wrong.cumsum() / np.arange(1, len(labels) + 1)
 
 
 # Calibration: Guo et al. 2017, arXiv:1706.04599.

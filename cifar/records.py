@@ -217,33 +217,24 @@ class ConfusedPair(Confusion):
     pictures: list[ImageRecord]  # most confident first
 
 
-class Curve(Record):
+class PrecisionRecall(Record):
+    recall: list[Fraction] = Field(min_length=1)
+    precision: list[Fraction]
+
     @model_validator(mode="after")
-    def _lengths_agree(self) -> "Curve":
-        lengths = {len(getattr(self, axis)) for axis in type(self).model_fields}
-        if len(lengths) > 1 or 0 in lengths:
+    def _lengths_agree(self) -> "PrecisionRecall":
+        if len(self.recall) != len(self.precision):
             raise ValueError("should be a curve: two lists of one length")
         return self
 
 
-class PrecisionRecall(Curve):
-    recall: list[Fraction]
-    precision: list[Fraction]
-
-
-class RiskCoverage(Curve):
-    coverage: list[Fraction]  # fraction of the images that are answered
-    risk: list[Fraction]  # error rate among them
-
-
 class Analysis(Record):
-    """analysis.json: mistakes, potential label errors and curves on the test split."""
+    """analysis.json: mistakes, potential label errors and precision-recall curves on the test split."""
 
     confused_pairs: list[ConfusedPair]
     confident_mistakes: list[ImageRecord]  # most confident first
     suspected_labels: list[ImageRecord]  # potential label errors, most likely first
     precision_recall: dict[Text, PrecisionRecall]  # by class, one against the rest
-    risk_coverage: RiskCoverage
 
 
 class CorruptionScores(Record):
@@ -299,6 +290,7 @@ _WORDINGS = {  # of pydantic's error types whose own messages name Python classe
     **dict.fromkeys(("model_type", "dict_type"), "should be a JSON object"),
     **dict.fromkeys(("list_type", "tuple_type"), "should be a list"),
     "too_long": "should be a shorter list",
+    "too_short": "should not be an empty list",
     "string_type": "should be text",
 }
 

@@ -170,42 +170,17 @@ def calibration(metrics: Metrics, subject: str) -> Figure:
     return figure
 
 
-def risk_coverage(analysis: Analysis, metrics: Metrics, subject: str) -> Figure:
-    """Plot the error rate among the most confident images against the fraction of images that they make up."""
-    selective, curve = metrics.selective, analysis.risk_coverage
-    figure = canvas(f"Risk-coverage curve: {subject},\n{PLAIN}", 8.5, 5.2)
-    axes, coverage = figure.add_subplot(), selective.coverage_at_99_accuracy
-    area = f"area under the curve {selective.area_under_risk_coverage:.2%}"
-    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=2, label=area)
-    axes.fill_between(curve.coverage, curve.risk, color=BLUE, alpha=0.12, linewidth=0)
-    axes.axhline(0.01, color=GREY, linestyle=":", linewidth=1)
-    if coverage:
-        axes.axvline(coverage, color=ORANGE, linestyle="--", label=f"99% accuracy on the most confident {coverage:.1%}")
-    axes.set(xlabel="coverage: fraction of images answered, most confident first", ylabel="risk: error rate among them")
-    axes.set(xlim=(0, 1), ylim=(0, max(1.1 * max(curve.risk), 0.02)))
-    figure.legend(loc="outside lower center", ncols=2)
-    label_percent(axes, "xy")
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def blocks(layers: Sequence[LayerRecord]) -> list[LayerRecord]:
     """Join layers that follow each other and belong to the same part of the network, such as `groups.1.conv`.
 
     A part is named by the first two words of the dotted names, in deep networks by the first; else all are one.
     """
     for words in (2, 1, 0):
-        found = []
-        for name, members in groupby(layers, lambda layer, words=words: _part(layer.name, words)):
-            found.append(_block(name, list(members)))
+        groups = groupby(layers, lambda layer, words=words: (layer.name.split(".")[:-1] or [layer.name])[:words])
+        found = [_block(".".join(path) or "all layers", list(members)) for path, members in groups]
         if len(found) <= _MAX_BLOCKS:
             break
     return found
-
-
-def _part(name: str, words: int) -> str:
-    *path, last = name.split(".")
-    return ".".join((path or [last])[:words]) or "all layers"
 
 
 def _block(name: str, layers: list[LayerRecord]) -> LayerRecord:
@@ -255,7 +230,6 @@ FIGURES: dict[str, FigureSpec] = {
     "sample_predictions": FigureSpec("Predictions", gallery.sample_predictions, ("predictions", "dataset"), True),
     "architecture": FigureSpec("Blocks of the network and their costs", architecture, ("model",)),
     "calibration": FigureSpec("Accuracy by confidence, before and after calibration", calibration, ("metrics",)),
-    "risk_coverage": FigureSpec("Error rate by fraction of images answered", risk_coverage, ("analysis", "metrics")),
 }
 
 

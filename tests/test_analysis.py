@@ -21,15 +21,13 @@ PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.
 LABELS = np.array([0, 1, 1, 2, 2])
 
 
-def test_mistakes_and_the_risk_coverage_curve_are_those_found_by_hand():
+def test_mistakes_are_those_found_by_hand():
     pairs = [{"true": "ship", "predicted": "dog", "count": 1}]
     content = analysis.analyze(PROBABILITIES, LABELS, CLASSES, pairs)
     first = {"index": 2, "true": "dog", "predicted": "cat", "confidence": 0.7, "true_probability": 0.2}
     second = {"index": 4, "true": "ship", "predicted": "dog", "confidence": 0.5, "true_probability": 0.3}
     assert content["confident_mistakes"] == [first, second]
     assert content["confused_pairs"] == [{**pairs[0], "pictures": [second]}]
-    risk = pytest.approx([0, 0, 1 / 3, 1 / 4, 2 / 5])
-    assert content["risk_coverage"] == {"coverage": [0.2, 0.4, 0.6, 0.8, 1.0], "risk": risk}
 
 
 def test_of_many_mistakes_the_most_confident_are_kept_the_earlier_of_equal_ones_first():

@@ -59,7 +59,6 @@ LABELS = np.array([0, 1, 1, 2, 2])
 def test_risk_and_coverage_are_counted_by_hand():
     # By confidence: correct at 0.9 and 0.8, wrong at 0.7, correct at 0.6, wrong at 0.5.
     risks = [0, 0, 1 / 3, 1 / 4, 2 / 5]
-    assert metrics.risk(PROBABILITIES, LABELS) == pytest.approx(risks)
     selective = metrics.ranking_scores(PROBABILITIES, LABELS, CLASSES)["selective"]
     assert selective["area_under_risk_coverage"] == pytest.approx(sum(risks) / 5)
     assert selective["coverage_at_99_accuracy"] == 2 / 5

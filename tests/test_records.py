@@ -67,8 +67,8 @@ def test_what_an_older_version_did_not_write_is_none():
         ("metrics.json", "average_precision.cat", ..., "its average_precision does not have the same classes as"),
         ("metrics.json", "interval_95", [0.5], "interval_95.1 is missing"),
         ("metrics.json", "interval_95", [0.5, 0.6, 0.7], "interval_95 should be a shorter list"),
-        ("analysis.json", "risk_coverage.risk", [0.5], "risk_coverage should be a curve: two lists of one length"),
-        ("analysis.json", "precision_recall.cat", {"recall": [], "precision": []}, "precision_recall.cat should be a"),
+        ("analysis.json", "precision_recall.cat.recall", [0.5], "precision_recall.cat should be a curve: two lists of"),
+        ("analysis.json", "precision_recall.cat.recall", [], "precision_recall.cat.recall should not be an empty list"),
         ("analysis.json", "confident_mistakes.3.index", 1.0, "confident_mistakes.3.index should be a valid integer"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from cifar import checkpoint, model, records, visualize
 from cifar.config import PROJECT
 from cifar.errors import UserError
-from cifar.records import EpochRecord, LayerRecord, ModelRecord, RiskCoverage, Selective
+from cifar.records import EpochRecord, LayerRecord, ModelRecord
 from cifar.visualize import FIGURES
 from handmade import CLASSES, LAYERS, MATRIX, make_dataset, make_line, make_metrics, make_run
 
@@ -224,18 +224,6 @@ def test_the_three_lowest_precision_recall_curves_stand_out(tmp_path):
     assert axes.lines[0].get_xydata()[1:].tolist() == [list(point) for point in zip(curve.recall, curve.precision)]
     assert axes.lines[0].get_marker() == "o", "two images make two points"
     assert len({line.get_color() for line in axes.lines}) == 4
-
-
-def test_the_risk_is_plotted_as_saved_and_the_coverage_at_99_percent_is_marked(tmp_path):
-    run = make_run(tmp_path)
-    curve = {"risk_coverage": RiskCoverage(coverage=[0.5, 1.0], risk=[0.0, 0.2])}
-    for coverage, count in ((0.5, 2), (0.0, 1)):
-        selective = {"selective": Selective(area_under_risk_coverage=0.05, coverage_at_99_accuracy=coverage)}
-        analysis, metrics = run.read("analysis.json").model_copy(update=curve), run.metrics.model_copy(update=selective)
-        axes = visualize.risk_coverage(analysis, metrics, SUBJECT).axes[0]
-        assert axes.lines[0].get_xydata().tolist() == [[0.5, 0.0], [1.0, 0.2]]
-        labels = ["area under the curve 5.00%", "99% accuracy on the most confident 50.0%"]
-        assert axes.get_legend_handles_labels()[1] == labels[:count]
 
 
 @pytest.mark.parametrize("name", ["airbench96", "resnet18"])
