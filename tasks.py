@@ -106,7 +106,7 @@ def train(resume=None, config=None, **settings):
     """Train a network into a new run directory, or resume a run."""
     given = load_settings(settings, config)
     if (seeds := Config.create(given).seeds) > 1:
-        raise UsageError(f"invoke train makes one run; use `python main.py --seeds {seeds}` for several")
+        raise UsageError(f"{config} has {seeds} seeds, but invoke train makes one run: use main.py with the same flags")
 
     from cifar import pipeline, report, train
 
@@ -313,12 +313,12 @@ def _read_command_line() -> None:
 
 def _spelled(words: deque[str]) -> list[str]:
     """Return the tasks, their flags and their words as invoke takes them: `predict --paths=a.png --run=x`."""
-    spelled, command, words_flag, takes_value = [], "", None, {}
+    spelled, flags, command, words_flag, takes_value = [], {}, "", None, {}
     while words:
         word = words[0]
         if command and word.startswith("-") and word != "-":  # which is standard input
             name, value = take_flag(words, takes_value, command)
-            spelled.append(name if value is True else f"{name}={value}")
+            flags[name] = name if value is True else f"{name}={value}"  # of one that is given twice, the last counts
         elif words_flag:
             if not word.strip():
                 raise UsageError(f"a word after `{command}` must not be empty")
@@ -327,8 +327,9 @@ def _spelled(words: deque[str]) -> list[str]:
             arguments, command = _arguments(word), f"invoke {word}"
             words_flag = next((name for name, argument in arguments.items() if argument.kind is list), None)
             takes_value = {name: arguments[name].takes_value for name in arguments if name != words_flag}
-            spelled.append(words.popleft())
-    return spelled
+            spelled += [*flags.values(), words.popleft()]
+            flags = {}
+    return [*spelled, *flags.values()]
 
 
 def _arguments(task: str) -> dict[str, Argument]:

@@ -149,9 +149,11 @@ class Config(BaseModel):
         if self.seed + self.seeds - 1 > _MAX_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} exceeds the largest seed, {_MAX_SEED}")
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
-            raise UserError(f"--optimizer muon is for {' and '.join(_MUON_MODELS)}: use adam or sgd with {self.model}")
+            cause = "--optimizer muon" if "optimizer" in settings else f"--recipe {recipe}"
+            raise UserError(f"muon is for {' and '.join(_MUON_MODELS)} only: leave out {cause} for {self.model}")
         if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
-            raise UserError(f"{self.model} takes images of one size only: use --small-epochs 0")
+            models = ", ".join(_ANY_SIZE_MODELS)
+            raise UserError(f"--small-epochs is for {models}: use --small-epochs 0 with {self.model}")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -279,7 +281,7 @@ def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = _read_settings(Path(file)) if file else {}
-    if "recipe" in settings and given.get("recipe", settings["recipe"]) != settings["recipe"]:
+    if "recipe" in settings and given.get("recipe", settings["recipe"]).lower() != settings["recipe"].lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     return settings | given
 
@@ -292,7 +294,7 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.images.shape[-1]
     size = f"{image_size}x{image_size}"
     if config.image_size != image_size:
-        raise UserError(f"--image-size is for folders of images: those of {dataset.name} are {size}")
+        raise UserError(f"--image-size is for folders of images; those of {dataset.name} are {size}: leave it out")
     val_size = max(images // 10, classes) if config.val_size is None else config.val_size
     if val_size and not classes <= val_size <= images - classes:
         raise UserError(
@@ -325,7 +327,7 @@ def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> t
         limits.append((_MAX_STEP_PIXELS // image_size**2, reason))
     size, reason = min(limits)
     if size < processes:
-        raise UserError(f"--batch-size {size} is too small for {processes} processes")
+        raise UserError(f"a step of {size} images is too small for {processes} processes: start at most {size}")
     if remainder := size % processes:
         return size - remainder, reason or f"each of {processes} processes takes as many images"
     return size, reason
@@ -375,14 +377,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a file, of which each alone is valid."""
     path = path / "config.json" if path.is_dir() else path
     parsers = {".toml": tomllib.loads, ".json": json.loads}
-    if path.suffix not in parsers:
+    suffix = path.suffix.lower()
+    if suffix not in parsers:
         raise UserError(f"--config takes a file that ends in .toml or .json, not '{path}'")
     try:
-        content = parsers[path.suffix](path.read_text(encoding="utf-8"))
+        content = parsers[suffix](path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain settings by name")
     settings = {key.replace("-", "_"): value for key, value in content.items()}

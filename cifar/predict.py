@@ -211,8 +211,7 @@ def _program(predictor: Predictor) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
     except Exception as error:  # a user's network may do whatever torch.export does not support
-        problem = f"torch.export does not support the network of {predictor.run.path.name}"
-        raise UserError(f"{problem}: {describe(error)}") from None
+        raise UserError(f"torch.export fails for {predictor.run.path.name}: {describe(error)}") from None
 
 
 def show_export(files: Sequence[Path]) -> None:

@@ -52,8 +52,12 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
         ({"optimizer": "adm"}, "unknown optimizer 'adm': did you mean adam? choose from muon, "),
         ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs?"),
         ({"seed": 2**32 - 1, "seeds": 2}, "--seed 4294967295 with --seeds 2 exceeds the largest seed"),
-        ({"recipe": "simple", "optimizer": "muon"}, "--optimizer muon is for airbench94 and airbench96"),
-        ({"model": "resnet50", "small_epochs": 1}, "resnet50 takes images of one size only"),
+        (
+            {"recipe": "simple", "optimizer": "muon"},
+            "muon is for airbench94 and airbench96 only: leave out --optimizer muon for simple",
+        ),
+        ({"recipe": "fast", "model": "vgg11"}, "muon is for airbench94 and airbench96 only: leave out --recipe fast"),
+        ({"model": "resnet50", "small_epochs": 1}, "--small-epochs is for airbench94, "),
     ],
 )
 def test_a_wrong_value_is_one_sentence(given, sentence):
@@ -131,7 +135,8 @@ def test_flags_override_the_file_and_the_file_overrides_the_recipe(tmp_path):
     assert (made.epochs, made.val_size, made.lr, made.crop) == (3, 100, 1, 4)
     with pytest.raises(UsageError, match=r"run\.toml is for the recipe simple: leave out --recipe fast"):
         load_settings({"recipe": "fast"}, file)
-    assert load_settings({"recipe": "simple"}, file)["epochs"] == 1
+    assert load_settings({"recipe": "Simple"}, file)["epochs"] == 1
+    assert load_settings({}, write(tmp_path, '\ufeff{"epochs": 2}', "RUN.JSON")) == {"epochs": 2}
 
 
 def test_a_runs_own_config_gives_what_it_was_and_not_where(tmp_path):
@@ -204,7 +209,7 @@ def test_the_batch_size_is_a_multiple_of_the_processes(batch_size, processes, re
 
 
 def test_a_batch_too_small_for_the_processes_is_refused():
-    with pytest.raises(UserError, match="--batch-size 64 is too small for 65 processes"):
+    with pytest.raises(UserError, match="a step of 64 images is too small for 65 processes"):
         resolve(Config(), DIGITS, 65)
 
 
@@ -217,7 +222,7 @@ def test_the_validation_split_has_room_for_every_class():
     [
         ({"val_size": 5}, "--val-size 5 does not fit: digits has 1,437 .*use 0, or 10 to 1427"),
         ({"val_size": 1430}, "--val-size 1430 does not fit"),
-        ({"image_size": 64}, "--image-size is for folders of images: those of digits are 32x32"),
+        ({"image_size": 64}, "--image-size is for folders of images; those of digits are 32x32"),
     ],
 )
 def test_what_cannot_be_had_from_the_dataset_is_refused(settings, sentence):

@@ -101,6 +101,7 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--xyz",), 2, " --help` lists its flags"),
         (("--epochs",), 2, "--epochs needs a value"),
         (("--epochs", "--lr", "1"), 2, "--epochs needs a value"),
+        (("--epochs", "1", "--epochs=x"), 2, "--epochs takes a whole number, not 'x'"),
         (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),
         (("fast",), 2, "'fast'"),
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
@@ -142,7 +143,7 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("demo", "--auth", ""), 2, "--auth must not be empty"),
         (("demo", "--host", "\udcff"), 2, "--host takes an address or a name, not '\\udcff'"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
-        (("train", "--config", "{empty}/seeds.toml"), 2, "makes one run; use `python main.py --seeds 3` for several"),
+        (("train", "--config", "{empty}/seeds.toml"), 2, "seeds.toml has 3 seeds, but invoke train makes one run"),
     ],
 )
 def test_a_mistake_in_any_task_is_one_sentence(evaluated_run, tmp_path, arguments, code, sentence):
