@@ -23,14 +23,16 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import console, data, datasets, device, evaluate, optim, runs, train
+from cifar import console, data, datasets, device, optim, runs, train
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
 from cifar.errors import UserError, display_path
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
 _PLANNED_FRACTION = 0.97  # of the minutes; the rest is for steps that take longer than those that were timed
-_TIMED_FRACTION = 0.015  # of the minutes, to time the steps of one image size, but at most _SECONDS
-_TIMED_IMAGES = 500  # per step on a CPU, where the speed is that of 2,000 (measured with AMX); a GPU needs all
+_TIMED_FRACTION = 0.015  # of the minutes, to time the steps of one image size, but at most half of _SECONDS
+# Images per step that a CPU is timed with, at 32x32 pixels: 500 are as fast as 2,000 (measured with AMX), unless they
+# take longer than _SLOW seconds; 32 are then nearly as fast (float32). A GPU needs all.
+_FEW_IMAGES, _TIMED_IMAGES, _SLOW = 32, 500, 2.0
 _SAVE_SECONDS = 0.06  # of an epoch's two checkpoints; measured with `fast`
 _WORKERS = (0, 2)  # of the DataLoader
 _ROUNDS = 2
@@ -43,7 +45,6 @@ def run(config: Config) -> None:
 
     Of the settings it uses dataset, device, precision and locations; the recipes have the others.
     """
-    console.say("this takes about two minutes (three without bfloat16 in hardware)")
     settings = config.model_dump(include={*LOCATIONS, "dataset", "image_size", "device", "precision"})
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
@@ -52,6 +53,7 @@ def run(config: Config) -> None:
         datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
         for recipe in ("fast", "simple", "convnet")
     )
+    console.say(f"this takes about {_run_seconds(fast, dataset) / 60:.1f} minutes")
     profiled = profile(fast, dataset)
     show_profile(profiled)
     speeds = {config.recipe: compare(config, dataset) for config in others}
@@ -59,6 +61,13 @@ def run(config: Config) -> None:
     path = Path(config.output_dir) / "bench.json"
     runs.write_json(path, {"profile": profiled, "speeds": speeds})
     console.say(f"all values: {display_path(path)}")
+
+
+def _run_seconds(config: Config, dataset: datasets.Dataset) -> float:
+    """Estimate how long `run` takes, from the time of a few images."""
+    step = image_seconds(config, dataset, dataset.train.images.shape[-1], 0.1) * config.batch_size
+    profiles = 2 * (2 * max(step, _SECONDS) + 3 * step)
+    return 2 * _SECONDS + profiles + 2 * _ROUNDS * (1 + len(_WORKERS)) * (2 * _SECONDS + 1)  # 1: to start the workers
 
 
 def step_seconds(step: Callable[[], Any], hardware: torch.device, seconds: float = 0.0) -> float:
@@ -90,6 +99,24 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
             optimizer.set_step(config.epochs * len(batches) // 2)
             train.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
             yield network
+
+
+def image_seconds(config: Config, dataset: datasets.Dataset, image_size: int, seconds: float) -> float:
+    """Return the time that training takes per image, measured for so many seconds after as many to warm up.
+
+    config: resolved. On a slow CPU it is measured on few images, so that it takes seconds there, too.
+    """
+    hardware = device.choose(config.device)
+
+    def measure(images: int, seconds: float) -> float:
+        steps = training_steps(config.replace(batch_size=images), dataset, image_size)
+        return step_seconds(partial(next, steps), hardware, seconds) / images
+
+    if hardware.type != "cpu":
+        return measure(config.batch_size, seconds)
+    few, many = (max(4, min(config.batch_size, n * 32**2 // image_size**2)) for n in (_FEW_IMAGES, _TIMED_IMAGES))
+    estimate = measure(few, 0.1)
+    return estimate if estimate * many > _SLOW else measure(many, seconds)
 
 
 # A budget of minutes
@@ -138,20 +165,15 @@ def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], end
 
 
 def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, float], float]:
-    """Measure how long an epoch's steps take, by image size, and how long its validation and checkpoints do.
+    """Measure how long an epoch's steps take, by image size, and estimate its validation and checkpoints.
 
     config: resolved.
     """
-    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
-    images = min(config.batch_size, _TIMED_IMAGES) if hardware.type == "cpu" else config.batch_size
-    seconds = min(_SECONDS, _TIMED_FRACTION * 60 * config.minutes)
-    per_image = {}
-    for size in {full_size, config.small_size} if config.small_epochs else {full_size}:
-        training = training_steps(config.replace(batch_size=images), dataset, size)
-        per_image[size] = step_seconds(partial(next, training), hardware, seconds) / images
-    precision = device.resolve_precision(config.precision, hardware)
-    infer = partial(evaluate.infer, next(training), dataset.train.images[:images], precision=precision)
-    ending = _SAVE_SECONDS + step_seconds(infer, hardware, 0.1) / images * config.val_size
+    full_size = dataset.train.images.shape[-1]
+    seconds = min(_SECONDS / 2, _TIMED_FRACTION * 60 * config.minutes)
+    sizes = {full_size, config.small_size} if config.small_epochs else {full_size}
+    per_image = {size: image_seconds(config, dataset, size, seconds) for size in sizes}
+    ending = _SAVE_SECONDS + config.val_size * per_image[full_size] / 3  # the forward pass is a third of the work
     trained = len(dataset.train) - config.val_size
     trained -= trained % config.batch_size
     return {size: value * trained for size, value in per_image.items()}, ending
@@ -289,7 +311,7 @@ def show_profile(profiled: Mapping[str, Any]) -> None:
     rate = profiled["matrix_flop_per_second"]
     console.say(
         f"{profiled['recipe']}, {profiled['batch_size']} images a step, {profiled['precision']}, "
-        f"{profiled['hardware']}, {profiled['threads']} threads; matrix product: {rate / 1e12:.2f} TFLOP/s"
+        f"{profiled['hardware']}, threads: {profiled['threads']}; matrix product: {rate / 1e12:.2f} TFLOP/s"
     )
     for size, step in profiled["image_sizes"].items():
         seconds, reached = step["seconds"], step["flop"] / step["seconds"]

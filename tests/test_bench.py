@@ -73,20 +73,29 @@ def test_too_few_minutes_are_an_error_that_names_how_many_suffice(measured, digi
 
 
 def test_an_epochs_time_is_that_of_its_steps_validation_and_checkpoints(digits, tmp_path, monkeypatch):
-    timed = []
+    monkeypatch.setattr(bench, "image_seconds", lambda config, dataset, size, seconds: size / 100)
+    settings = {"val_size": 237, "minutes": 1, "batch_size": 250, "epochs": 3, "small_epochs": 1, "small_size": 16}
+    steps, ending = bench.epoch_seconds(quick_config(tmp_path, recipe="convnet", **settings), digits)
+    # 1,000 of 1,200 images fill 4 steps; a third of the time of 237 images validates.
+    assert steps == {32: pytest.approx(320), 16: pytest.approx(160)}
+    assert ending == pytest.approx(79 * 0.32 + bench._SAVE_SECONDS)
 
-    def half_a_second(step, *_):
-        timed.append(step())
-        return 0.5
 
-    monkeypatch.setattr(bench, "step_seconds", half_a_second)
-    monkeypatch.setattr(bench, "_TIMED_IMAGES", 100)
-    config = datasets.resolve(quick_config(tmp_path, val_size=237, minutes=1), digits)
-    steps, ending = bench.epoch_seconds(config.replace(batch_size=250), digits)
-    # 1,000 of 1,200 images fill 4 steps of 250, each as long as 2.5 of 100; 237 images are validated 100 at a time.
-    assert steps == {32: pytest.approx(4 * 2.5 * 0.5)}
-    assert ending == pytest.approx(2.37 * 0.5 + bench._SAVE_SECONDS)
-    assert timed[-1].shape == (100, 10)
+@pytest.mark.parametrize(
+    ("per_image", "timed"), [(0.0039, [(32, 0.1), (500, 9)]), (0.0041, [(32, 0.1)]), (10, [(32, 0.1)])]
+)
+def test_a_slow_processor_is_timed_on_few_images(digits, tmp_path, monkeypatch, per_image, timed):
+    calls = []
+
+    def time(step, hardware, seconds):
+        calls.append((next(step.args[0]), seconds))
+        return calls[-1][0] * per_image
+
+    monkeypatch.setattr(bench, "training_steps", lambda config, *_: iter([config.batch_size]))
+    monkeypatch.setattr(bench, "step_seconds", time)
+    config = quick_config(tmp_path, batch_size=2000)
+    assert bench.image_seconds(config, digits, 32, 9) == pytest.approx(per_image)
+    assert calls == timed
 
 
 def test_timing_repeats_a_step_to_warm_up_and_to_time_it():
