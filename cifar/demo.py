@@ -5,7 +5,7 @@ import contextlib
 import functools
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -46,7 +46,7 @@ def serve(
     with server.listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="cifar-demo-") as folder:
         server.set_upload_folder(folder)
         page = build(Demo(run, output_dir, data_dir, device))
-        server.serve(page, listener, auth=credentials, share=share, theme=_THEME, css_paths=_CSS)
+        server.serve(page, listener, host=host, auth=credentials, share=share, theme=_THEME, css_paths=_CSS)
 
 
 class Demo:
@@ -101,36 +101,26 @@ class Demo:
         if image is None:
             return "", None, ""
         try:
-            return self._thread.submit(self._show, image, name).result()
+            return self._ask(_show, image, name)
         except UserError as error:
-            return _note("error", _sentence(error)), None, ""
+            return _note("error", server.sentence(error)), None, ""
 
     def predict(self, image: dict | None, run: str | None = None) -> dict[str, Any]:
-        """Classify an image file of at most 10 MB and 25 million pixels by the run of this name.
+        """Classify an image file of at most 10 MB and 100 million pixels by the run of this name.
 
         Returns {"label", "confidences": [{"label", "confidence"}, ...], "probably_none", "threshold", "run"}. The
         confidences are calibrated, highest first; below the threshold, the image is probably of none of the classes.
         """  # Gradio shows this in the API's documentation
-        return self._thread.submit(lambda: _classify(*self._open(image, run or self.default))).result()
+        return self._ask(_classify, image, run or self.default)
 
-    def _show(self, image: dict | None, name: str) -> tuple[str, dict[str, float], str]:
-        predictor, pixels = self._open(image, name)
-        answer = _classify(predictor, pixels)
-        label = predictor.classes.index(answer["label"])
-        saliency = analysis.saliency(predictor.network, pixels, label, precision=predictor.precision)
-        confidences = {row["label"]: row["confidence"] for row in answer["confidences"]}
-        note, threshold = "", answer["threshold"]
-        if answer["probably_none"]:
-            note = _note("unsure", f"Probably none of the classes: the confidence is below {threshold:.1%}.")
-        return note, confidences, _inputs(pixels, saliency, answer["label"])
-
-    def _open(self, image: dict | None, name: str) -> tuple[Predictor, Tensor]:
-        """Return the run's predictor and an uploaded image as its input, uint8 (3, S, S)."""
+    def _ask(self, question: Callable[[Predictor, Tensor], Any], image: dict | None, name: str) -> Any:
+        """Answer a question about an uploaded image with a run; meanwhile, other images are decoded."""
         path = Path((image or {}).get("path") or "/").resolve()
         if not path.is_relative_to(Path(get_upload_folder()).resolve()):  # any other file of this machine
             raise UserError("upload the image as a file")
-        predictor = self._predictor(name)
-        return predictor, images.decode(path, predictor.image_size)
+        predictor = self._thread.submit(self._predictor, name).result()
+        pixels = images.decode(path, predictor.image_size)
+        return self._thread.submit(question, predictor, pixels).result()
 
     def _examples(self, name: str) -> list[list[np.ndarray]]:
         """Return rows of one test image (S, S, 3) for 10 classes; none if the dataset is not on this machine."""
@@ -144,7 +134,7 @@ class Demo:
 
 
 def _classify(predictor: Predictor, image: Tensor) -> dict[str, Any]:
-    """Return what the API answers."""
+    """Return what the API answers for an image, uint8 (3, S, S)."""
     probabilities = predictor.probabilities(image[None])[0]
     order = (-probabilities).argsort(kind="stable")
     return {
@@ -156,9 +146,21 @@ def _classify(predictor: Predictor, image: Tensor) -> dict[str, Any]:
     }
 
 
-def build(demo: Demo) -> gr.Blocks:
+def _show(predictor: Predictor, image: Tensor) -> tuple[str, dict[str, float], str]:
+    """Return what the page shows for an image, uint8 (3, S, S)."""
+    answer = _classify(predictor, image)
+    label = predictor.classes.index(answer["label"])
+    saliency = analysis.saliency(predictor.network, image, label, precision=predictor.precision)
+    confidences = {row["label"]: row["confidence"] for row in answer["confidences"]}
+    note = ""
+    if answer["probably_none"]:
+        note = _note("unsure", f"Probably none of the classes: the confidence is below {answer['threshold']:.1%}.")
+    return note, confidences, _inputs(image, saliency, answer["label"])
+
+
+def build(demo: Demo) -> server.Page:
     """Build the page: choose a run, try it on images, read how good it is."""
-    with gr.Blocks(title="Image classification", analytics_enabled=False, delete_cache=_FILE_AGE) as page:
+    with server.Page(title="Image classification", analytics_enabled=False, delete_cache=_FILE_AGE) as page:
         with gr.Row(elem_id="head"):
             heading = gr.HTML(_heading(demo.run(demo.default)))
             chosen = gr.Dropdown(demo.choices(), value=demo.default, label="Run", elem_id="run")
@@ -174,7 +176,7 @@ def build(demo: Demo) -> gr.Blocks:
             ([tab.select, chosen.change], lambda name: _report(demo.run(name)), report),
         ]
         for events, handler, output in handlers:
-            gr.on(events, _gradio_errors()(handler), chosen, output, **_INTERNAL)
+            gr.on(events, handler, chosen, output, **_INTERNAL)
     return page
 
 
@@ -193,28 +195,13 @@ def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
     # In the API's documentation: Gradio's example is an address, which this server would not download.
     image.example_payload = lambda: {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
     # Without preprocessing the file arrives as it was sent: Gradio would rotate, convert and save it.
-    asking = {"inputs": [image, chosen], "preprocess": False, "concurrency_id": "predict"}
+    asking = {"inputs": [image, chosen], "preprocess": False, "concurrency_id": "predict", "concurrency_limit": 4}
     shown = {"outputs": [note, label, inputs], "trigger_mode": "always_last"}
     gr.on([image.change, chosen.change], demo.show, **shown, **asking, **_INTERNAL)
     result = gr.JSON(label="prediction", visible=False)
-    gr.on([], _gradio_errors()(demo.predict), outputs=result, api_name="predict", **asking)
-    show_example = _gradio_errors()(lambda index, name: demo.examples(name)[index][0])
-    examples.click(show_example, [examples, chosen], image, **_INTERNAL)
+    gr.on([], demo.predict, outputs=result, api_name="predict", **asking)
+    examples.click(lambda index, name: demo.examples(name)[index][0], [examples, chosen], image, **_INTERNAL)
     return examples
-
-
-@contextlib.contextmanager
-def _gradio_errors() -> Iterator[None]:
-    """Show a UserError, such as of a run that was damaged meanwhile, as a message on the page. Decorates handlers."""
-    try:
-        yield
-    except UserError as error:
-        raise gr.Error(_sentence(error), print_exception=False) from None
-
-
-def _sentence(error: UserError) -> str:
-    text = str(error)
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _heading(run: Run) -> str:

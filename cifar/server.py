@@ -1,39 +1,68 @@
-"""The web server around the demo's page: local by default, and closed to everything that the page does not need."""
+"""The web server around the demo's page: local by default, and closed to everything that the page does not need.
 
+It trusts no visitor: what arrives is counted while it arrives, and where too much is open at once, the oldest gives
+way, so that nobody can occupy the server.
+"""
+
+import asyncio
+import base64
+import contextlib
 import errno
 import ipaddress
 import os
+import re
+import secrets
 import socket
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import gradio as gr
 import uvicorn
 from gradio import networking, processing_utils
+from gradio.utils import get_upload_folder
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cifar import console
 from cifar.errors import UsageError, UserError, describe
 
 AUTH_VARIABLE = "CIFAR_DEMO_AUTH"
+_UPLOAD = "/gradio_api/upload"
 _MAX_FILE = 10_000_000  # bytes
-_MAX_BODY = _MAX_FILE + 100_000  # bytes: a file and what the upload form adds to it
+_MAX_UPLOAD = _MAX_FILE + 100_000  # bytes: a file and what the upload form adds to it
+_MAX_BODY = 100_000  # bytes, of all other requests
+_MAX_ARRIVING = 100_000_000  # bytes of all requests that have not arrived completely
+_MAX_STORED = (100_000_000, 300)  # bytes and number of uploaded files
+_MAX_CONNECTIONS = 300  # each with the file that it uploads, under the 1,024 open files that systems allow
+_MAX_SECONDS = 120  # until the first request of a connection has arrived
+_WRONG_PASSWORD_SECONDS = 1.0
+_BAD_REQUEST = PlainTextResponse("this request is not one that the page or its API sends", 400, {"connection": "close"})
 # Gradio's routes that fetch from other servers, save the state of a page or run ffmpeg.
-_CLOSED = ("file=http{rest:path}", "file/http{rest:path}", "proxy={rest:path}", "deep_link", "process_recording")
+_CLOSED = (
+    "file=http{rest:path}",
+    "file/http{rest:path}",
+    "proxy={rest:path}",
+    "deep_link",
+    "process_recording",
+    "dev/reload",
+)
 
 
-def credentials(auth: str | None) -> tuple[str, str] | None:
-    """Parse USER:PASSWORD, by default from CIFAR_DEMO_AUTH in the environment. Raises UsageError."""
+def credentials(auth: str | None) -> str | None:
+    """Check USER:PASSWORD, by default from CIFAR_DEMO_AUTH in the environment. Raises UsageError."""
     auth = os.environ.get(AUTH_VARIABLE) if auth is None else auth
-    if auth is None:
-        return None
-    user, _, password = auth.partition(":")
-    if not user or not password:
+    if auth is not None and not all(auth.partition(":")):
         raise UsageError(f"--auth and {AUTH_VARIABLE} take USER:PASSWORD, and neither part may be empty")
-    return user, password
+    return auth
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -60,7 +89,153 @@ def set_upload_folder(folder: str) -> None:
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
 
 
-def make_app(page: gr.Blocks, auth: tuple[str, str] | None, **look: Any) -> Starlette:
+class Page(gr.Blocks):
+    """A page on which nothing that a visitor sends causes a traceback."""
+
+    async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Answer an event; an error becomes a sentence on the page or in the API's answer."""
+        try:
+            return await super().process_api(*arguments, **options)
+        except UserError as error:
+            message = sentence(error)
+        except gr.Error as error:
+            message = error.message
+        except Exception as error:  # Gradio raises many kinds for data of a wrong shape
+            _log(error)
+            message = "This request has data of a wrong shape: see the API's documentation."
+        raise gr.Error(message, print_exception=False)
+
+
+def sentence(error: UserError) -> str:
+    """Return the error's message with a capital letter and a full stop."""
+    text = str(error)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _log(error: BaseException) -> None:
+    """Tell the operator, in one short line, of a request that failed."""
+    console.say(f"a request failed: {describe(error)[:200]}")
+
+
+class _Connection(H11Protocol):
+    """A connection to the server. When there are too many, the oldest is closed; so is one whose request is slow."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.opened = self.loop.time()
+        self.deadline = self.loop.call_later(_MAX_SECONDS, self.expire)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            oldest = min(self.connections, key=lambda connection: connection.opened)
+            self.connections.remove(oldest)
+            oldest.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.deadline.cancel()
+        super().connection_lost(error)
+
+    def expire(self) -> None:
+        """Close the connection if its first request has not arrived completely."""
+        if self.cycle is None or self.cycle.more_body:
+            self.transport.abort()
+
+
+class _Gate:
+    """ASGI middleware that refuses what is not meant for the demo, lacks its password or is too large."""
+
+    def __init__(self, app: ASGIApp, hosts: set[str], auth: str | None):
+        """hosts: the demo's names, besides IP addresses. auth: USER:PASSWORD."""
+        self._app, self._hosts = app, hosts
+        self._password = auth and b"Basic " + base64.b64encode(auth.encode())
+        self._attempts: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the visitor's address
+        self._arriving: dict[asyncio.Task, int] = {}  # request whose body has not ended -> bytes of it, oldest first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, task, received = Headers(scope=scope), asyncio.current_task(), 0
+        limit = _MAX_UPLOAD if scope["path"] == _UPLOAD else _MAX_BODY
+        has_more, has_failed = "transfer-encoding" in headers or headers.get("content-length", "0") != "0", False
+
+        async def count() -> Message:
+            nonlocal has_more, received
+            message = await receive()
+            has_more, received = message.get("more_body", False), received + len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, "the request is too large")
+            self._arriving[task] = received
+            if not has_more:
+                del self._arriving[task]
+            elif sum(self._arriving.values()) > _MAX_ARRIVING:
+                next(iter(self._arriving)).cancel()
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal has_failed
+            if message.get("status") == 500:
+                has_failed = True
+                await _BAD_REQUEST(scope, receive, send)
+            if message["type"] == "http.response.start" and has_more:  # or the server would read the whole body
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            if not has_failed:
+                await send(message)
+
+        try:
+            refusal = self._refuse(headers, limit) or await self._refuse_stranger(scope, headers)
+            if limit == _MAX_UPLOAD and not refusal:
+                _make_room(Path(get_upload_folder()))
+            await (refusal or self._app)(scope, count, answer)
+        except ClientDisconnect:
+            pass
+        except Exception as error:  # after Gradio has answered
+            _log(error)
+        finally:
+            self._arriving.pop(task, None)
+
+    def _refuse(self, headers: Headers, limit: int) -> Response | None:
+        """Return the response to a request that another site has sent, or that says itself that it is too large."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        own = {host, headers.get("x-forwarded-host")}  # behind a proxy; other sites cannot set this header
+        if not self._is_own(host) or (origin is not None and origin.partition("://")[2] not in own):
+            return PlainTextResponse("this demo answers only its own page", 403)
+        if int(headers.get("content-length", 0)) > limit:
+            return PlainTextResponse("the request is too large", 413)
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        """Return whether the Host header is an IP address, which no other site's name can be, or the demo's name."""
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name))
+        return name in self._hosts
+
+    async def _refuse_stranger(self, scope: Scope, headers: Headers) -> Response | None:
+        """Return the response to a request without the password; wrong ones from one address wait for each other."""
+        if self._password is None:
+            return None
+        given = headers.get("authorization", "").encode()
+        lock = self._attempts.setdefault(scope["client"][0], asyncio.Lock())
+        async with lock:
+            if secrets.compare_digest(given, self._password):
+                return None
+            if given:
+                await asyncio.sleep(_WRONG_PASSWORD_SECONDS)
+        return PlainTextResponse(
+            "a password is needed", 401, {"www-authenticate": 'Basic realm="demo", charset="UTF-8"'}
+        )
+
+
+def _make_room(folder: Path) -> None:
+    """Delete the oldest uploads, of visitors who went away too, until another one fits."""
+    room, most = _MAX_STORED
+    with contextlib.suppress(FileNotFoundError):  # moved by Gradio meanwhile
+        found = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
+        for number, (status, path) in enumerate(sorted(found, key=lambda file: file[0].st_mtime, reverse=True)):
+            room -= status.st_size
+            if room < _MAX_FILE or number >= most:
+                path.unlink()
+
+
+def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Starlette:
     """Mount the page behind the limits on what visitors may send and ask for. `look` is Gradio's theme and css."""
     # Gradio downloads any address that a client sends in place of a file; this server must not.
     processing_utils.async_ssrf_protected_get = _refuse_address
@@ -70,30 +245,34 @@ def make_app(page: gr.Blocks, auth: tuple[str, str] | None, **look: Any) -> Star
     refusal = PlainTextResponse("not available on this server", 403)
     app = Starlette(
         routes=[Route(f"/gradio_api/{path}", refusal) for path in _CLOSED],
-        middleware=[Middleware(RequestBodyLimitMiddleware, max_body_size=_MAX_BODY)],
+        middleware=[Middleware(_Gate, hosts=hosts, auth=auth)],
     )
     off = dict.fromkeys(("show_error", "run_history", "enable_monitoring", "mcp_server", "ssr_mode"), False)
-    return gr.mount_gradio_app(
-        app, page, path="/", auth=auth, max_file_size=_MAX_FILE, footer_links=["api"], **off, **look
-    )
+    return gr.mount_gradio_app(app, page, path="/", max_file_size=_MAX_FILE, footer_links=["api"], **off, **look)
 
 
-def serve(page: gr.Blocks, listener: socket.socket, *, auth: tuple[str, str] | None, share: bool, **look: Any) -> None:
+def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, share: bool, **look: Any) -> None:
     """Serve the page until Ctrl-C; with `share`, at a public address. Raises UserError if Gradio provides none."""
-    app = make_app(page, auth, **look)
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host)
-    name = "localhost" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
-    url = _public_url(page, name, port) if share else f"http://{name}:{port}/"
+    address, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(address)
+    name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else str(address)
+    hosts = {"localhost", host.lower(), socket.gethostname().lower()}
+    app = make_app(page, auth, hosts, **look)
+    url = f"http://{name}:{port}/"
+    if share:
+        url = _public_url(page, name, port)
+        hosts.add(urlsplit(url).hostname)
     console.say(f"demo running at {url}; press Ctrl-C to stop")
     if not address.is_loopback and not auth:
         console.banner("Anyone who can reach this machine can use the demo; --auth USER:PASSWORD asks for a password.")
     # Open pages hold a connection for good: after a second, the server stops without them.
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, http=_Connection, ws="none", log_level="critical", backlog=64, timeout_graceful_shutdown=1
+    )
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _public_url(page: gr.Blocks, host: str, port: int) -> str:
+def _public_url(page: Page, host: str, port: int) -> str:
     try:
         url = networking.setup_tunnel(host, port, page.share_token, None, None)
     except Exception as error:  # of many kinds: from the network, the helper program or its download
