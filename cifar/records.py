@@ -206,7 +206,7 @@ class Metrics(Record):
 
 class ImageRecord(Record):
     index: Count  # in the test split
-    file: Text | None = None  # of a folder of images: its path, relative to the folder
+    file: RawText | None = None  # of a folder of images: its path, relative to the folder
     true: Text
     predicted: Text
     confidence: Fraction  # probability of the predicted class

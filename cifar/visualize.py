@@ -263,7 +263,7 @@ def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
         if predictions["true"].tolist() != [dataset.classes[number] for number in dataset.test.labels.tolist()]:
             raise damaged(path, f"it does not match the test split of {dataset.name}")
     return {
-        "subject": f"{run.config.title} on {label(dataset.name)}",
+        "subject": f"{label(run.config.title, 40)} on {label(dataset.name)}",
         "dataset": dataset,
         "history": run.history() or None,
         "kept_epoch": _kept_epoch(run, metrics),
