@@ -159,7 +159,7 @@ class Config(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Take known names in any case; refuse true for 1, which pydantic would accept, and what cannot be a path."""
-        if isinstance(value, bool) or (isinstance(value, str) and not (value.strip() and _is_file_name(value))):
+        if isinstance(value, bool) or (isinstance(value, str) and not _is_text(value)):
             raise UserError(f"{flag(info.field_name)} does not take {value!a}")
         return _known_spelling(info.field_name, value) if isinstance(value, str) else value
 
@@ -347,11 +347,9 @@ def _known_spelling(name: str, value: str) -> str:
     return lower if lower in known and not (name == "dataset" and os.path.exists(value)) else value
 
 
-def _is_file_name(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+def _is_text(value: str) -> bool:
+    """Return whether a value is not empty and can be a path, and be written to a file."""
+    return bool(value.strip()) and "\0" not in value and value == value.encode(errors="ignore").decode()
 
 
 def _raise_sentence(error: ValidationError) -> NoReturn:
@@ -364,8 +362,6 @@ def _raise_sentence(error: ValidationError) -> NoReturn:
         known_name("setting", name, FIELDS)
     if choices := _choices(name):
         known_name(name.replace("_", " "), str(value), choices)
-    if kind == "string_unicode":
-        raise UserError(f"{flag(name)} does not take {value!a}")
     wording = (_WORDINGS.get(kind) or _WORDINGS[kind.split("_")[0]]).format(**first.get("ctx", {}))
     shown = str(value).strip()[:40]
     if "parsing" in kind:

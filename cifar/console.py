@@ -38,23 +38,23 @@ from cifar.records import EpochRecord
 
 _REFRESH_SECONDS = 0.25
 _PIPE_WIDTH = 10_000  # nothing is folded or cut off where nobody sees a window
-# What torch, the dynamic linker, Python and the system say.
-_NO_MEMORY = (
-    *("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory"),
-    "bad_alloc",
-)
-_NAME = TextColumn("{task.description}", markup=False)
+_MIN_WIDTH = 40  # columns; a smaller value of the variable COLUMNS is a mistake
 _GAP = 3  # columns of the terminal between two columns of a table
 _NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
-
-
-_MIN_WIDTH = 40  # columns; a smaller value of COLUMNS is a mistake
 _BACKQUOTED = re.compile(r"`[^`]+`")
 _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
+_NAME = TextColumn("{task.description}", markup=False)
+# What torch, the dynamic linker, Python and the system say.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory")
 
 
 class _Console(Console):
-    """Standard output or standard error."""
+    """Standard output or standard error: a terminal, a pipe or a file."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, **options)
+        if not self.is_terminal:
+            self.width = _PIPE_WIDTH
 
     def on_broken_pipe(self) -> None:
         """Go on without output when nobody reads it any more, as after `| head -1`."""
@@ -64,17 +64,10 @@ class _Console(Console):
         err.print("standard output is closed: going on without it")
 
 
-def _console(stderr: bool = False) -> Console:
-    console = _Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    return console
-
-
 if not (columns := os.environ.get("COLUMNS", "80")).isdecimal() or int(columns) < _MIN_WIDTH:
     del os.environ["COLUMNS"]  # which rich and argparse would obey
-out = _console()
-err = _console(stderr=True)
+out = _Console()
+err = _Console(stderr=True)
 
 
 def is_live() -> bool:
