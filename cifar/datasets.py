@@ -119,9 +119,12 @@ def of_run(run: Run, data_dir: str | None) -> Dataset:
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
-    dataset, _ = find(place, config.data_dir, config.image_size)
+    dataset, _ = _folder(place, Path(config.data_dir), config.image_size)
     if dataset.train.sha256() != run.dataset.train_sha256:
-        raise UserError(f"{dataset.location} has other training images than those that {run.path.name} was trained on")
+        raise UserError(
+            f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "
+            "have changed, or this version decodes them otherwise"
+        )
     return replace(dataset, key=config.dataset)
 
 

@@ -26,14 +26,14 @@ from cifar.images import decode_all
 from cifar.runs import atomic_write, writing
 
 _DECODED_TOGETHER = 500  # images
-_SPLITS = {"training": "train", "train": "train", "testing": "test", "test": "test"}
-_SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 # What systems leave in folders, in lower case.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
-# How the names of image files end: as the formats of the decoder do, or without an extension.
+# The extensions, or none, of images that the decoder reads, and of some that it does not.
 _IMAGES = ("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 _IMAGES += (".ppm", ".pgm", ".pbm", ".pnm", ".ico")
-_CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw")
+_CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 _LEAST = {"train": 2, "test": 1, "": 3}  # images of a class; one of those in train is for validation
 # Below, a note warns. With 9 test images, one is 11 points of the accuracy of its class.
 _TOO_FEW = {"train": (20, "to learn"), "test": (10, "to measure")}
@@ -78,16 +78,13 @@ def load(root: Path, size: int, cache_dir: Path) -> ImageFolder:
     Raises UserError if there are not two classes, too few images of one, too many files that cannot be read, or more
     images than fit into memory.
     """
-    try:
-        found = list_images(root)
-        _require_memory(root, len(found.files), size)
-        cache = cache_dir / "decoded" / f"{root.name[:50]}-{_hash(str(root))[:12]}-{size}.npz"
-        fingerprint = _hash(repr([4, size, PIL.__version__, found]))  # 4: the format of the cache
-        if images := _read_cache(cache, fingerprint, root, found, size):
-            return images
-        files, pixels, note = _read(root, found, size)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
+    found = list_images(root)
+    _require_memory(root, len(found.files), size)
+    cache = cache_dir / "decoded" / f"{root.name[:50]}-{_sha256(root)[:12]}-{size}.npz"
+    fingerprint = _sha256([4, size, PIL.__version__, found])  # 4: the format of the cache
+    if images := _read_cache(cache, fingerprint, root, found, size):
+        return images
+    files, pixels, note = _read(root, found, size)
     _write_cache(cache, fingerprint, files, pixels, note)
     return _assemble(found.classes, files, pixels, note)
 
@@ -100,8 +97,8 @@ def _assemble(classes: tuple[str, ...], files: list[_File], pixels: Tensor, note
     return ImageFolder(classes, everything[:start], everything[start:], test_files, note)
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+def _sha256(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 # Listing
@@ -109,10 +106,18 @@ def _hash(text: str) -> str:
 
 def list_images(root: Path) -> Found:
     """List the classes and their images. Raises UserError if there are not two classes with enough images each."""
+    try:
+        return _list(root)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
+
+
+def _list(root: Path) -> Found:
     parts = _find_splits(root)
-    classes, *of_test = (_folders(folder) for folder in parts.values())
-    _require_classes(root, classes, next(iter(parts.values())))
-    if of_test and (different := sorted({*classes} ^ {*of_test[0]})):
+    first, last = parts.get("train", root), parts.get("test", root)
+    classes = _folders(first)
+    _require_classes(root, first, classes)
+    if different := sorted(set(classes) ^ set(_folders(last))):
         raise UserError(f"{root} needs each class in train and in test: only one of the two has {listing(different)}")
     passed: dict[str, list[str]] = defaultdict(list)
     files = [
@@ -121,12 +126,14 @@ def list_images(root: Path) -> Found:
         for label, class_name in enumerate(classes)
         for name, status in _walk(root, folder / class_name, passed)
     ]
-    for folder in sorted({root, *parts.values()}):
-        names = [entry.name for entry in _entries(folder) if not os.path.isdir(entry)]
-        passed["broken link"] += [name for name in names if not os.path.exists(folder / name)]
-        passed["loose image"] += [name for name in names if _suffix(name) in _IMAGES[1:]]
-    notes = _passed_over(passed)
-    if beside := sorted(set(_folders(root)) - {folder.name for folder in parts.values()}) if of_test else []:
+    for folder in sorted({root, first, last}):
+        for entry in _entries(folder):
+            if not os.path.exists(entry):
+                passed["broken link"].append(entry.name)
+            elif os.path.isfile(entry) and _suffix(entry.name) in _IMAGES[1:]:
+                passed["loose image"].append(entry.name)
+    notes = [_count(passed)] if passed else []
+    if "test" in parts and (beside := sorted(set(_folders(root)) - {first.name, last.name})):
         notes.append(f"{listing(beside)} beside train and test: ignored; validation images are taken from train.")
     _require_enough(root, classes, files, tuple(parts), notes)
     return Found(tuple(classes), sorted(files, key=lambda file: file.name), notes)
@@ -150,7 +157,7 @@ def _find_splits(root: Path) -> dict[str, Path]:
     return {"": root}
 
 
-def _require_classes(root: Path, classes: list[str], folder: Path) -> None:
+def _require_classes(root: Path, folder: Path, classes: list[str]) -> None:
     """Raise UserError unless the folder has two classes or more, which have readable names and are not splits."""
     for name in (root.name, *classes):
         if name.encode(errors="replace").decode() != name:
@@ -214,15 +221,19 @@ def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tu
                 yield name, status
 
 
-def _passed_over(passed: dict[str, list[str]]) -> list[str]:
-    """Say in a sentence, if there is one to say, how many files of each kind are left out, and which can be used."""
+def _count(passed: dict[str, list[str]]) -> str:
+    """Say how many files of each kind are passed over."""
     kinds = []
     for kind, names in sorted(passed.items(), key=lambda item: -len(item[1])):
         count = f"{len(names):,} {kind}{'s' if len(names) > 1 else ''}"
-        advice = ": convert them to JPEG" if kind.removesuffix(" file") in _CONVERTIBLE else ""
-        kinds += [count + (advice if kind.startswith(".") else f" ({listing(names)})")] * bool(names)
-    more = f"; {len(kinds) - 8} other kinds" if len(kinds) > 8 else ""
-    return [f"Passed over: {'; '.join(kinds[:8])}{more}."] if kinds else []
+        if kind.removesuffix(" file") in _CONVERTIBLE:
+            count += ": convert them to JPEG"
+        elif not kind.startswith("."):
+            count += f" ({listing(names)})"
+        kinds.append(count)
+    if len(kinds) > 8:
+        kinds[8:] = [f"{len(kinds) - 8} other kinds"]
+    return f"Passed over: {'; '.join(kinds)}."
 
 
 def _require_enough(

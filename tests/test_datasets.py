@@ -173,7 +173,7 @@ def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image
     found = datasets.of_run(run, str(moved))
     assert (found.key, found.name, found.location) == (str(image_folder), "my digits", str(moved))
     record.train_sha256 = "0" * 64
-    with pytest.raises(UserError, match="moved has other training images than those that run was trained on"):
+    with pytest.raises(UserError, match="moved are not those that run was trained on: its files have changed, or"):
         datasets.of_run(run, str(moved))
 
 
