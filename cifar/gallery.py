@@ -36,10 +36,10 @@ def sample_predictions(predictions: "DataFrame", dataset: Dataset, subject: str)
 
 
 def _grid(shown: "DataFrame", dataset: Dataset, title: str) -> Figure:
-    """Draw test images row by row, each above a caption of two to four lines."""
+    """Draw test images row by row, each above a caption of two or three lines."""
     rows, files = -(-len(shown) // _COLUMNS) or 1, dataset.test_files
     title += f",\n{PLAIN}; with calibrated confidence and {'file name' if files else 'index in the split'}"
-    figure = canvas(title, 12, 0.8 + (1.9 if files else 1.74) * rows, "compressed")
+    figure = canvas(title, 12, 0.8 + 1.74 * rows, "compressed")
     axes = figure.add_subplot()
     axes.set_axis_off()
     if shown.empty:
@@ -47,17 +47,13 @@ def _grid(shown: "DataFrame", dataset: Dataset, title: str) -> Figure:
         return figure
     images = dataset.test.images[shown["index"].tolist()]
     height, width = images.shape[-2:]
-    below, beside = round((0.6 if files else 0.45) * height), round(0.25 * width)
+    below, beside = round(0.45 * height), round(0.25 * width)
     _show(axes, images, _COLUMNS, below, beside)
     for position, row in enumerate(shown.itertuples(index=False)):
         is_right = row.true == row.predicted
-        lines = [f"{'✓' if is_right else '✗'} {row.predicted}", f"{row.confidence:.1%}"]
-        lines += [] if is_right else [f"true {row.true}"]
-        if files:
-            lines.append(files[row.index].rpartition("/")[2])
-        else:
-            lines[1] += f"   #{row.index}"
-        text = "\n".join(label(line, 23) for line in lines)
+        name = files[row.index].rpartition("/")[2] if files else f"#{row.index}"
+        lines = [f"{'✓' if is_right else '✗'} {row.confidence:.1%} {row.predicted}", name]
+        text = "\n".join(label(line, 23) for line in (lines if is_right else [*lines, f"true {row.true}"]))
         corner = position % _COLUMNS * (width + beside) - 0.5, position // _COLUMNS * (height + below) + height
         axes.text(*corner, text, va="top", fontsize=7.5, color=BLUE if is_right else ORANGE, linespacing=1.1)
     return figure
