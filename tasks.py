@@ -211,7 +211,7 @@ def demo(run=None, host="127.0.0.1", port="7860", share=False, auth=None, data_d
 @command(output="file that ends in .pt2; default model.pt2 in the run's directory")
 def export(run=None, output=None, output_dir=None):
     """Export a run's network to a file that works without this suite: .pt2, and .onnx if ONNX is installed."""
-    if output and not output.endswith(".pt2"):
+    if output and Path(output).suffix.lower() != ".pt2":
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
     found = _find_run(output_dir, run)
 

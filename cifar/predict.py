@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -86,8 +87,8 @@ class Predictor:
 def find_images(paths: Sequence[str]) -> list[Source]:
     """Find the images that files, folders, glob patterns and `-` (standard input) stand for.
 
-    A folder stands for all files below it in sorted order, without hidden ones. A path that does not exist stays in
-    the list, so that its error appears in its place. What is named twice is found once.
+    A folder stands for all files below it in sorted order, without hidden ones and linked folders. A path that does not
+    exist stays in the list, so that its error appears in its place. What is named twice is found once.
     """
     found: list[Source] = []
     for path in dict.fromkeys(paths):
@@ -98,8 +99,9 @@ def find_images(paths: Sequence[str]) -> list[Source]:
             continue
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in map(Path, matches or [path]):
-            inside = [match / name for name in glob.glob("**", root_dir=match, recursive=True)]
-            found += [file for file in sorted(inside) if file.is_file()] or [match]
+            inside = sorted(match.rglob("*")) if os.path.isdir(match) else []
+            visible = [file for file in inside if not re.search(r"(^|/)\.", file.relative_to(match).as_posix())]
+            found += [file for file in visible if file.is_file()] or [match]
     return list(dict.fromkeys(found))
 
 
@@ -137,7 +139,8 @@ def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
     readable = [prediction for prediction in predictions if prediction.probabilities is not None]
-    shown, run = predictions, predictor.run
+    console.say(f"predictions of {predictor.run.path.name}, trained on {predictor.run.dataset.name}")
+    shown = predictions
     if len(predictions) > _ROWS:
         shown = predictions[: _ROWS // 2]
         counts = Counter(predictor.classes[one.probabilities.argmax()] for one in readable).most_common(_ROWS // 2)
@@ -148,7 +151,7 @@ def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) ->
     columns = {"image": [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]}
     for rank, place in enumerate(("first", "second", "third")[: len(predictor.classes)]):
         columns[place] = [_cell(prediction, predictor, rank) for prediction in shown]
-    console.out.print(console.table(f"predictions of {run.path.name}, trained on {run.dataset.name}", columns))
+    console.out.print(console.table("", columns))
     if len(predictions) > len(shown):
         console.say(f"and {len(predictions) - len(shown):,} more images; --output saves all predictions")
     for prediction in [prediction for prediction in predictions if prediction.error][: _ROWS // 2]:

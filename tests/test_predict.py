@@ -78,6 +78,8 @@ def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_pat
     for name in ("b.png", "a.png", ".hidden", ".git/d.png", "inner/c.png", "[1]/e.png", "x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    for name in ("loop", "inner/loop"):
+        (tmp_path / name).symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def found(*paths: str) -> list[str]:
