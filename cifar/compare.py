@@ -5,6 +5,7 @@ torch, pandas and matplotlib are imported where they are used, so that the leade
 
 import functools
 import hashlib
+import os
 import statistics
 import string
 from collections import defaultdict
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from cifar import console, runs
 from cifar.config import LOCATIONS
-from cifar.errors import UserError, display_path, known_name
+from cifar.errors import UserError, display_path, known_name, listing
 from cifar.records import Metrics
 from cifar.runs import Run
 
@@ -249,7 +250,7 @@ def _different_settings(settings: Sequence[Sequence[dict[str, Any]]]) -> list[di
     rows = []
     for name in dict.fromkeys(name for members in settings for one in members for name in one):
         by_run = [dict.fromkeys(str(one.get(name, NOT_SET)) for one in members) for members in settings]
-        values = [", ".join(values) for values in by_run]
+        values = [listing(list(values)) for values in by_run]
         if len({*values} - {NO_EFFECT}) > 1:
             rows.append({"name": name, "values": values})
     return rows
@@ -262,6 +263,7 @@ def _pairs(recipes: Mapping[str, Sequence[Run]]) -> tuple[list[dict[str, Any]], 
     """Test the difference of each two, with Holm's correction; returns, too, why some cannot be tested."""
     from cifar.metrics import SIGNIFICANCE_LEVEL, holm
 
+    names = {letter: f"{letter} ({members[0].config.title})" for letter, members in recipes.items()}
     pairs, reasons, read = [], defaultdict(list), functools.cache(_read_outcomes)
     for (first, before), (second, after) in combinations(recipes.items(), 2):
         try:
@@ -271,7 +273,7 @@ def _pairs(recipes: Mapping[str, Sequence[Run]]) -> tuple[list[dict[str, Any]], 
     for pair, p in zip(pairs, holm([pair["p"] for pair in pairs])):
         better = pair["second" if pair["difference"] > 0 else "first"]
         pair |= {"p_corrected": p, "better": better if p < SIGNIFICANCE_LEVEL else None}
-        pair["verdict"] = _verdict(pair)
+        pair["verdict"] = _verdict(pair, names)
     return pairs, [f"not tested: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
@@ -342,10 +344,10 @@ def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
     return {**result, "test": f"{kind} t-test over {count} seeds"}
 
 
-def _verdict(pair: dict[str, Any]) -> str:
+def _verdict(pair: dict[str, Any], names: Mapping[str, str]) -> str:
     """Say which is better, or ahead, and by how many points."""
     is_second, p = pair["difference"] > 0, pair["p_corrected"]
-    ahead, behind = (pair["second"], pair["first"]) if is_second else (pair["first"], pair["second"])
+    ahead, behind = (names[pair[place]] for place in (("second", "first") if is_second else ("first", "second")))
 
     def points(suffix: str) -> list[float]:
         low, high = pair[f"interval_95{suffix}"]
@@ -364,10 +366,9 @@ def _verdict(pair: dict[str, Any]) -> str:
 
 def folder(output_dir: str, comparison: dict[str, Any]) -> Path:
     """Return where a comparison is saved: compare/ in the output folder, under the names of its runs."""
-    names = [row["run"] for row in comparison["runs"]]
-    name = "_vs_".join(names)
-    if len(name) > 200:  # file systems take 255
-        name = f"{names[0][:200]}_vs_{len(names) - 1}_more_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = "_vs_".join(row["run"] for row in comparison["runs"])
+    if len(encoded := os.fsencode(name)) > 200:  # file systems take 255
+        name = f"{encoded[:200].decode(errors='ignore')}_{hashlib.sha256(encoded).hexdigest()[:8]}"
     return Path(output_dir) / "compare" / name
 
 

@@ -49,11 +49,15 @@ def test_the_better_of_two_runs_is_named_with_mcnemars_p(tmp_path):
     assert pair["difference"] == pytest.approx(14 / 300)
     correct = [np.array([i not in wrong for i in range(300)], float) for wrong in (range(20), range(18, 24))]
     assert pair["interval_95"] == pytest.approx([*ttest_rel(correct[1], correct[0]).confidence_interval()])
-    assert pair["verdict"].startswith("B is better than A by 4.67 points of test accuracy, 95% interval 1.6")
+    assert pair["verdict"].startswith(
+        "B (fast) is better than A (fast) by 4.67 points of test accuracy, 95% interval 1.6"
+    )
     assert pair["verdict"].endswith("p = 0.004 (McNemar's exact test on 300 images)")
     (swapped,) = compare.compare([second, first])["pairs"]
     assert (pair["better"], swapped["better"], swapped["difference"]) == ("B", "A", -pair["difference"])
-    assert swapped["verdict"].startswith("A is better than B by 4.67 points of test accuracy, 95% interval 1.6")
+    assert swapped["verdict"].startswith(
+        "A (fast) is better than B (fast) by 4.67 points of test accuracy, 95% interval 1.6"
+    )
 
 
 def test_p_values_of_more_than_two_runs_are_corrected(tmp_path):
@@ -63,7 +67,7 @@ def test_p_values_of_more_than_two_runs_are_corrected(tmp_path):
     comparison = compare.compare(found)
     assert [pair["p_corrected"] for pair in comparison["pairs"]] == pytest.approx([60 / 512, 60 / 512, 1])
     assert [pair["better"] for pair in comparison["pairs"]] == [None] * 3
-    assert comparison["pairs"][0]["verdict"].startswith("no difference shown: B leads A by 2.33 points ")
+    assert comparison["pairs"][0]["verdict"].startswith("no difference shown: B (fast) leads A (fast) by 2.33 points ")
     assert "p = 0.117 (" in comparison["pairs"][0]["verdict"]
 
 
@@ -85,7 +89,7 @@ def test_two_recipes_are_compared_by_their_means_over_seeds(tmp_path, capsys):
     assert pair["interval_95"] == pytest.approx([end / 300 for end in expected.confidence_interval()])
     low, high = (end / 3 for end in expected.confidence_interval())
     assert pair["verdict"] == (
-        f"B is better than A by 2.44 points of test accuracy, 95% interval {low:.2f} to {high:.2f}, "
+        f"B (fast) is better than A (fast) by 2.44 points of test accuracy, 95% interval {low:.2f} to {high:.2f}, "
         f"p = {expected.pvalue:.3f} (paired t-test over 3 seeds); with TTA 2.44 points, {low:.2f} to {high:.2f}"
     )
     assert [(row["run"], row["seeds"]) for row in comparison["runs"]] == [("first", [0, 1, 2]), ("second", [0, 1, 2])]
@@ -106,7 +110,7 @@ def test_recipes_with_other_seeds_are_compared_by_welchs_test(tmp_path):
     expected = ttest_ind([285, 272], [280, 274, 277], equal_var=False)
     assert (pair["p"], pair["better"], pair["seeds"]) == (pytest.approx(expected.pvalue), None, [3, 2])
     assert pair["interval_95"] == pytest.approx([end / 300 for end in expected.confidence_interval()])
-    assert pair["verdict"].startswith("no difference shown: B leads A by 0.50 points of test accuracy, ")
+    assert pair["verdict"].startswith("no difference shown: B (fast) leads A (fast) by 0.50 points of test accuracy, ")
     assert "(Welch's t-test over 3 and 2 seeds)" in pair["verdict"]
 
 
@@ -219,9 +223,9 @@ def test_a_comparison_is_written_into_a_folder_named_by_its_runs(tmp_path):
     assert json.loads((folder / "comparison.json").read_text(encoding="utf-8")) == comparison
     with pytest.raises(UserError, match="cannot write"):
         compare.write(comparison, folder / "comparison.json" / "folder")
-    rows = [{"run": f"run {number}" * 5} for number in range(20)]
+    rows = [{"run": f"run \u732b{number}" * 5} for number in range(20)]
     long, other = (compare.folder("out", {"runs": rows[:count]}).name for count in (20, 19))
-    assert (len(long) < 255, long != other) == (True, True)
+    assert (len(long.encode()) < 255, long != other) == (True, True)
 
 
 def test_a_comparison_is_shown_with_its_conclusions_last(capsys, tmp_path):
