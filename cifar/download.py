@@ -23,9 +23,8 @@ from cifar.runs import lock, writing
 
 _TIMEOUT = 10.0  # seconds without a connection, an answer or a byte
 _SPEED_SECONDS = 15.0  # over which the speed is measured
-_MIN_SPEED = (
-    100_000  # bytes/s; below, try the next address. The official one was down to 50 kB/s (pytorch/vision #9536)
-)
+# bytes/s; below, try the next address. The official one was down to 50 kB/s (pytorch/vision #9536).
+_MIN_SPEED = 100_000
 _PAUSES = (1, 2, 4, 8, 16)  # seconds between rounds through the addresses
 
 
