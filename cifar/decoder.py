@@ -17,7 +17,7 @@ import struct
 import sys
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import AvifImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
 
 MAX_PIXELS = 100_000_000
 # What Popen.returncode is after a limit was exceeded.
@@ -43,11 +43,12 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
     """
     try:
         image = _open(content)
-        if fit != "whole":
-            image.draft(None, (4 * size, 4 * size))  # lets JPEG unpack at a half to an eighth of its size
+        # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
+        drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
         image.load()
         image = _to_eight_bits(image)
-        image = _resize(image, size, fit)
+        if fit != "whole":
+            image = _resize(image, drafted[1][2:] if drafted else image.size, size, fit)
         with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
             ImageOps.exif_transpose(image, in_place=True)
         image = _over_white(_to_srgb(image))
@@ -122,13 +123,15 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.clip(low, high) - low) * (255 / max(high - low, 1e-30))).astype(np.uint8))
 
 
-def _resize(image: Image.Image, size: int, fit: str) -> Image.Image:
-    if fit == "whole":
-        return image
+def _resize(image: Image.Image, extent: tuple[float, float], size: int, fit: str) -> Image.Image:
+    """Resize the middle square, or all, of the upper left part of the image that has this width and height."""
+    width, height = extent
     if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    shape = [max(1, round(length * size / max(image.size))) for length in image.size]
-    return image.resize(shape, Image.Resampling.BICUBIC)
+        side = min(extent)
+        left, top = (width - side) / 2, (height - side) / 2
+        return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    shape = [max(1, round(length * size / max(extent))) for length in extent]
+    return image.resize(shape, Image.Resampling.BICUBIC, (0, 0, width, height))
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -189,6 +192,7 @@ def _prepare() -> None:
     for name in (*_FORMATS, "Mpo"):
         importlib.import_module(f"PIL.{name}ImagePlugin")
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow, which looks into ICO too, refuses over twice this
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # each reserves memory
     # Long texts and profiles are no damage; memory and time have other limits.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 10**9
 

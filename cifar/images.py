@@ -28,7 +28,7 @@ Source = Path | bytes
 _MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
 _MEMORY = 950_000_000  # bytes, besides the program itself
 _SECONDS = 5  # for each image
-_GROUP = (25, 200_000)  # the images and bytes that a worker gets at once
+_GROUP, _GROUP_BYTES = 25, 200_000  # that a worker gets at once
 _CORES = min(32, os.cpu_count() or 1)
 # Workers, None for those that have not been started; at least 4, so that slow images do not keep others waiting.
 _workers: queue.LifoQueue["_Worker | None"] = queue.LifoQueue()
@@ -66,15 +66,12 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[Source]]:
     """Put small images together, because each request to a worker takes as long as decoding one."""
     group, total = [], 0
     for source in sources:
-        try:
-            length = len(source) if isinstance(source, bytes) else source.stat().st_size
-        except OSError:  # reported when it is read
-            length = 0
-        if group and (len(group) == _GROUP[0] or total + length > _GROUP[1]):
+        group.append(source)
+        with contextlib.suppress(OSError):  # reported when it is read
+            total += len(source) if isinstance(source, bytes) else source.stat().st_size
+        if len(group) == _GROUP or total > _GROUP_BYTES:
             yield group
             group, total = [], 0
-        group.append(source)
-        total += length
     if group:
         yield group
 
@@ -92,32 +89,30 @@ def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | U
 
 def _read(source: Source) -> bytes | UserError:
     try:
-        # Opening a named pipe would wait for its writer.
-        if isinstance(source, Path) and source.exists() and not source.is_file():
-            return UserError("this is not a regular file")
-        length = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if length > _MAX_BYTES:
-            return UserError(f"the file has {length / 1e6:,.0f} MB; the limit is {_MAX_BYTES / 1e6:.0f} MB")
-        return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
+        if isinstance(source, Path):
+            if source.exists() and not source.is_file():  # opening a named pipe would wait for its writer
+                return UserError("this is not a regular file")
+            if (size := source.stat().st_size) > _MAX_BYTES:
+                return UserError(f"the file has {size / 1e6:,.0f} MB; the limit is {_MAX_BYTES / 1e6:.0f} MB")
+            source = source.read_bytes()
     except OSError as error:
         return UserError(f"the file cannot be read: {error.strerror}")
+    return source or UserError("the file is empty")
 
 
 @contextlib.contextmanager
 def _worker() -> Iterator["_Worker"]:
-    """Wait for a worker and have it for oneself; one that does not come back in order is replaced."""
+    """Wait for a worker and have it for oneself; one that has ended is replaced."""
     worker = _workers.get()
     try:
-        if worker is None or worker.process.poll() is not None:
+        if worker and worker.process.poll() is not None:
+            worker.stop()
             worker = None
-            worker = _Worker()
+        worker = worker or _Worker()
         yield worker
-        if worker.process.poll() is not None:
-            worker = None
-    except BaseException:  # Ctrl-C in the middle of an answer
+    except BaseException:  # such as Ctrl-C in the middle of an answer
         if worker:
             worker.stop()
-        worker = None
         raise
     finally:
         _workers.put(worker)

@@ -227,3 +227,184 @@ REFUSED = {
     "PNG header alone": (lambda: saved(sample(), "PNG")[:40], "damaged or incomplete|not an image"),
     "truncated JPEG": (lambda: saved(sample(), "JPEG")[:300], "damaged or incomplete|not an image"),
 }
+
+
+# Costly files: small ones that ask for much memory or time.
+
+
+def zeros(count: int) -> bytes:
+    """Compressed zeros, without having them all in memory."""
+    compress = zlib.compressobj(9)
+    return b"".join(compress.compress(bytes(MB)) for _ in range(count // MB)) + compress.flush()
+
+
+def png(*chunks: tuple[bytes, bytes], shape=(1, 1, 8, 2), pixels: bytes = zlib.compress(b"\0abc")) -> bytes:
+    """A PNG file, written by hand. shape: width, height, bits, color type; pixels: compressed."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", *shape, 0, 0, 0)), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def flat_png(bits: int, kind: int, channels: int, palette=()) -> bytes:
+    """100 megapixels of black."""
+    row = 1 + 10_000 * bits * channels // 8
+    return png(*palette, shape=(10_000, 10_000, bits, kind), pixels=zeros(10_000 * row + MB))
+
+
+def many_tags(count: int, size: int, width: int = 1, kind: int = 1) -> bytes:
+    """A TIFF file, or Exif, of which many tags point to the same bytes."""
+    tags = [(1000 + tag, kind, size // width, None) for tag in range(count)]
+    return tiff(1, 1, bytes(size), *tags)
+
+
+def jpeg(marker: int, *segments: bytes) -> bytes:
+    """A JPEG file with further segments."""
+    whole = saved(sample(), "JPEG")
+    inserted = [b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data for data in segments]
+    return whole[:2] + b"".join(inserted) + whole[2:]
+
+
+def large_exif(tags: int, size: int) -> bytes:
+    exif = many_tags(tags, size)
+    return jpeg(0xE1, *(b"Exif\0\0" + exif[start : start + 65_000] for start in range(0, len(exif), 65_000)))
+
+
+def empty_scans(count: int, size: int = 5000) -> bytes:
+    """A progressive JPEG file with scans that say of all blocks that nothing changes."""
+    blocks, bits = ((size + 7) // 8) ** 2, ""
+    while blocks >= 1 << 14:  # runs of 16,384 to 32,767 blocks have the code 0 and 14 more bits
+        run = min(blocks, (1 << 15) - 1)
+        bits, blocks = bits + f"0{run - (1 << 14):014b}", blocks - run
+    bits += "1" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    codes = b"\xff\xc4" + struct.pack(">H", 20) + b"\x10" + bytes([1] + [0] * 15) + b"\xe0"
+    scan = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 1, 63, 0) + data
+    return saved(Image.new("L", (size, size)), "JPEG", progressive=True)[:-2] + codes + scan * count + b"\xff\xd9"
+
+
+def rle_bmp(width: int, height: int, data: bytes) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(data), 0, 0, 1078) + header + bytes(1024) + data
+
+
+def gif_comments(count: int) -> bytes:
+    whole = saved(sample(), "GIF")
+    start = 13 + 3 * (2 << (whole[10] & 7))
+    return whole[:start] + (b"\x21\xfe\xff" + b"x" * 255 + b"\0") * count + whole[start:]
+
+
+def webp(kind: bytes, data: bytes) -> bytes:
+    """A WebP file with large metadata: EXIF or XMP."""
+    whole = saved(sample(), "WEBP", lossless=True, exif=b"II*\0" + bytes(8), xmp=b"x")
+    body, chunk = whole[12 : whole.index(b"EXIF")], kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+    return b"RIFF" + struct.pack("<I", 4 + len(body + chunk)) + b"WEBP" + body + chunk
+
+
+def strips(count: int, width: int) -> bytes:
+    """A TIFF file whose strips are all the same bytes."""
+    data = zlib.compress(bytes(width))
+    entries = [(256, 4, 1, width), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    start = 8 + 2 + 12 * 9 + 4
+    entries += [(273, 4, count, start), (278, 4, 1, 1), (279, 4, count, start + 4 * count)]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    arrays = struct.pack("<I", start + 8 * count) * count + struct.pack("<I", len(data)) * count
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + arrays + data
+
+
+def exif_loop() -> bytes:
+    entries = [(0x112, 3, 1, 1), (0x8769, 4, 1, 8), (0x8825, 4, 1, 8)]  # Exif and GPS begin where this begins
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return jpeg(0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + directory + struct.pack("<I", 8))
+
+
+def flat(mode: str, format: str, side: int = 10_000, **options) -> bytes:
+    return saved(Image.new(mode, (side, side)), format, **options)
+
+
+def moving(format: str, count: int) -> bytes:
+    others = [Image.new("RGB", (9, 9), (number % 256, 0, 0)) for number in range(count)]
+    return saved(Image.new("RGB", (9, 9)), format, save_all=True, append_images=others)
+
+
+def noise_png() -> bytes:
+    """A PNG file whose data is cut into a chunk for each byte."""
+    data = zlib.compress(np.random.default_rng(0).bytes(600_000))
+    return png(*((b"IDAT", data[at : at + 1]) for at in range(len(data))), shape=(450, 444, 8, 2), pixels=b"")
+
+
+MEMORY, TIME, READ, ANY = "takes over 1 GB of memory", "takes over 5 seconds", None, ""
+# What a file must lead to; ANY where that depends on the computer.
+COSTLY = {
+    "TIFF, 200 tags of the same 5 MB": (lambda: many_tags(200, 5 * MB), MEMORY),
+    "TIFF, 1,500 tags of the same 4 MB": (lambda: many_tags(1500, 4 * MB), MEMORY),
+    "TIFF, 50,000 tags of the same 64 kB": (lambda: many_tags(50_000, 64_000), MEMORY),
+    "TIFF, 300 tags of 500,000 fractions": (lambda: many_tags(300, 4 * MB, 8, 5), ANY),
+    "TIFF, 300 tags of a million numbers": (lambda: many_tags(300, 4 * MB, 4, 4), ANY),
+    "TIFF, 300 tags of the same 4 MB of text": (lambda: many_tags(300, 4 * MB, 1, 2), MEMORY),
+    "PNG, Exif of 300 tags of 4 MB": (lambda: png((b"eXIf", many_tags(300, 4 * MB))), ANY),
+    "WebP, Exif of 300 tags of 4 MB": (lambda: webp(b"EXIF", many_tags(300, 4 * MB)), ANY),
+    "JPEG, Exif of 300 tags of 4 MB": (lambda: large_exif(300, 4 * MB), ANY),
+    "JPEG, 1,000 empty scans": (lambda: empty_scans(1000), ANY),
+    "JPEG, 100,000 empty scans": (lambda: empty_scans(100_000), TIME),
+    "JPEG, 80,000 Exif segments": (lambda: jpeg(0xE1, *[b"Exif\0\0" + bytes(100)] * 80_000), ANY),
+    "JPEG, 80,000 profile segments": (lambda: jpeg(0xE2, *[b"ICC_PROFILE\0\1\1" + bytes(100)] * 80_000), ANY),
+    "JPEG, 80,000 Photoshop segments": (lambda: jpeg(0xED, *[b"Photoshop 3.0\0" + bytes(100)] * 80_000), ANY),
+    "JPEG, 80,000 comments": (lambda: jpeg(0xFE, *[bytes(100)] * 80_000), ANY),
+    "JPEG, 130,000 quantization tables": (lambda: jpeg(0xDB, *[b"\0" + b"\1" * 64] * 130_000), ANY),
+    "JPEG, 1,500,000 restart intervals": (lambda: jpeg(0xDD, *[bytes(2)] * 1_500_000), ANY),
+    "JPEG, 9 MB between markers": (
+        lambda: saved(sample(), "JPEG").replace(b"\xff\xdb", b"\xff" * 9 * MB + b"\xdb", 1),
+        ANY,
+    ),
+    "JPEG, Exif that points to itself": (exif_loop, READ),
+    "JPEG, 100 megapixels": (lambda: flat("RGB", "JPEG"), READ),
+    "JPEG, 100 megapixels, progressive": (lambda: flat("RGB", "JPEG", progressive=True, subsampling=0), ANY),
+    "JPEG, 100 megapixels of CMYK, progressive": (lambda: flat("CMYK", "JPEG", progressive=True), ANY),
+    "GIF, 38,000 comments": (lambda: gif_comments(38_000), ANY),
+    "GIF, 3,000 frames": (lambda: moving("GIF", 3000), READ),
+    "GIF, 100 megapixels": (lambda: flat("L", "GIF"), ANY),
+    "WebP, 3,000 frames": (lambda: moving("WEBP", 3000), READ),
+    "WebP, XMP of 9 MB": (lambda: webp(b"XMP ", b"<tiff:Orientation " * 500_000), ANY),
+    "WebP, 100 megapixels": (lambda: flat("RGB", "WEBP", lossless=True, method=0, quality=0), MEMORY),
+    "AVIF, 60 megapixels": (lambda: flat("RGB", "AVIF", 7745, speed=10), ANY),
+    "PPM, 4,500,000 comments": (lambda: b"P3 1000 1000 255\n" + b"#\n" * 4_500_000, TIME),
+    "PPM, 3,000,000 comments in the header": (lambda: b"P6\n" + b"#x\n" * 3 * MB + b"1 1\n255\nabc", ANY),
+    "PPM, a number of 9 MB": (lambda: b"P6\n" + b"1" * 9 * MB + b" 1\n255\nabc", "damaged"),
+    "PPM, plain numbers": (lambda: b"P3 1500 1000 255\n" + b"1 " * 4_500_000, ANY),
+    "PBM, plain bits": (lambda: b"P1 3000 3000\n" + b"1" * 9 * MB, ANY),
+    "BMP, RLE, a pixel a line": (lambda: rle_bmp(30_000, 3300, b"\1\1\0\0" * 3300 + b"\0\1"), ANY),
+    "BMP, RLE, 2,000,000 steps": (lambda: rle_bmp(10_000, 10_000, b"\0\2\0\0" * 2 * MB), ANY),
+    "PNG, 800,000 private chunks": (lambda: png(*[(b"prIv", b"")] * 800_000), ANY),
+    "PNG, 500,000 texts": (lambda: png(*[(b"tEXt", b"a\0b")] * 500_000), ANY),
+    "PNG, 2 GB of text": (lambda: png((b"zTXt", b"a\0\0" + zeros(2000 * MB))), MEMORY),
+    "PNG, 2 GB of Unicode": (lambda: png((b"iTXt", b"a\0\1\0\0\0" + zeros(2000 * MB))), MEMORY),
+    "PNG, 60 texts of 50 MB": (lambda: png(*[(b"zTXt", b"%d\0\0" % i + zeros(50 * MB)) for i in range(60)]), MEMORY),
+    "PNG, 2 GB of profile": (lambda: png((b"iCCP", b"a\0\0" + zeros(2000 * MB))), MEMORY),
+    "PNG, a chunk for each byte": (noise_png, ANY),
+    "PNG, 700,000 empty chunks of data": (lambda: png(*[(b"IDAT", b"")] * 700_000), ANY),
+    "PNG, 200,000 frame controls": (lambda: png((b"acTL", bytes(8)), *[(b"fcTL", bytes(26))] * 200_000), ANY),
+    "PNG, 100 megapixels": (lambda: flat_png(8, 2, 3), ANY),
+    "PNG, 100 megapixels with alpha of 16 bits": (lambda: flat_png(16, 6, 4), ANY),
+    "PNG, 100 megapixels of grey with 16 bits": (lambda: flat_png(16, 0, 1), ANY),
+    "PNG, 100 megapixels of grey with alpha": (lambda: flat_png(8, 4, 2), ANY),
+    "PNG, 100 megapixels of a transparent palette": (
+        lambda: flat_png(8, 3, 1, [(b"PLTE", bytes(768)), (b"tRNS", bytes(256))]),
+        ANY,
+    ),
+    "PNG, 1 x 100 million": (lambda: png(shape=(1, 100 * MB, 8, 0), pixels=zeros(200 * MB)), ANY),
+    "TIFF, 100 megapixels of LZW": (lambda: flat("RGB", "TIFF", compression="tiff_lzw"), ANY),
+    "TIFF, 100 megapixels of CMYK": (
+        lambda: tiff(10_000, 10_000, zeros(400 * MB), bits=(8, 8, 8, 8), photometric=5, compression=8),
+        ANY,
+    ),
+    "TIFF, 100 megapixels of float": (
+        lambda: tiff(10_000, 10_000, zeros(400 * MB), (339, 3, 1, 3), bits=(32,), compression=8),
+        ANY,
+    ),
+    "TIFF, 2,000,000 strips of a pixel": (lambda: strips(2 * MB, 1), ANY),
+    "TIFF, 100,000 strips of the same bytes": (lambda: strips(100_000, 1000), ANY),
+    "ICO, 5,000 entries": (lambda: ico(5000, saved(sample(256), "PNG")), READ),
+    "ICO, 100 megapixels": (lambda: ico(1, flat_png(8, 6, 4)), ANY),
+}

@@ -1,5 +1,11 @@
 import os
+import queue
+import subprocess
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +15,8 @@ from PIL import Image
 from cifar import images
 from cifar.errors import UserError
 from cifar.images import FITS, decode, decode_all, read_rgb
-from image_files import COLORS, GOOD, GREYS, REFUSED, SIZE, quarters, sample, saved, wide
+from image_files import ANY, COLORS, COSTLY, GOOD, GREYS, REFUSED, SIZE, empty_scans, quarters, sample, saved, wide
+from processes import slowly
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -60,11 +67,19 @@ def test_a_wide_image_is_cropped_to_its_middle_or_kept_whole_on_white():
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (3000, 2), (5000, 5000)])
-def test_any_size_up_to_25_megapixels_is_read(size, fit):
-    started = time.perf_counter()
-    assert decode(saved(Image.new("RGB", size, (9, 99, 199)), "PNG"), SIZE, fit)[:, 16, 16].tolist() == [9, 99, 199]
-    assert time.perf_counter() - started < 5
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (3000, 2), (3000, 40), (5000, 5000), *slowly([(10_000, 10_000)])])
+def test_any_size_up_to_100_megapixels_is_read(size, format, fit):
+    color = decode(saved(Image.new("RGB", size, (9, 99, 199)), format), SIZE, fit)[:, 16, 16]
+    assert color.tolist() == pytest.approx([9, 99, 199], abs=3)
+
+
+def test_a_large_photo_that_jpeg_unpacks_at_a_part_of_its_size_is_the_same_image():
+    noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC)
+    file = saved(photo, "JPEG", quality=95, subsampling=0)
+    whole = np.array(photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(250, 0, 1750, 1500)))
+    np.testing.assert_allclose(decode(file, SIZE).permute(1, 2, 0).numpy().astype(int), whole, atol=4)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -90,7 +105,7 @@ def test_a_file_that_is_truncated_or_has_flipped_bits_never_crashes_the_decoder(
         damaged.append(bytes(flipped))
     results = decode_all(damaged, SIZE)
     assert sum(isinstance(result, UserError) for result in results[:20]) >= 15
-    known = ("the image is damaged", "the image has", "the file is")
+    known = ("the image is damaged", "the image has", "the file is", "the image takes over 1 GB")
     assert all(str(result).startswith(known) for result in results if isinstance(result, UserError))
 
 
@@ -109,3 +124,139 @@ def test_an_image_that_is_too_large_to_be_shown_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_MAX_BYTES", 20)
     assert read_rgb(tmp_path / "cat.png") is None
     assert read_rgb(tmp_path / "none.png") is None
+
+
+# The worker processes
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Workers of this test alone: at most two."""
+    own = queue.LifoQueue()
+    own.put(None)
+    own.put(None)
+    monkeypatch.setattr(images, "_workers", own)
+    yield own
+    while not own.empty():
+        if worker := own.get():
+            worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        ("TIFF, 200 tags of the same 5 MB", "1 GB of memory"),
+        ("TIFF, 50,000 tags of the same 64 kB", "1 GB of memory"),
+        ("JPEG, Exif of 300 tags of 4 MB", "1 GB of memory"),
+        ("JPEG, 100,000 empty scans", "0.5 seconds"),
+        ("JPEG, 80,000 Exif segments", "0.5 seconds"),
+        ("GIF, 38,000 comments", "0.5 seconds"),
+        ("PPM, 4,500,000 comments", "0.5 seconds"),
+        ("BMP, RLE, 2,000,000 steps", "0.5 seconds"),
+    ],
+)
+def test_an_image_that_exceeds_a_limit_is_refused_and_its_neighbors_are_decoded(workers, monkeypatch, kind, limit):
+    monkeypatch.setattr(images, *(("_SECONDS", 0.5) if "seconds" in limit else ("_MEMORY", 300_000_000)))
+    content, good = COSTLY[kind][0](), saved(sample(), "PNG")
+    started = time.perf_counter()
+    first, refused, last = images._decode_group([good, content, good], SIZE, "crop")
+    assert time.perf_counter() - started < 6
+    assert str(refused) == f"the image takes over {limit} to decode: make it smaller, or save it again as PNG or JPEG"
+    assert torch.equal(first, last)
+    np.testing.assert_allclose(quarters(last), COLORS, atol=12)
+
+
+@pytest.mark.parametrize("kind", ["PNG, Exif of 300 tags of 4 MB", "WebP, Exif of 300 tags of 4 MB"])
+def test_exif_that_exceeds_the_memory_is_ignored(workers, monkeypatch, kind):
+    monkeypatch.setattr(images, "_MEMORY", 300_000_000)
+    assert decode(COSTLY[kind][0](), SIZE).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_costly_image_takes_5_seconds_and_1_GB_at_most_and_others_are_answered_meanwhile(workers, kind):
+    make, expected = COSTLY[kind]
+    content, good = make(), saved(sample(), "PNG")
+    with images._worker() as worker, ThreadPoolExecutor() as pool:
+        started = time.perf_counter()
+        answer = pool.submit(lambda: list(worker.decode([content], SIZE, "crop")))
+        waits = []
+        while not answer.done():
+            asked = time.perf_counter()
+            decode(good, SIZE)
+            waits.append(time.perf_counter() - asked)
+            try:
+                status = Path(f"/proc/{worker.process.pid}/status").read_text()
+                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+            except (OSError, IndexError):  # it has just ended
+                continue
+            assert peak < 10**9
+        assert time.perf_counter() - started < 6
+    (result,) = answer.result()
+    assert max(waits) < 3
+    assert isinstance(result, UserError) or expected in (None, ANY)
+    assert expected is None or expected in str(result)
+
+
+def test_answers_in_many_threads_are_not_mixed_up(workers):
+    files = [saved(Image.new("RGB", (40, 40), (value, 0, 255 - value)), "PNG") for value in range(256)]
+    with ThreadPoolExecutor(16) as pool:
+        colors = [image[:, 0, 0].tolist() for image in pool.map(lambda file: decode(file, SIZE), files)]
+    assert colors == [[value, 0, 255 - value] for value in range(256)]
+    assert workers.qsize() == 2
+
+
+def test_a_worker_that_was_killed_is_replaced(workers):
+    good = saved(sample(), "PNG")
+    expected = decode(good, SIZE)
+    process, slow = workers.queue[-1].process, empty_scans(100_000)
+    threading.Timer(0.2, process.kill).start()
+    with pytest.raises(UserError, match="the image made its decoder crash: make it smaller"):
+        decode(slow, SIZE)
+    assert torch.equal(decode(good, SIZE), expected)
+    process = workers.queue[-1].process
+    process.kill()
+    process.wait()
+    assert torch.equal(decode(good, SIZE), expected)
+
+
+def test_an_interrupted_answer_is_not_given_to_the_next_image(workers, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    good, other = saved(sample(), "PNG"), saved(Image.new("RGB", (9, 9)), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(images._Worker, "_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            decode(other, SIZE)
+    np.testing.assert_allclose(quarters(decode(good, SIZE)), COLORS, atol=12)
+
+
+def test_a_worker_that_cannot_be_started_is_one_sentence(workers, monkeypatch):
+    monkeypatch.setattr(images.decoder, "__file__", "/none")
+    with pytest.raises(UserError, match="the image decoder cannot be started: is there too little memory"):
+        decode_all([saved(sample(), "PNG")], SIZE)
+    monkeypatch.setattr(sys, "executable", "/none")
+    with pytest.raises(UserError, match="the image decoder cannot be started: No such file"):
+        decode_all([saved(sample(), "PNG")], SIZE)
+
+
+@pytest.mark.parametrize("end", ["pass", *slowly(["os.kill(os.getpid(), 9)"])])
+def test_workers_end_with_the_program_and_take_no_module_from_the_working_directory(tmp_path, end):
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    (tmp_path / "good.png").write_bytes(saved(sample(), "PNG"))
+    program = f"""if True:
+        import os, sys
+        from pathlib import Path
+        from cifar import images
+        os.chdir({str(tmp_path)!r})
+        assert images.decode(Path("good.png"), 32).shape == (3, 32, 32)
+        print(images._workers.queue[-1].process.pid, flush=True)
+        {end}"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(images.__file__).parents[1])
+    assert done.stderr == ""
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
