@@ -31,7 +31,7 @@ def training_history(history: list[EpochRecord], kept_epoch: int, subject: str) 
 
     Shades the epochs on small images, where validation at full size lags, and those on the hardest images.
     """
-    figure = canvas(f"Training history: {subject}", 13, 4.2)
+    figure = canvas(f"Training history: {subject}", 13, 4.5)
     epochs, first, last = [line.epoch for line in history], history[0], history[-1]
     small = [line.epoch for line in history if line.image_size < last.image_size]
     hard = [line.epoch for line in history if line.images and first.images and line.images < first.images]
@@ -57,8 +57,7 @@ def training_history(history: list[EpochRecord], kept_epoch: int, subject: str) 
         axes.set(title=title, xlabel="epoch", xlim=(first.epoch - 0.5, last.epoch + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="small", frameon=True, framealpha=0.9, edgecolor="none")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     label_percent(figure.axes[1], "y")
     axes.set_ylim(bottom=0)
     return figure
