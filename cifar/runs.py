@@ -1,6 +1,7 @@
 """The run directory: create, claim, record and finish a run; find runs in an output folder; write files atomically.
 
-On Windows there are no locks: nothing keeps a second process out of a run, and a run in progress is taken for killed.
+All raise UserError for a file that is missing, damaged or cannot be written. On Windows there are no locks: nothing
+keeps a second process out of a run, and a run in progress is taken for killed.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ from pydantic import BaseModel
 
 from cifar import records
 from cifar.config import PROJECT, Config
-from cifar.console import Interrupted, signal_number
+from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
@@ -35,6 +37,7 @@ _MARKS = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, 
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
 _GROUP_LOCK = ".lock"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # which Windows does not have
 _PATIENCE = 1.0  # seconds to wait for a lock, which `status` in another process holds for milliseconds
 _CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@')  # user:password@ of a URL, as text in JSON
 
@@ -65,7 +68,7 @@ class Run:
 
     @property
     def metrics(self) -> Metrics:
-        """metrics.json. Raises UserError if the run has not been evaluated, or if the file is damaged."""
+        """metrics.json."""
         if not self.has_metrics:
             raise UserError(f"{self.path.name} has not been evaluated; run `{_evaluation_of(self.path / METRICS)}`")
         return self.read(METRICS)
@@ -81,7 +84,7 @@ class Run:
 
     @property
     def dataset(self) -> DatasetRecord:
-        """The dataset that the run was trained on. Raises UserError if run.json does not say."""
+        """The dataset that the run was trained on."""
         dataset = self.record.dataset
         if dataset is None:
             raise damaged(self.path / RECORD, "dataset is missing")
@@ -92,10 +95,11 @@ class Run:
         """The command that resumes the run, or the group that it belongs to."""
         if (self.path.parent / SUMMARY).exists() and self.record.command:
             return f"python {shlex.join(self.record.command)}"
-        return f"python main.py --resume {shlex.quote(display_path(self.path))}"
+        own_network = ["--model", self.config.model] if ":" in self.config.model else []
+        return shlex.join(["python", "main.py", "--resume", display_path(self.path), *own_network])
 
     def is_complete(self) -> bool:
-        """Return whether the run was completed and evaluated, and its files are not damaged."""
+        """Return whether the run was completed and evaluated; false if its files are damaged."""
         try:
             return self.record.status == "completed" and bool(self.metrics)
         except UserError:
@@ -143,7 +147,7 @@ class Run:
             self._write_history([*self._history_lines(), line])
 
     def truncate_history(self, epochs: int) -> None:
-        """Drop all but the first epochs of history.jsonl. Raises UserError if it has fewer."""
+        """Drop all but the first epochs of history.jsonl, which must have as many."""
         if len(self.history(epochs)) < epochs:
             raise damaged(self.path / HISTORY, "it lacks epochs that the checkpoint has")
         self._write_history(self._history_lines()[:epochs])
@@ -178,11 +182,11 @@ class Run:
     def claim(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
-        Raises UserError if another process has claimed it, or if it would write through a symbolic link.
+        Raises UserError if another process has claimed it, or if it has a symbolic link, which could lead elsewhere.
         """
-        for folder in (self.checkpoints, self.figures):
-            if folder.is_symlink():
-                raise UserError(f"{display_path(folder)} is a symbolic link: a run is written in its directory only")
+        for path in self.path.rglob("*"):
+            if path.is_symlink():
+                raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
         return _claimed(self.path / CONFIG)
 
     def status(self) -> str:
@@ -193,7 +197,7 @@ class Run:
         if self.record.status == "running":
             with _open_lock(self.path / CONFIG) as file:
                 if lock(file) and self.record.status == "running":  # it may have ended in the meantime
-                    last_sign = datetime.fromtimestamp(max(path.lstat().st_mtime for path in self.path.iterdir()))
+                    last_sign = max(path.lstat().st_mtime for path in self.path.iterdir())
                     with contextlib.suppress(UserError):  # the folder may be read-only
                         self.update(status="killed", end=_iso_time(last_sign))
                     return "killed"
@@ -211,18 +215,19 @@ class Run:
             for partial in self.path.rglob("*.partial"):  # left by a process that was killed
                 with writing(partial):
                     partial.unlink()
+            ignored = handled(signal.SIGINT, signal.SIGTERM, by=lambda *_: None)  # the process ends anyway
             try:
                 yield
+                self._end(status="completed")
             except KeyboardInterrupt as stop:
-                with contextlib.suppress(UserError):
+                with ignored, contextlib.suppress(UserError):
                     self._end(status="interrupted")
                 message = f"interrupted; resume with `{self.resume_command}`"
                 raise Interrupted(signal_number(stop), message) from None
             except BaseException as error:
-                with contextlib.suppress(UserError):
+                with ignored, contextlib.suppress(UserError):
                     self._end(status="failed", error=str(error) or repr(error))
                 raise
-            self._end(status="completed")
 
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=now())
@@ -237,7 +242,7 @@ class Run:
 
 
 def create(config: Config, **facts: Any) -> Run:
-    """Make a run directory; run.json also receives the facts. Raises UserError if the folder cannot be written."""
+    """Make a run directory; run.json also receives the facts."""
     run = Run(make_directory(config))
     run.checkpoints.mkdir()
     run.figures.mkdir()
@@ -248,7 +253,7 @@ def create(config: Config, **facts: Any) -> Run:
 
 
 def make_directory(config: Config, suffix: str = "") -> Path:
-    """Make a directory named by time, recipe, dataset and suffix. Raises UserError if the folder cannot be written."""
+    """Make a directory named by time, recipe, dataset and suffix."""
     check_writable(config.output_dir)
     title = re.sub(r"[^\w.-]+", "-", config.title)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
@@ -290,21 +295,18 @@ def _git(*arguments: str) -> str | None:
 
 def now() -> str:
     """Return the local time in ISO 8601, in seconds."""
-    return _iso_time(datetime.now())
+    return _iso_time(time.time())
 
 
-def _iso_time(time: datetime) -> str:
-    return time.astimezone().isoformat(timespec="seconds")
+def _iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 # Finding runs.
 
 
 def find(output_dir: str, name: str | None = None) -> Run:
-    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
-
-    Raises UserError if there is none, or if the directory is not a run's.
-    """
+    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended."""
     latest = Path(output_dir) / "latest"
     if not name and not latest.exists():
         problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
@@ -345,7 +347,7 @@ def _locate(output_dir: str, name: str) -> Path:
     raise UserError(f"there is no run named '{name}'; `invoke compare --output-dir {outputs}` lists the runs")
 
 
-def _newest(output_dir: str, statuses: tuple[str, ...], problem: str) -> Run:
+def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
     """Return the newest run, by name, with one of the statuses. Raises UserError, with the problem, if none has."""
     for run in map(Run, directories(Path(output_dir))):
         with contextlib.suppress(UserError):  # a damaged one is passed over
@@ -368,9 +370,10 @@ def groups(outputs: Path) -> list[Path]:
 
 def claim_group(group: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from working on a group. Raises UserError if one does."""
-    with writing(group):
-        (group / _GROUP_LOCK).touch()
-    return _claimed(group / _GROUP_LOCK)
+    path = group / _GROUP_LOCK
+    with writing(path):
+        os.close(os.open(path, os.O_CREAT | _NO_LINK))
+    return _claimed(path)
 
 
 def group_status(group: Path) -> str:
@@ -454,6 +457,8 @@ def _parse_json(text: bytes) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{display_path(path)} is not a file")  # a pipe or a device might never end
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {display_path(path)}: {error.strerror or error}") from None

@@ -38,7 +38,7 @@ DRAWN = {"history.jsonl", "metrics.json", "predictions.csv", "analysis.json", "s
 COMMANDS: dict[str, tuple[set[str], set[str]]] = {  # what they need, and what must be whole if it is there
     "evaluate --corruptions --run run": (RUN | {BEST}, {"history.jsonl"}),  # which its report shows
     "visualize --run run": (RUN, DRAWN),
-    "compare run good": (RUN | {"metrics.json"}, set()),
+    "compare run good": (RUN | {"metrics.json"}, {"history.jsonl"}),
     "predict {image} --run run": (USABLE, set()),
     "export --run run": (USABLE, set()),
     "demo --run run --port 45678": (USABLE, set()),
@@ -134,6 +134,61 @@ def test_a_damaged_run_hides_none_of_the_others(outputs, kind):
         code, out, err = call(outputs, "compare")
         assert (code, "2 runs" in out, err) == (0, True, "")
         assert call(outputs, "demo", "--port", "45678")[::2] == (1, "error: reached\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_from_elsewhere_chooses_no_code_that_runs_here(outputs, tmp_path, monkeypatch, command):
+    import torch
+
+    run, imported, changes = Run(outputs / "run"), tmp_path / "imported", {"model": "evil_network:build"}
+    (tmp_path / "evil_network.py").write_text(f"open({str(imported)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run.write("config.json", run.config.model_dump() | changes | {"recipe": "plain"})
+    for path in run.checkpoints.iterdir():
+        torch.save(torch.load(path, weights_only=True) | changes, path)
+    run.update(status="killed")
+    code, _, err = call(outputs, *command.format(image=tmp_path / "image.png").split())
+    assert not imported.exists()
+    if not command.startswith(("visualize", "compare")):  # which need no network
+        assert (code, err.count("\n"), "add --model evil_network:build" in err) == (1, 1, True)
+
+
+LINKS = (
+    *FILES,
+    *(f"{file}.partial" for file in FILES[::3]),
+    "figures",
+    "checkpoints",
+    "model.pt2",
+    "model.pt2.partial",
+)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if not name.startswith(("compare", "predict", "demo"))])
+def test_nothing_is_written_through_a_link_in_a_run(outputs, tmp_path, monkeypatch, command):
+    from cifar import predict
+
+    monkeypatch.setattr(predict, "_program", lambda predictor: None)
+    monkeypatch.setattr("torch.export.save", lambda program, file, **_: file.write(b"exported"))
+    run, outside = Run(outputs / "run"), tmp_path / "outside"
+    run.update(status="killed")
+    for file in LINKS:
+        path = run.path / file
+        if path.exists():
+            path.rename(outside)
+        else:
+            outside.write_text("")
+        path.symlink_to(outside)
+        before = content_of(outside)
+        code, _, err = call(outputs, *command.split())
+        assert content_of(outside) == before, file
+        if not command.startswith("export"):
+            assert (code, err.startswith("error: remove the symbolic link ")) == (1, True), (file, err)
+        path.unlink(missing_ok=True)
+        outside.rename(path)
+
+
+def content_of(path: Path) -> list | bytes:
+    return sorted((file, file.read_bytes()) for file in path.iterdir()) if path.is_dir() else path.read_bytes()
 
 
 @pytest.fixture(scope="module")

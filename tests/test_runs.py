@@ -5,6 +5,8 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +89,27 @@ def test_an_interrupted_run_says_how_to_resume_it(run, monkeypatch):
         raise Interrupted(15)
     assert str(stop.value) == f"interrupted; resume with `python main.py --resume outputs/{run.path.name}`"
     assert stop.value.number == 15
+
+
+@pytest.mark.parametrize("first", [None, KeyboardInterrupt(), OSError("disk full")])
+def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first):
+    def update_and_interrupt(_, **changes):
+        update(run, **changes)
+        if changes.get("end"):
+            monkeypatch.setattr(runs.Run, "update", update)
+            signal.raise_signal(signal.SIGINT)
+
+    update = runs.Run.update
+    monkeypatch.setattr(runs.Run, "update", update_and_interrupt)
+    record = end(run, first)
+    assert record.status == ("failed" if isinstance(first, OSError) else "interrupted")
+    assert record.end
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_read(run):
+    os.mkfifo(run.path / "metrics.json")
+    with pytest.raises(UserError, match=r"metrics\.json is not a file"):
+        _ = run.metrics
 
 
 def test_a_resumed_run_loses_the_marks_of_its_end_and_half_written_files_and_sums_its_seconds(run):
@@ -363,9 +386,20 @@ def test_a_file_is_never_written_through_a_link(run, tmp_path, name):
     assert (run.record.note, len(run.history())) == ("new", 1)
 
 
-@pytest.mark.parametrize("name", ["figures", "checkpoints"])
-def test_a_run_with_a_linked_folder_is_not_written(run, tmp_path, name):
-    (run.path / name).rmdir()
+@pytest.mark.parametrize("name", ["figures", "checkpoints/best.pt", "metrics.json", "report.html.partial"])
+def test_a_run_with_a_link_in_it_is_not_written(run, tmp_path, name):
+    shutil.rmtree(run.figures)
     (run.path / name).symlink_to(tmp_path)
-    with pytest.raises(UserError, match=f"{name} is a symbolic link"), run.lifetime():
+    with pytest.raises(UserError, match=f"^remove the symbolic link .*{name}: "), run.lifetime():
         raise AssertionError("it was claimed")
+    (run.path / name).unlink()
+    (tmp_path / "link").symlink_to(run.path)
+    with runs.find(run.path.parent, str(tmp_path / "link")).claim():
+        pass
+
+
+def test_a_group_is_not_locked_through_a_link(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=r"cannot write .*\.lock"):
+        runs.claim_group(tmp_path)
+    assert not (tmp_path / "outside").exists()

@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from cifar import model, zoo
+from cifar import checkpoint, evaluate, model, predict, zoo
 from cifar.errors import UserError
 
 
@@ -88,17 +90,32 @@ def chain(num_classes):
 
 @pytest.fixture
 def user_directory(tmp_path, monkeypatch):
-    """A working directory outside the project, with a user's network."""
+    """A working directory outside the project, with a user's network, which the command line names."""
     (tmp_path / "my_network.py").write_text(NETWORK)
     (tmp_path / "my_parts.py").write_text(PARTS)
     (tmp_path / "broken_network.py").write_text("import no_such_package")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "my_network:build"])
+
+
+@pytest.mark.usefixtures("user_directory")
+def test_a_users_network_is_imported_only_if_the_command_line_names_it(make_run, digits, monkeypatch, tmp_path):
+    run = make_run(recipe="plain", model="my_network:build", val_size=1200)
+    (tmp_path / "my_network.py").write_text("raise SystemExit")
+    sys.modules.pop("my_network")
+    for words in ([], ["--run", "my_network:build"], ["--model", "my_network"], ["--model=my_network:build2"]):
+        monkeypatch.setattr(sys, "argv", ["invoke", *words])
+        with pytest.raises(UserError, match=r"trust it, add --model my_network:build$"):
+            evaluate.load_network(run, digits.classes)
+    assert "my_network" not in sys.modules
+    assert run.resume_command.endswith(" --model my_network:build")
+    monkeypatch.setattr(sys, "argv", ["invoke", "predict", "--model=my_network:build"])
+    with pytest.raises(SystemExit):
+        evaluate.load_network(run, digits.classes)
 
 
 @pytest.mark.usefixtures("user_directory")
 def test_a_users_network_is_trained_evaluated_and_predicts(make_run, digits):
-    from cifar import checkpoint, evaluate, predict
-
     run = make_run(recipe="plain", model="my_network:build", epochs=1, val_size=1200)
     assert run.path.name.endswith("_plain-my_network-build_digits")
     assert checkpoint.load(run.checkpoints / "best.pt")["model"] == "my_network:build"
@@ -125,7 +142,8 @@ def test_a_users_network_is_trained_evaluated_and_predicts(make_run, digits):
     ],
 )
 @pytest.mark.usefixtures("user_directory")
-def test_a_users_network_that_cannot_be_used_is_an_error_in_one_sentence(name, sentence):
+def test_a_users_network_that_cannot_be_used_is_an_error_in_one_sentence(name, sentence, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", f"--model={name}"])
     with pytest.raises(UserError, match=sentence) as caught:
         model.build(name, 10, 32)
     assert "\n" not in str(caught.value)
