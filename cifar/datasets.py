@@ -113,13 +113,15 @@ def of_run(run: Run, data_dir: str | None) -> Dataset:
     have the images that the run was trained on.
     """
     config = run.config
+    # Where the run found it, unless that was relative to another working directory.
+    recorded = config.data_dir if os.path.exists(config.data_dir) else str(PROJECT / "data")
     if config.dataset in DATASETS:
-        data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or config.data_dir
+        data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or recorded
         return find(config.dataset, data_dir, config.image_size, config.mirror)[0]
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
-    dataset, _ = _folder(place, Path(config.data_dir), config.image_size)
+    dataset, _ = _folder(place, Path(recorded), config.image_size)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "

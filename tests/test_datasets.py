@@ -160,18 +160,19 @@ def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
     assert len(list((tmp_path / "project" / "data" / "decoded").iterdir())) == 1
 
 
-def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image_folder, tmp_path):
-    cache, moved = str(tmp_path / "cache"), tmp_path / "moved"
-    dataset = datasets.find(str(image_folder), cache)[0]
+def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image_folder, tmp_path, monkeypatch):
+    moved, dataset = tmp_path / "moved", datasets.find(str(image_folder), str(tmp_path / "cache"))[0]
     record = SimpleNamespace(train_sha256=dataset.train.sha256())
-    run = SimpleNamespace(
-        config=config.Config(dataset=str(image_folder), data_dir=cache), dataset=record, path=Path("run")
-    )
+    settings = config.Config(dataset=str(image_folder), data_dir="elsewhere")
+    run = SimpleNamespace(config=settings, dataset=record, path=Path("run"))
     image_folder.rename(moved)
+    monkeypatch.chdir(moved.parent)
+    monkeypatch.setattr(datasets, "PROJECT", tmp_path / "project")
     with pytest.raises(UserError, match="my digits is missing: if it was moved, name its new place with --data-dir"):
         datasets.of_run(run, None)
     found = datasets.of_run(run, str(moved))
     assert (found.key, found.name, found.location) == (str(image_folder), "my digits", str(moved))
+    assert not Path("elsewhere").exists()
     record.train_sha256 = "0" * 64
     with pytest.raises(UserError, match="moved are not those that run was trained on: its files have changed, or"):
         datasets.of_run(run, str(moved))
