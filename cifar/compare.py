@@ -404,7 +404,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
     if len(pairs) > 1:
         console.say("p values are corrected for the number of pairs (Holm)")
     if any("seeds" not in pair for pair in pairs):
-        console.say("how much recipes differ, and not two runs: `invoke compare` with two directories of --seeds")
+        console.say("this compares single networks; to compare recipes, name two directories of several seeds")
 
 
 def _test_cells(run: dict[str, Any]) -> dict[str, str]:

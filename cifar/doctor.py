@@ -22,7 +22,11 @@ from cifar.runs import Run
 
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
-_OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
+_OPTIONAL = {
+    "gradio": "demo",
+    "ruff": "lint",
+    **dict.fromkeys(("pytest", "pytest-xdist", "selenium", "hypothesis"), "test"),
+}
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
@@ -138,7 +142,7 @@ def _device(name: str) -> Iterator[Finding]:
 
 def _threads(threads: int, cores: int) -> Finding:
     """Compare torch's threads with the cores that this process may use, and look for other programs on them."""
-    message = f"{threads} for the {cores} that this process can run at once"
+    message = f"{threads} on {cores} core{'s' * (cores != 1)}"
     if threads > cores:
         message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,20 +39,20 @@ class Group:
     def summary(self) -> Summary:
         return runs.read_json(self.path / runs.SUMMARY)
 
-    def members(self) -> tuple[dict[int, Run], dict[int, Run]]:
-        """Return, by seed, the runs that are trained and evaluated, and those to resume; says which are damaged."""
-        finished, unfinished = {}, {}
+    def members(self) -> dict[int, Run]:
+        """Return the runs by seed, those that are complete and those to resume; says which are damaged."""
+        members = {}
         for run in map(Run, runs.directories(self.path)):
             try:
                 if run.dataset:
-                    (finished if run.is_complete() else unfinished)[run.config.seed] = run
+                    members[run.config.seed] = run
             except UserError as error:
                 console.say(f"{run.path.name} cannot be resumed: {error}")
-        return finished, unfinished
+        return members
 
-    def summarize(self, finished: Mapping[int, Run]) -> None:
+    def summarize(self, finished: Sequence[Run]) -> None:
         """Complete summary.json: the main metrics of each run, and their mean over the seeds."""
-        members = [{"seed": n, "run": finished[n].path.name, **compare.headline(finished[n])} for n in self.seeds]
+        members = [{"seed": one.config.seed, "run": one.path.name, **compare.headline(one)} for one in finished]
         figures = {}
         for name, (_, _, most) in _METRICS.items():
             values = [member[name] for member in members]
@@ -70,17 +70,16 @@ def run(config: Config) -> None:
     """
     group, is_first = create(config), device.rank() == 0
     with runs.claim_group(group.path) if is_first else contextlib.nullcontext():
-        finished, unfinished = device.broadcast_object(group.members() if is_first else None)
+        members, finished = device.broadcast_object(group.members() if is_first else None), []
         for number, seed in enumerate(group.seeds, start=1):
-            state = ", already done" if seed in finished else ""
-            console.say(f"seed {seed}, {number} of {len(group.seeds)}{state}", style="bold")
-            if seed in finished:
-                continue
+            console.say(f"seed {seed}, {number} of {len(group.seeds)}", style="bold")
             member = group.config.replace(seed=seed, seeds=1, output_dir=display_path(group.path))
-            path = str(unfinished[seed].path) if seed in unfinished else None
-            started = pipeline.resume(path, {"data_dir": member.data_dir}) if path else pipeline.create(member)
+            if seed in members:
+                started = pipeline.resume(str(members[seed].path), {"data_dir": member.data_dir})
+            else:
+                started = pipeline.create(member)
             pipeline.run_stages(*started)
-            finished[seed] = started[0]
+            finished.append(started[0])
         if is_first:
             group.summarize(finished)
             show_seeds(group)

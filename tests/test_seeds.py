@@ -44,7 +44,7 @@ def test_the_same_command_resumes_a_killed_group(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", lambda *_: None)
     code, printed, errors = main(*flags)
     assert (code, errors) == (0, "")
-    assert "seed 3, 1 of 2, already done\nseed 4, 2 of 2\n" in printed
+    assert f"seed 3, 1 of 2\n{first.name} is complete: there is nothing to resume\nseed 4, 2 of 2\n" in printed
     assert runs.groups(tmp_path) == [group]
     assert (first / "run.json").stat() == before
     assert {path: Run(path).config.seed for path in group.glob("*/")} == {first: 3, killed: 4}
@@ -119,21 +119,14 @@ def test_nothing_is_made_for_settings_that_do_not_fit(tmp_path):
     assert not list((tmp_path / "outputs").iterdir())
 
 
-def test_a_run_is_skipped_if_it_is_complete_else_resumed_or_if_damaged_made_again(evaluated_run, tmp_path, capsys):
+def test_a_run_is_a_member_unless_its_files_are_damaged(evaluated_run, tmp_path, capsys):
     group = seeds.Group(tmp_path, evaluated_run.config.replace(seeds=2))
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
-    assert group.members() == ({0: run}, {})
-    assert capsys.readouterr().out == ""
-    for name, content, is_damaged in (
-        ("metrics.json", "{}", False),
-        ("run.json", run.record.model_copy(update={"status": "failed"}).model_dump_json(), False),
-        ("run.json", '{"status": "failed"}', True),
-        ("config.json", "{", True),
-    ):
+    assert (group.members(), capsys.readouterr().out) == ({0: run}, "")
+    for name, content in (("run.json", '{"status": "failed"}'), ("config.json", "{")):
         kept = (run.path / name).read_text(encoding="utf-8")
         (run.path / name).write_text(content, encoding="utf-8")
-        assert group.members() == ({}, {} if is_damaged else {0: run})
-        assert ("run cannot be resumed: " in capsys.readouterr().out) == is_damaged
+        assert (group.members(), "run cannot be resumed: " in capsys.readouterr().out) == ({}, True)
         (run.path / name).write_text(kept, encoding="utf-8")
 
 
