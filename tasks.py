@@ -259,7 +259,7 @@ def doctor(run=None, dataset=None, data_dir=None, mirror=None, device=None, outp
 
 @command()
 def bench(dataset=None, data_dir=None, image_size=None, device=None, output_dir=None):
-    """Measure the training speed, and what a step spends its time on."""
+    """Compare the training speed with that of a DataLoader."""
     given = {"dataset": dataset, "data_dir": data_dir, "image_size": image_size}
     config = Config.create({**given, "device": device, "output_dir": output_dir})
 

@@ -248,7 +248,7 @@ def reached(*arguments, **options):
 def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
     """A working directory with odd files and a run, where slow functions only say that they were reached."""
     slow = ((train, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (predict, "export"), (demo, "build"))
-    for module, name in (*slow, (bench, "profile"), (bench, "compare"), (bench, "plan_epochs")):
+    for module, name in (*slow, (bench, "compare"), (bench, "plan_epochs")):
         monkeypatch.setattr(module, name, reached)
     shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")
     (tmp_path / "folder").mkdir()
@@ -262,7 +262,7 @@ def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
 
 
 def typed(chance: random.Random, port: int) -> list[str]:
-    """Draw a command line with one or two hostile values."""
+    """Draw a command line with one or two hostile values, and sometimes a hostile word anywhere."""
     name = chance.choice(["main", *TASKS[:-2]])
     kinds = dict.fromkeys((*FIELDS, "config", "resume"), str)
     if name != "main":
@@ -272,6 +272,8 @@ def typed(chance: random.Random, port: int) -> list[str]:
     given = {field: value for field, value in {**quick, "port": str(port)}.items() if field in flags}
     given |= {chance.choice(flags): chance.choice(VALUES) for _ in range(chance.choice((1, 2)))}
     words = [word for field, value in given.items() for word in (flag(field), value)]
+    if chance.random() < 0.3:
+        words.insert(chance.randrange(len(words) + 1), chance.choice([*VALUES, *map(flag, kinds), "--help"]))
     return [name, *words, *(chance.choices(VALUES, k=2) if name in ("predict", "compare") else [])]
 
 
