@@ -78,7 +78,9 @@ def _airbench_layers(number: int, channels_in: int, channels_out: int) -> Module
     """
     conv = Conv2d(channels_in, channels_out)
     nn.init.dirac_(conv.weight.data[:channels_in])
-    norm = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=0.4)  # statistics follow within a few batches
+    # Its statistics follow within a few batches. Jordan's eps of 1e-12, instead of 1e-5, divides the rounding errors of
+    # features that do not vary by 1e-6: grey images, which the whitening filters for color see as black, trained at chance.
+    norm = nn.BatchNorm2d(channels_out, momentum=0.4)
     norm.weight.requires_grad = False
     pool = {"pool": MaxPool2d()} if number == 1 else {}
     return {f"conv{number}": conv, **pool, f"norm{number}": norm, f"activation{number}": nn.GELU()}
@@ -209,10 +211,11 @@ class Normalize(nn.Module):
 def set_input_statistics(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> None:
     """Set a network's normalization, and its whitening convolution if it has one, from the training images.
 
-    images: float (N, 3, H, W) in 0..1, some thousands; mean, std: (3,), of all training images, in 0..1.
+    images: float (N, 3, H, W) in 0..1, some thousands; mean, std: (3,), of all training images, in 0..1. A constant
+    channel is divided by 1.
     """
     network.normalize.mean.copy_(mean.view(1, 3, 1, 1))
-    network.normalize.std.copy_(std.view(1, 3, 1, 1))
+    network.normalize.std.copy_(std.where(std > 0, 1).view(1, 3, 1, 1))
     if hasattr(network, "whiten"):
         network.whiten.weight.copy_(whitening_filters(network.normalize(images), WHITENING_SIZE))
 
@@ -220,12 +223,16 @@ def set_input_statistics(network: nn.Module, images: Tensor, mean: Tensor, std: 
 def whitening_filters(images: Tensor, size: int) -> Tensor:
     """Compute filters whose responses to image patches are uncorrelated and of equal variance, each also negated.
 
-    Directions in which the patches vary by less than about 5e-4 get weaker responses than the others.
+    Directions in which the patches vary by less than about 5e-4 get weaker responses than the others. Those in which
+    they do not vary, such as the colors of grey images, would respond to rounding errors alone: the strongest directions
+    take their places again.
     images: (N, 3, H, W), normalized. Returns (2 * 3 * size**2, 3, size, size).
     """
     patches = F.unfold(images, size).transpose(1, 2).reshape(-1, 3 * size**2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (directions / (variances + 5e-4).sqrt()).T.reshape(-1, 3, size, size)
+    varying = max(1, int((variances > 5e-6).sum()))  # of the variances, which ascend
+    chosen = torch.arange(len(variances)) % varying + len(variances) - varying
+    filters = (directions / (variances + 5e-4).sqrt()).T[chosen].reshape(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
 

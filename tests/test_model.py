@@ -162,3 +162,16 @@ def test_the_input_layers_are_set_from_the_images():
     torch.testing.assert_close(normalized.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(normalized.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(network.whiten.weight.data, model.whitening_filters(normalized, 2))
+
+
+@pytest.mark.parametrize("channels", [[0.2, 0.2, 0.2], [0.2, 0.0, 0.2]])
+def test_rounding_errors_of_grey_images_and_of_a_constant_channel_do_not_reach_the_logits(channels):
+    torch.manual_seed(0)
+    grey = torch.rand(64, 1, 16, 16) * torch.tensor(channels).view(1, 3, 1, 1) + 0.5
+    std, mean = torch.std_mean(grey, dim=(0, 2, 3))
+    network = model.build("airbench94", 10, 16)
+    model.set_input_statistics(network, grey, mean, std.where(torch.tensor(channels) > 0, 0))
+    logits = network(grey)
+    assert logits.isfinite().all()
+    nearly = network(grey + 1e-7 * torch.randn(64, 3, 16, 16))
+    torch.testing.assert_close(nearly, logits, atol=1e-3, rtol=0)
