@@ -84,10 +84,20 @@ class Checkpointer:
         self._save_last()
 
     def _save_last(self) -> None:
-        training = {"requirements": self.requirements, "state": self.training.state_dict()}
         if device.rank() == 0:
+            state, outputs = self.training.state_dict(), self._outputs()
+            training = {"requirements": self.requirements, "state": state, "outputs": outputs}
             save(self.last, **self._content(), training=training, previous=self.previous)
         self.saved_at = time.monotonic()
+
+    def _outputs(self) -> Tensor:
+        """Compute the logits of a few images, from which changed code of the network is noticed when it resumes."""
+        network, images = self.training.network, self.dataset.train.images[:8].to(self.training.device)
+        was_training = network.training
+        with torch.no_grad():
+            logits = network.eval()(images / 255)
+        network.train(was_training)
+        return logits.float().cpu()
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -118,6 +128,12 @@ class Checkpointer:
                 raise UserError(f"{self.best} is older than epoch {self.training.best_epoch}, which {path} requires")
             check_weights(self.best, best, self.training.network)
         load_weights(path, content, self.training.network)
+        then, now = training.get("outputs"), self._outputs()
+        if isinstance(then, Tensor) and not (then.shape == now.shape and torch.allclose(then, now, 1e-2, 1e-3)):
+            console.banner(
+                f"The network computes other values than when {path.name} was saved, so its code has changed since then: "
+                "the results will differ from an uninterrupted run's."
+            )
 
     def _start_history(self, epochs: int) -> None:
         """Leave that many epochs in the history, and record where the training resumes, if it does."""

@@ -124,8 +124,7 @@ class Training:
         losses, images = self.losses[: self.step], self.step * self.batches.config.batch_size
         loss = losses.mean().item()
         if not math.isfinite(loss):
-            step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
-            raise UserError(f"the loss is not finite at epoch {self.epoch}, step {step}: lower --lr")
+            raise self._diverged("loss is", int(losses.isfinite().logical_not().nonzero()[0]) + 1)
         accuracy = self.correct.item() / images
         return {"loss": loss, "accuracy": accuracy, "speed": images / (time.perf_counter() - self.epoch_started)}
 
@@ -163,7 +162,15 @@ class Training:
         self.running_means()
         finite = [tensor.isfinite().all() for tensor in self.network.state_dict().values()]
         if not torch.stack(finite).all():
-            raise UserError(f"the weights are not finite after epoch {self.epoch}, step {self.step}: lower --lr")
+            raise self._diverged("weights are", self.step)
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        """Say where the training went wrong and what to try; at the first step no weight has changed yet."""
+        config, where = self.batches.config, f"the {what} not finite at epoch {self.epoch}, step {step}"
+        if (self.epoch, step, what) == (1, 1, "loss is"):
+            other = "--precision float32 or " if config.precision != "float32" else ""
+            return UserError(f"{where}, before any weight has changed: try {other}another network with --model")
+        return UserError(f"{where}; most often the learning rate is too high: try --lr {config.lr / 4:g}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the network's weights: numbers, and tensors in dicts."""

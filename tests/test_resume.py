@@ -366,8 +366,16 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(
 ):
     interrupted.run.update(**{name: then})
     resume(interrupted, digits)
-    assert said in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert "computes other values" not in shown
     assert interrupted.run.record.status == "completed"
+
+
+def test_a_network_whose_code_has_changed_is_mentioned(interrupted, digits, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, features: features.tanh())
+    resume(interrupted, digits)
+    assert "The network computes other values than when last.pt was saved" in " ".join(capsys.readouterr().out.split())
 
 
 def set_entry(*keys, to):

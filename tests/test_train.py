@@ -109,7 +109,7 @@ def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
         return summary(training)
 
     monkeypatch.setattr(train.Training, "summary", spoil)
-    with pytest.raises(UserError, match="the weights are not finite after epoch 1"):
+    with pytest.raises(UserError, match="the weights are not finite at epoch 1"):
         make_run(val_size=0)
 
 
@@ -119,6 +119,17 @@ def training(digits) -> train.Training:
     network = train.new_network(config, digits.train, 10)
     batches = data.Batches(digits.train, config, torch.device("cpu"))
     return train.Training(network, optim.build(network, config, batches.steps_per_epoch), batches)
+
+
+def test_the_learning_rate_is_named_only_after_it_has_changed_weights(training):
+    images = data.Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2), torch.zeros(2), torch.arange(2))
+    training.record_step(images, torch.tensor([float("nan"), 1.0]), torch.tensor([False, True]))
+    with pytest.raises(UserError, match=r"step 1, before any weight has changed: try .*another network with --model$"):
+        training.running_means()
+    training.losses[0] = 1
+    training.record_step(images, torch.tensor([float("inf"), 1.0]), torch.tensor([False, True]))
+    with pytest.raises(UserError, match=r"step 2; most often .*: try --lr 7\.5e-05$"):
+        training.running_means()
 
 
 def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts_from_it(training, monkeypatch):
