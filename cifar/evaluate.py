@@ -5,7 +5,7 @@ scikit-learn and pandas are imported where they are used: they take a second, an
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, data, datasets, device, metrics, model
-from cifar.errors import UserError, listing
+from cifar import checkpoint, console, data, datasets, device, metrics, model
+from cifar.errors import UserError, csv_cell, listing
 from cifar.records import Metrics
 from cifar.runs import Run, damaged
 
@@ -28,7 +28,7 @@ _BATCH_PIXELS = 500 * 32**2  # of the images computed at once; more do not fit i
 # prediction above it. That spares four fifths of TTA for a network that is right in 94%.
 _TTA_CONFIDENCE = 0.95
 PREDICTIONS = "predictions.csv"
-_COLUMNS = ["index", "true", "predicted", "confidence"]  # then the classes' probabilities
+_COLUMNS = ["index", "true", "predicted", "confidence"]  # then, for a folder of images, the file; then probabilities
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,57 @@ def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[st
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
+Advance = Callable[[float], None]  # is told how much more of the work is done, in images
+
+
+def _ignore(images: float) -> None:
+    pass
+
+
 @torch.inference_mode()
-def infer(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
+def infer(network: nn.Module, images: Tensor, *, precision: str, advance: Advance = _ignore) -> Tensor:
     """Compute float32 logits (N, classes), on the CPU, of uint8 images (N, 3, H, W). Sets the network to eval mode."""
     network.eval()
     hardware = next(network.parameters()).device
     inputs = images if len(images) else images.new_zeros(1, *images.shape[1:])  # not every network takes none
     batches = inputs.split(max(1, _BATCH_PIXELS // images.shape[-2:].numel()))
+    logits = []
     with device.autocast(hardware, precision):
-        logits = [network(data.to_float(batch.to(hardware))).float() for batch in batches]
+        for batch in batches:
+            logits.append(network(data.to_float(batch.to(hardware))).float())
+            advance(len(batch))
     return torch.cat(logits).cpu()[: len(images)]
 
 
 def infer_tta(
-    network: nn.Module, images: Tensor, *, flips: bool, temperature: float, precision: str
+    network: nn.Module,
+    images: Tensor,
+    *,
+    flips: bool,
+    temperature: float,
+    precision: str,
+    advance: Advance = _ignore,
 ) -> tuple[Tensor, Tensor]:
     """Compute logits (N, classes) without and with test-time augmentation.
 
     TTA takes the mean over the image and two copies shifted by one pixel, up and left, and down and right, weighted
     2:1:1, and with `flips` over each one's mirror image too; only where the confidence at this temperature is low.
-    Source: Jordan 2024, section 3.5.
+    Advances by two for each image in all. Source: Jordan 2024, section 3.5.
     """
-    plain = infer(network, images, precision=precision)
+    plain = infer(network, images, precision=precision, advance=advance)
     is_unsure = (plain.double() / temperature).softmax(1).amax(1) < _TTA_CONFIDENCE
     size, unsure = images.shape[-1], images[is_unsure]
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
+    share = len(images) / max(1, len(unsure) * (5 if flips else 2))  # of the work, for an image of a copy
+
+    def infer_copies(copies: Tensor) -> Tensor:
+        return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
+
     for copies, weight in ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25)):
-        logits = plain[is_unsure] if copies is unsure else infer(network, copies, precision=precision)
+        logits = plain[is_unsure] if copies is unsure else infer_copies(copies)
         if flips:
-            logits = (logits + infer(network, copies.flip(-1), precision=precision)) / 2
+            logits = (logits + infer_copies(copies.flip(-1))) / 2
         mean += weight * logits
     augmented = plain.clone()
     augmented[is_unsure] = mean
@@ -109,13 +130,13 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
     network.to(hardware)
     precision = device.resolve_precision(config.precision, hardware)
     _, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
-    calibration = metrics.calibrate(infer(network, val_set.images, precision=precision).numpy(), val_set.labels.numpy())
+    with console.counting_bar("evaluating", len(val_set) + 2 * len(labels)) as advance:
+        options = {"precision": precision, "advance": advance}
+        val_logits = infer(network, val_set.images, **options).numpy()
+        calibration = metrics.calibrate(val_logits, val_set.labels.numpy())
+        options |= {"flips": config.flip != "none", "temperature": calibration["temperature"]}
+        logits, logits_tta = (result.numpy() for result in infer_tta(network, dataset.test.images, **options))
     temperature = calibration["temperature"]
-    flips = config.flip != "none"
-    plain, augmented = infer_tta(
-        network, dataset.test.images, flips=flips, temperature=temperature, precision=precision
-    )
-    logits, logits_tta = plain.numpy(), augmented.numpy()
     probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
     measured = Metrics(
         dataset=dataset.name,
@@ -128,9 +149,29 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
         calibration=calibration | metrics.calibration_error(logits, labels, temperature),
     )
     run.write_text("classification_report.txt", _report(logits, labels, dataset.classes))
-    write_predictions(run, probabilities, labels, dataset.classes)
+    write_predictions(run, probabilities, labels, dataset.classes, dataset.test_files)
     run.write("metrics.json", measured)
     return Evaluation(measured, probabilities, network, precision)
+
+
+def learning_problems(run: Run) -> list[str]:
+    """Say, with what to try, if an evaluated run has learned nothing that holds for images it was not trained on."""
+    metrics, history, problems = run.metrics, run.history(), []
+    if sum(any(column) for column in zip(*metrics.confusion_matrix)) == 1:
+        problems.append(
+            "The network gives every test image the same class, so it has not learned to tell the classes apart: look at "
+            "the images in figures/dataset_samples, or try more --epochs or another --recipe."
+        )
+    chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
+    kept = history[metrics.epoch - 1] if 0 < (metrics.epoch or 0) <= len(history) else None
+    if kept and kept.val_accuracy is not None and kept.val_accuracy <= chance + 0.1 * (1 - chance):
+        if kept.train_accuracy >= chance + 0.25 * (1 - chance):
+            problems.append(
+                f"Validation accuracy is {kept.val_accuracy:.1%}, about what guessing gives ({chance:.1%}), at a training "
+                f"accuracy of {kept.train_accuracy:.1%}: the network knows the training images and nothing beyond them. "
+                "Check the labels, add images, or try another --recipe."
+            )
+    return problems
 
 
 def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -157,14 +198,19 @@ def _report(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> s
     return classification_report(labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
 
 
-def write_predictions(run: Run, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+def write_predictions(
+    run: Run, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], files: Sequence[str] = ()
+) -> None:
     """Write predictions.csv: a row per test image with its calibrated probabilities (N, classes)."""
+    names = [csv_cell(name) for name in classes]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*_COLUMNS, *classes])
+    writer.writerow([*_COLUMNS, *(["file"] if files else []), *names])
     for index, (row, label) in enumerate(zip(probabilities, labels)):
         winner = int(row.argmax())
-        writer.writerow([index, classes[label], classes[winner], *(f"{value:.6f}" for value in (row[winner], *row))])
+        file = [csv_cell(files[index])] if files else []
+        values = [f"{value:.6f}" for value in (row[winner], *row)]
+        writer.writerow([index, names[label], names[winner], values[0], *file, *values[1:]])
     run.write_text(PREDICTIONS, text.getvalue())
 
 
@@ -177,11 +223,14 @@ def read_predictions(run: Run) -> "pandas.DataFrame":
 
     path = run.path / PREDICTIONS
     try:
-        table = pandas.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8")
-        header, table = table.iloc[0], table.iloc[1:, :4]
+        options = {"usecols": range(4), "dtype": str, "keep_default_na": False, "encoding": "utf-8"}
+        table = pandas.read_csv(path, header=None, **options)
+        header, table = table.iloc[0], table.iloc[1:]
         if list(header[:4]) != _COLUMNS:
             raise ValueError("other columns")
         table = table.set_axis(_COLUMNS, axis=1).astype({"index": int, "confidence": float}).reset_index(drop=True)
+        for column in ("true", "predicted"):
+            table[column] = table[column].map(lambda cell: cell[1:] if cell == csv_cell(cell[1:]) else cell)
         if not table["confidence"].between(0, 1).all() or list(table["index"]) != list(range(len(table))):
             raise ValueError("rows are missing")
     except OSError as error:

@@ -43,6 +43,8 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
         found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     dataset, note = found
     console.banner(note)
+    for line in datasets.summary_lines(dataset):
+        console.say(line)
     return datasets.resolve(config, dataset), dataset, note
 
 

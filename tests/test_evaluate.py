@@ -48,7 +48,11 @@ def test_tta_is_the_weighted_mean_of_the_copies(flips):
     images = random_images(7)
     network = Brightness()
     hot = 1e6  # at which the network is unsure of all
-    plain, mean = evaluate.infer_tta(network, images, flips=flips, temperature=hot, precision="float32")
+    done = []
+    plain, mean = evaluate.infer_tta(
+        network, images, flips=flips, temperature=hot, precision="float32", advance=done.append
+    )
+    assert sum(done) == pytest.approx(14)  # two for each image, so that a bar ends full
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect")
     expected = 0
     for copies, weight in ((images.numpy(), 0.5), (padded[:, :, :8, :8], 0.25), (padded[:, :, 2:, 2:], 0.25)):
@@ -181,10 +185,13 @@ def test_damaged_predictions_are_one_sentence(evaluated_run, tmp_path, damage):
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path):
-    classes, labels = ("NA", 'a "b", c'), np.array([0, 1, 1])
+    classes, labels = ("NA", '=a "b", c'), np.array([0, 1, 1])
     probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
-    evaluate.write_predictions(Run(tmp_path), probabilities, labels, classes)
+    evaluate.write_predictions(Run(tmp_path), probabilities, labels, classes, ("a.png", "b/+.png", "-c.png"))
     table = evaluate.read_predictions(Run(tmp_path))
-    assert table["true"].tolist() == ["NA", 'a "b", c', 'a "b", c']
-    assert table["predicted"].tolist() == ["NA", "NA", 'a "b", c']
+    assert table["true"].tolist() == ["NA", '=a "b", c', '=a "b", c']
+    assert table["predicted"].tolist() == ["NA", "NA", '=a "b", c']
     assert table["confidence"].tolist() == [0.75, 0.5, 0.875]
+    rows = saved_predictions(Run(tmp_path))
+    assert list(rows[0]) == ["index", "true", "predicted", "confidence", "file", "NA", '\'=a "b", c']  # no formula
+    assert [row["file"] for row in rows] == ["a.png", "b/+.png", "'-c.png"]
