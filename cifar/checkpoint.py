@@ -131,8 +131,8 @@ class Checkpointer:
         then, now = training.get("outputs"), self._outputs()
         if isinstance(then, Tensor) and not (then.shape == now.shape and torch.allclose(then, now, 1e-2, 1e-3)):
             console.banner(
-                f"The network computes other values than when {path.name} was saved, so its code has changed since then: "
-                "the results will differ from an uninterrupted run's."
+                f"The network computes other values than when {path.name} was saved, so its code has changed since "
+                "then: the results will differ from an uninterrupted run's."
             )
 
     def _start_history(self, epochs: int) -> None:

@@ -159,18 +159,20 @@ def learning_problems(run: Run) -> list[str]:
     metrics, history, problems = run.metrics, run.history(), []
     if sum(any(column) for column in zip(*metrics.confusion_matrix)) == 1:
         problems.append(
-            "The network gives every test image the same class, so it has not learned to tell the classes apart: look at "
-            "the images in figures/dataset_samples, or try more --epochs or another --recipe."
+            "The network gives every test image the same class, so it has not learned to tell the classes apart: "
+            "look at the images in figures/dataset_samples, or try more --epochs or another --recipe."
         )
-    chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
     kept = history[metrics.epoch - 1] if 0 < (metrics.epoch or 0) <= len(history) else None
-    if kept and kept.val_accuracy is not None and kept.val_accuracy <= chance + 0.1 * (1 - chance):
-        if kept.train_accuracy >= chance + 0.25 * (1 - chance):
-            problems.append(
-                f"Validation accuracy is {kept.val_accuracy:.1%}, about what guessing gives ({chance:.1%}), at a training "
-                f"accuracy of {kept.train_accuracy:.1%}: the network knows the training images and nothing beyond them. "
-                "Check the labels, add images, or try another --recipe."
-            )
+    if kept is None or kept.val_accuracy is None:
+        return problems
+    chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
+    above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]
+    if above[0] >= 0.25 and above[1] <= 0.1:
+        problems.append(
+            f"Validation accuracy is {kept.val_accuracy:.1%}, about what guessing gives ({chance:.1%}), at a training "
+            f"accuracy of {kept.train_accuracy:.1%}: the network knows its training images and nothing beyond them. "
+            "Check the labels, add images, or try another --recipe."
+        )
     return problems
 
 

@@ -78,8 +78,8 @@ def _airbench_layers(number: int, channels_in: int, channels_out: int) -> Module
     """
     conv = Conv2d(channels_in, channels_out)
     nn.init.dirac_(conv.weight.data[:channels_in])
-    # Its statistics follow within a few batches. Jordan's eps of 1e-12, instead of 1e-5, divides the rounding errors of
-    # features that do not vary by 1e-6: grey images, which the whitening filters for color see as black, trained at chance.
+    # Its statistics follow within a few batches. Jordan's eps, 1e-12 instead of 1e-5, divides the rounding errors of
+    # features that do not vary by 1e-6: with it the network stayed at chance on grey images.
     norm = nn.BatchNorm2d(channels_out, momentum=0.4)
     norm.weight.requires_grad = False
     pool = {"pool": MaxPool2d()} if number == 1 else {}
@@ -224,8 +224,8 @@ def whitening_filters(images: Tensor, size: int) -> Tensor:
     """Compute filters whose responses to image patches are uncorrelated and of equal variance, each also negated.
 
     Directions in which the patches vary by less than about 5e-4 get weaker responses than the others. Those in which
-    they do not vary, such as the colors of grey images, would respond to rounding errors alone: the strongest directions
-    take their places again.
+    they do not vary, such as the colors of grey images, would respond to rounding errors alone: the others take their
+    places too.
     images: (N, 3, H, W), normalized. Returns (2 * 3 * size**2, 3, size, size).
     """
     patches = F.unfold(images, size).transpose(1, 2).reshape(-1, 3 * size**2)
