@@ -28,6 +28,7 @@ from cifar.config import (
     help_page,
     help_text,
     load_settings,
+    model_name,
     take_flag,
 )
 from cifar.errors import UsageError, UserError, did_you_mean, display_path
@@ -39,6 +40,7 @@ _HELP = {name: help_text(name) for name in FIELDS} | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
     "port": "port that the demo listens on; default 7860",
 }
+_OWN_NETWORK = "the run's network, if it is package.module:factory: you allow its code to run"
 _previous: list[runs.Run] = []  # the run of the previous task on this command line
 
 
@@ -70,11 +72,17 @@ def command(**help: str) -> Callable:
     return decorate
 
 
-def _find_run(output_dir: str | None, name: str | None) -> runs.Run:
-    """Find the named run, or else that of the previous task, or else the latest."""
+def _find_run(output_dir: str | None, name: str | None, model: str | None = None) -> runs.Run:
+    """Find the named run, or else that of the previous task, or else the latest.
+
+    Raises UserError if there is none, or if its network is not the given one.
+    """
     name = name or next((str(run.path) for run in _previous), None)
-    _previous[:] = [runs.find(Config.create({"output_dir": output_dir}).output_dir, name)]
-    return _previous[0]
+    found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name)
+    if model and model_name(model) != found.config.model:
+        raise UserError(f"the network of {found.path.name} is {found.config.model}, not {model}: leave out --model")
+    _previous[:] = [found]
+    return found
 
 
 def _port(text: str) -> int:
@@ -119,11 +127,14 @@ def train(resume=None, config=None, **settings):
     report.show_run(run)
 
 
-@command(corruptions="also measure the robustness to common corruptions (noise, blur, rotation and others)")
-def evaluate(run=None, corruptions=False, data_dir=None, device=None, output_dir=None):
+@command(
+    corruptions="also measure the robustness to common corruptions (noise, blur, rotation and others)",
+    model=_OWN_NETWORK,
+)
+def evaluate(run=None, model=None, corruptions=False, data_dir=None, device=None, output_dir=None):
     """Measure a run's best checkpoint on the test split."""
     device = Config.create({"device": device}).device
-    found = _find_run(output_dir, run)
+    found = _find_run(output_dir, run, model)
 
     from cifar import analysis, datasets, evaluate, report
 
@@ -163,15 +174,16 @@ def visualize(run=None, data_dir=None, output_dir=None):
     paths="image files, folders, glob patterns, or - for standard input",
     fit="what happens to an image that is not square: crop its middle, or letterbox it; default crop",
     output="file for all probabilities, .csv or .json",
+    model=_OWN_NETWORK,
 )
-def predict(paths, run=None, fit="crop", output=None, device=None, output_dir=None):
+def predict(paths, run=None, model=None, fit="crop", output=None, device=None, output_dir=None):
     """Predict the classes of images: files, folders, glob patterns, or - for standard input."""
     if not paths:
         raise UsageError("name image files, folders or glob patterns, or - for standard input")
     if output and Path(output).suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
     device = Config.create({"device": device}).device
-    found = _find_run(output_dir, run)
+    found = _find_run(output_dir, run, model)
 
     from cifar import predict
 
@@ -194,26 +206,37 @@ def predict(paths, run=None, fit="crop", output=None, device=None, output_dir=No
     share="create a public link through Gradio's servers",
     auth="USER:PASSWORD that visitors must enter; the environment variable CIFAR_DEMO_AUTH does the same",
     run="run directory, or its name in --output-dir; default that of the previous task, or else the newest evaluated",
+    model=_OWN_NETWORK,
 )
-def demo(run=None, host="127.0.0.1", port="7860", share=False, auth=None, data_dir=None, device=None, output_dir=None):
+def demo(
+    run=None,
+    model=None,
+    host="127.0.0.1",
+    port="7860",
+    share=False,
+    auth=None,
+    data_dir=None,
+    device=None,
+    output_dir=None,
+):
     """Show a run in the browser, and its predictions for any image."""
     config = Config.create({"device": device, "data_dir": data_dir, "output_dir": output_dir})
     if not host.isprintable():
         raise UsageError(f"--host takes an address or a name, not {host!a}")
     places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
-    found = _find_run(output_dir, run) if run or _previous else None
+    found = _find_run(output_dir, run, model) if run or _previous else None
 
     from cifar import demo
 
     demo.serve(found, **places, share=share, auth=auth, device=config.device)
 
 
-@command(output="file that ends in .pt2; default model.pt2 in the run's directory")
-def export(run=None, output=None, output_dir=None):
+@command(output="file that ends in .pt2; default model.pt2 in the run's directory", model=_OWN_NETWORK)
+def export(run=None, model=None, output=None, output_dir=None):
     """Export a run's network to a file that works without this suite: .pt2, and .onnx if ONNX is installed."""
     if output and Path(output).suffix.lower() != ".pt2":
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
-    found = _find_run(output_dir, run)
+    found = _find_run(output_dir, run, model)
 
     from cifar import predict
 

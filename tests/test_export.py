@@ -75,6 +75,7 @@ def build(num_classes):
 def test_a_network_that_torch_export_does_not_support_is_one_sentence(make_run, digits, tmp_path, monkeypatch):
     (tmp_path / "branching_network.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "branching_network:build"])
     run = make_run(recipe="plain", model="branching_network:build")
     evaluate.evaluate(run, digits, "cpu")
     with pytest.raises(UserError, match=r"^torch.export fails for .*branching_network-build_"):

@@ -127,6 +127,7 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("evaluate", "--run", ""), 2, "--run must not be empty"),
         (("evaluate", "--output-dir", "{empty}"), 1, "there is no finished run in {empty}"),
         (("evaluate", "--device", "tpu"), 1, "unknown device 'tpu'"),
+        (("evaluate", "--run", "{run}", "--model", "my.net:build"), 1, " is mlp, not my.net:build: leave out --model"),
         (("evaluate", "--corruptions=yes"), 2, "--corruptions takes no value, so not 'yes'"),
         (("trian",), 2, "there is no task 'trian': did you mean train?"),
         (("--help", "trian"), 2, "there is no task 'trian': did you mean train?"),
