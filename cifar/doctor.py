@@ -22,11 +22,7 @@ from cifar.runs import Run
 
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
-_OPTIONAL = {
-    "gradio": "demo",
-    "ruff": "lint",
-    **dict.fromkeys(("pytest", "pytest-xdist", "selenium", "hypothesis"), "test"),
-}
+_OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
@@ -100,16 +96,15 @@ def _packages(requirements: Path) -> Iterator[Finding]:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            level = "warning" if name in _OPTIONAL else "failure"
-            user = f"invoke {_OPTIONAL[name]}" if name in _OPTIONAL else "a run"
+            level, user = ("warning", f"invoke {_OPTIONAL[name]}") if name in _OPTIONAL else ("failure", "a run")
             yield Finding("packages", level, f"{name} is missing: {user} needs it", fix)
             continue
         if hole and Version(installed) < Version(hole[1]):
-            message = f"{name} {installed} has a known security hole, fixed in {hole[1]}: {hole[2]}"
-            yield Finding("packages", "warning", message, fix)
+            problem = f"has a known security hole, fixed in {hole[1]}: {hole[2]}"
+            yield Finding("packages", "warning", f"{name} {installed} {problem}", fix)
         elif not required.specifier.contains(installed, prereleases=True):
-            message = f"{name} {installed} was not tested: requirements.txt asks for {required.specifier}"
-            yield Finding("packages", "warning", message, fix)
+            problem = f"was not tested: requirements.txt asks for {required.specifier}"
+            yield Finding("packages", "warning", f"{name} {installed} {problem}", fix)
         elif name not in _OPTIONAL:
             fine.append(f"{name} {installed}")
     if fine:
@@ -245,20 +240,15 @@ def _port(port: int) -> Iterator[Finding]:
 
 
 def _run(run: Run) -> Iterator[Finding]:
-    record, status, epochs = run.record, run.status(), run.history()
+    from cifar import evaluate
+
+    record, status = run.record, run.status()
     fix = f"resume it with `{run.resume_command}`" if status in ("interrupted", "killed") else ""
     level = "ok" if status in ("completed", "running") else "warning"
     yield Finding("run", level, f"{run.path.name} is {status}" + (f": {record.error}" if record.error else ""), fix)
+    warnings = record.warnings or []
     if run.has_metrics:
         yield Finding("run", "ok", f"test accuracy {run.metrics.accuracy:.2%}, with TTA {run.metrics.accuracy_tta:.2%}")
-    warnings, advice = record.warnings or [], ""
-    if epochs and epochs[-1].val_accuracy is not None:
-        last, chance = epochs[-1], 1 / len(run.dataset.classes)
-        if last.val_accuracy < 1.5 * chance and last.train_accuracy > max(2 * chance, chance + 0.2):
-            measured = f"training accuracy {last.train_accuracy:.1%}, validation accuracy {last.val_accuracy:.1%}"
-            warnings = warnings or [
-                f"{measured}, where chance is {chance:.1%}: the network knows only its training images"
-            ]
-            advice = "check the labels, add images, or try more --epochs, a lower --lr, or --recipe convnet"
+        warnings = evaluate.learning_problems(run) if record.warnings is None else warnings
     for sentence in warnings:
-        yield Finding("run", "warning", sentence, advice)
+        yield Finding("run", "warning", sentence)

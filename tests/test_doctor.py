@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import datasets, doctor
+from cifar import datasets, doctor, evaluate
 from cifar.config import PROJECT, Config
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
 from conftest import as_nobody
-from handmade import make_line, make_run
+from handmade import make_run
 from server import CONTENT, archive_of, fail, send
 
 
@@ -251,25 +251,18 @@ def findings_of(run) -> list[tuple[str, str, bool]]:
 def test_a_run_is_described_with_its_warnings(tmp_path):
     run = make_run(tmp_path / "run")
     sound = [("ok", "run is completed", False), ("ok", "test accuracy 75.00%, with TTA 75.00%", False)]
-    run.update(dataset={"name": "digits", "train_sha256": "x", "classes": ["cat", "dog", "ship"]})
     assert findings_of(run) == sound
     run.update(warnings=["Every image gets one class."])
     assert findings_of(run) == [*sound, ("warning", "Every image gets one class.", False)]
-    run.update(warnings=None, status="interrupted")
-    assert findings_of(run)[0] == ("warning", "run is interrupted", True)
+    run.update(warnings=[], status="interrupted")
+    assert findings_of(run) == [("warning", "run is interrupted", True), sound[1]]
     run.update(status="failed", error="no room")
     assert findings_of(run)[0] == ("warning", "run is failed: no room", False)
     run.write("run.json", {})
     assert [level for level, *_ in findings_of(run)] == ["failure"]
 
 
-@pytest.mark.parametrize(
-    ("train", "val", "is_stuck"), [(0.95, 0.34, True), (0.95, 0.9, False), (0.4, 0.34, False), (0.95, None, False)]
-)
-def test_validation_at_chance_while_training_learns_is_a_warning_with_advice(tmp_path, train, val, is_stuck):
-    run = make_run(tmp_path / "run", epochs=0)
-    run.update(dataset={"name": "digits", "train_sha256": "x", "classes": ["cat", "dog", "ship"]})
-    run.append_history(make_line(1, train_accuracy=train, val_accuracy=val, val_loss=None if val is None else 1.0))
-    assert [bool(fix) for level, _, fix in findings_of(run) if level == "warning"] == [True] * is_stuck
-    run.update(warnings=["Validation stays at chance."])
-    assert findings_of(run)[-1] == ("warning", "Validation stays at chance.", is_stuck)
+def test_a_run_without_recorded_warnings_is_looked_at_now(tmp_path):
+    run = make_run(tmp_path / "run", predicted=(0,) * 12)
+    *_, (level, message, _) = findings_of(run)
+    assert (level, message) == ("warning", evaluate.learning_problems(run)[-1])
