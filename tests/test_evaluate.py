@@ -3,7 +3,9 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,3 +197,26 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
     rows = saved_predictions(Run(tmp_path))
     assert list(rows[0]) == ["index", "true", "predicted", "confidence", "file", "NA", '\'=a "b", c']  # no formula
     assert [row["file"] for row in rows] == ["a.png", "b/+.png", "'-c.png"]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "train_accuracy", "val_accuracy", "said"),
+    [
+        ([[30, 10], [10, 30]], 0.9, 0.75, []),
+        ([[40, 0], [40, 0]], 0.5, 0.5, ["every test image the same class"]),
+        ([[40, 0], [40, 0]], 0.9, 0.5, ["every test image the same class", "Validation accuracy is 50.0%"]),
+        ([[20, 20], [20, 20]], 0.9, 0.54, [r"guessing gives \(50.0%\), at a training accuracy of 90.0%"]),
+        ([[20, 20], [20, 20]], 0.6, 0.5, []),  # it has not learned the training images either
+        ([[60, 12], [8, 0]], 0.95, 0.9, ["Validation accuracy is 90.0%"]),  # 72 of 80 images are of one class
+        ([[20, 20], [20, 20]], 0.9, None, []),
+    ],
+)
+def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train_accuracy, val_accuracy, said):
+    supports = {str(number): SimpleNamespace(support=sum(row)) for number, row in enumerate(matrix)}
+    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2)
+    other, kept = ((0.0, 1.0), (train_accuracy, val_accuracy))
+    epochs = [SimpleNamespace(train_accuracy=train, val_accuracy=val) for train, val in (other, kept)]
+    problems = evaluate.learning_problems(SimpleNamespace(metrics=metrics, history=lambda: epochs))
+    assert len(problems) == len(said)
+    for problem, part in zip(problems, said):
+        assert re.search(part, problem)
