@@ -6,22 +6,19 @@ from collections import deque
 from typing import Any, NoReturn
 
 from cifar import console
-from cifar.config import CONFIG_HELP, FIELDS, RESUME_HELP, Config, flag, help_page, help_text, load_settings, take_flag
+from cifar.config import HELP, Config, flag, help_page, load_settings, take_flag
 from cifar.errors import UsageError, UserError
 
 _COMMAND = "python main.py"
-_HELP = {name: help_text(name) for name in FIELDS} | {
-    "config": CONFIG_HELP,
-    "resume": f"{RESUME_HELP}; without RUN the newest",
-}
-_TAKES_VALUE = {flag(name): None if name == "resume" else True for name in _HELP}
+_TAKES_VALUE = {flag(name): None if name == "resume" else True for name in HELP}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
-        texts = {flag(name): text for name, text in _HELP.items()}
+        texts = {flag(name): text for name, text in HELP.items()}
+        texts["--resume"] += "; without a name the newest"
         return console.exit_code(lambda: console.out.out(help_page(_COMMAND, __doc__, texts, _TAKES_VALUE)))
     if "RANK" not in os.environ:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))

@@ -19,24 +19,11 @@ from invoke import Argument, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import (
-    CONFIG_HELP,
-    FIELDS,
-    PROJECT,
-    RESUME_HELP,
-    Config,
-    help_page,
-    help_text,
-    load_settings,
-    model_name,
-    take_flag,
-)
+from cifar.config import FIELDS, HELP, PROJECT, Config, help_page, load_settings, model_name, take_flag
 from cifar.errors import UsageError, UserError, did_you_mean, display_path
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
-_HELP = {name: help_text(name) for name in FIELDS} | {
-    "config": CONFIG_HELP,
-    "resume": RESUME_HELP,
+_HELP = HELP | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
     "port": "port that the demo listens on; default 7860",
 }

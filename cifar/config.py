@@ -76,8 +76,6 @@ MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
 OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
 MAX_EPOCHS = 100_000
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
-RESUME_HELP = "resume an interrupted, failed or killed run: its directory, or its name in --output-dir"
-CONFIG_HELP = "file with settings, .toml or .json, such as a run's config.json; flags take precedence"
 
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
@@ -222,6 +220,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _choices(name: str) -> tuple[str, ...]:
+    """Return the values of a setting that takes nothing else."""
+    annotation = Config.model_fields[name].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
 def help_text(name: str) -> str:
     """Return a setting's description, choices and default, and the recipes with another default."""
     field = Config.model_fields[name]
@@ -235,6 +239,12 @@ def help_text(name: str) -> str:
     elif field.default is not None:
         parts.append(f"default {field.default}")
     return "; ".join(parts)
+
+
+HELP = {name: help_text(name) for name in FIELDS} | {
+    "config": "file with settings, .toml or .json, such as a run's config.json; flags take precedence",
+    "resume": "resume an interrupted, failed or killed run: its directory, or its name in --output-dir",
+}
 
 
 def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command: str) -> tuple[str, str | bool]:
@@ -331,12 +341,6 @@ def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> t
     if remainder := size % processes:
         return size - remainder, reason or f"each of {processes} processes takes as many images"
     return size, reason
-
-
-def _choices(name: str) -> tuple[str, ...]:
-    """Return the values of a setting that takes nothing else."""
-    annotation = Config.model_fields[name].annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _known_spelling(name: str, value: str) -> str:
