@@ -340,7 +340,11 @@ def test_groups_are_listed_with_mean_and_standard_deviation_even_if_damaged(outp
     (row,) = compare.groups(str(outputs))
     assert (row["status"], row["accuracy"]) == ("completed", (0.9341, 0.0019))
     compare.show_runs(compare.leaderboard(str(outputs)), [row], compare.columns())
-    assert "93.41% ± 0.19%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "93.41% ± 0.19%" in printed
+    assert all(
+        f" {column} " in f" {printed}".replace("\n", " ") for column in compare.COLUMNS
+    )  # a pipe has room for all
     for content in (*DAMAGED, "{}"):
         (outputs / "5-seeds" / "summary.json").write_text(content, encoding="latin-1")
         assert compare.groups(str(outputs)) == [{**empty, "status": "damaged: summary.json"}]
