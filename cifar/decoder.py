@@ -62,15 +62,10 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files
         if "memory" in str(error):
             raise MemoryError from None
-        raise Refused(_problem(error, content)) from None
-
-
-def _problem(error: Exception, content: bytes) -> str:
-    if isinstance(error, Image.DecompressionBombError):  # within an ICO file
-        return "the image has over 100 million pixels: make it smaller"
-    if content.startswith((b"II*\0", b"MM\0*")):  # Pillow does not tell one from the other
-        return "the file is damaged, or a kind of TIFF that is not supported: save it as PNG or JPEG"
-    return "the image is damaged or incomplete"
+        if isinstance(error, Image.DecompressionBombError):  # within an ICO file
+            raise Refused("the image has over 100 million pixels: make it smaller") from None
+        problem = "the image is damaged, incomplete, or of a kind that is not supported"
+        raise Refused(f"{problem}: save it again as PNG or JPEG") from None
 
 
 def _open(content: bytes) -> Image.Image:

@@ -89,15 +89,14 @@ def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | U
 
 def _read(source: Source) -> bytes | UserError:
     try:
-        if isinstance(source, Path):
-            if source.exists() and not source.is_file():  # opening a named pipe would wait for its writer
-                return UserError("this is not a regular file")
-            if (size := source.stat().st_size) > _MAX_BYTES:
-                return UserError(f"the file has {size / 1e6:,.0f} MB; the limit is {_MAX_BYTES / 1e6:.0f} MB")
-            source = source.read_bytes()
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            return UserError("this is not a regular file")  # opening a named pipe would wait for its writer
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size > _MAX_BYTES:
+            return UserError(f"the file has over {_MAX_BYTES / 1e6:.0f} MB: make the image smaller")
+        return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
     except OSError as error:
         return UserError(f"the file cannot be read: {error.strerror}")
-    return source or UserError("the file is empty")
 
 
 @contextlib.contextmanager
