@@ -46,13 +46,9 @@ def run(config: Config) -> None:
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     console.banner(note)
-    speeds = {}
-    for recipe in ("simple", "convnet"):
-        speeds[recipe] = compare(resolve(Config.create({**settings, "recipe": recipe}), dataset)[0], dataset)
-        suite, loaders = speeds[recipe]["suite_images_per_second"], speeds[recipe]["loader_images_per_second"]
-        others = ", ".join(f"{value:,.0f} with {workers} workers" for workers, value in loaders.items())
-        ratio = f"{speeds[recipe]['ratio']:.2f} times the fastest DataLoader's ({others})"
-        console.say(f"{recipe} on {dataset.name}: {suite:,.0f} images a second, {ratio}")
+    configs = [resolve(Config.create({**settings, "recipe": recipe}), dataset)[0] for recipe in ("simple", "convnet")]
+    speeds = {config.recipe: compare(config, dataset) for config in configs}
+    show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
     runs.write_json(path, {"speeds": speeds})
     console.say(f"all values: {display_path(path)}")
@@ -225,3 +221,12 @@ def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
 
 def _collate(augment: transforms.Compose, samples: list) -> list:
     return default_collate([(augment(image), label) for image, label in samples])
+
+
+def show_speeds(dataset: str, speeds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the results of `compare`, by recipe."""
+    for recipe, speed in speeds.items():
+        suite, loaders = speed["suite_images_per_second"], speed["loader_images_per_second"]
+        others = ", ".join(f"{value:,.0f} with {workers} workers" for workers, value in loaders.items())
+        ratio = f"{speed['ratio']:.2f} times the fastest DataLoader's ({others})"
+        console.say(f"{recipe} on {dataset}: {suite:,.0f} images a second, {ratio}")
