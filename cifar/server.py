@@ -139,6 +139,30 @@ class _Connection(H11Protocol):
             self.transport.abort()
 
 
+class _Body:
+    """The body of a request, counted while it arrives."""
+
+    def __init__(self, receive: Receive, headers: Headers, limit: int, arriving: dict[asyncio.Task, int]):
+        """limit: bytes. arriving: of each request whose body has not ended, the bytes so far, oldest first."""
+        self._receive, self._limit, self._arriving = receive, limit, arriving
+        self.task, self._received = asyncio.current_task(), 0
+        self.has_more = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+    async def receive(self) -> Message:
+        """Return the next part. Where too much is arriving in all, the oldest request is ended."""
+        message = await self._receive()
+        self.has_more = message.get("more_body", False)
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit:
+            raise HTTPException(413, "the request is too large")
+        self._arriving[self.task] = self._received
+        if not self.has_more:
+            del self._arriving[self.task]
+        elif sum(self._arriving.values()) > _MAX_ARRIVING:
+            next(iter(self._arriving)).cancel()
+        return message
+
+
 class _Gate:
     """ASGI middleware that refuses what is not meant for the demo, lacks its password or is too large."""
 
@@ -147,34 +171,20 @@ class _Gate:
         self._app, self._hosts = app, hosts
         self._password = auth and b"Basic " + base64.b64encode(auth.encode())
         self._attempts: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the visitor's address
-        self._arriving: dict[asyncio.Task, int] = {}  # request whose body has not ended -> bytes of it, oldest first
+        self._arriving: dict[asyncio.Task, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers, task, received = Headers(scope=scope), asyncio.current_task(), 0
-        limit = _MAX_UPLOAD if scope["path"] == _UPLOAD else _MAX_BODY
-        has_more, has_failed = "transfer-encoding" in headers or headers.get("content-length", "0") != "0", False
-
-        async def count() -> Message:
-            nonlocal has_more, received
-            message = await receive()
-            has_more, received = message.get("more_body", False), received + len(message.get("body", b""))
-            if received > limit:
-                raise HTTPException(413, "the request is too large")
-            self._arriving[task] = received
-            if not has_more:
-                del self._arriving[task]
-            elif sum(self._arriving.values()) > _MAX_ARRIVING:
-                next(iter(self._arriving)).cancel()
-            return message
+        headers, limit, has_failed = Headers(scope=scope), _MAX_UPLOAD if scope["path"] == _UPLOAD else _MAX_BODY, False
+        body = _Body(receive, headers, limit, self._arriving)
 
         async def answer(message: Message) -> None:
             nonlocal has_failed
             if message.get("status") == 500:
                 has_failed = True
                 await _BAD_REQUEST(scope, receive, send)
-            if message["type"] == "http.response.start" and has_more:  # or the server would read the whole body
+            if message["type"] == "http.response.start" and body.has_more:  # or the server would read all of it
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             if not has_failed:
                 await send(message)
@@ -183,13 +193,13 @@ class _Gate:
             refusal = self._refuse(headers, limit) or await self._refuse_stranger(scope, headers)
             if limit == _MAX_UPLOAD and not refusal:
                 _make_room(Path(get_upload_folder()))
-            await (refusal or self._app)(scope, count, answer)
+            await (refusal or self._app)(scope, body.receive, answer)
         except ClientDisconnect:
             pass
         except Exception as error:  # after Gradio has answered
             _log(error)
         finally:
-            self._arriving.pop(task, None)
+            self._arriving.pop(body.task, None)
 
     def _refuse(self, headers: Headers, limit: int) -> Response | None:
         """Return the response to a request that another site has sent, or that says itself that it is too large."""
