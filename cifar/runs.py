@@ -33,11 +33,9 @@ from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
-_MARKS = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, or was, a run's
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
 _GROUP_LOCK = ".lock"
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # which Windows does not have
 _PATIENCE = 1.0  # seconds to wait for a lock, which `status` in another process holds for milliseconds
 _CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@')  # user:password@ of a URL, as text in JSON
 
@@ -116,7 +114,7 @@ class Run:
         return read_json(self.path / name)
 
     def read_if_present(self, name: str) -> Any:
-        """Read a JSON file of the run, None if it is missing."""
+        """Read a JSON file of the run as `read_json` does, None if it is missing."""
         return self.read(name) if (self.path / name).exists() else None
 
     def write(self, name: str, content: BaseModel | dict[str, Any]) -> None:
@@ -143,8 +141,7 @@ class Run:
     def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
         """Add the line of one epoch to history.jsonl."""
         line = json.dumps(_as_dict(epoch), allow_nan=False).encode()
-        with writing(self.path / HISTORY):
-            self._write_history([*self._history_lines(), line])
+        self._write_history([*self._history_lines(), line])
 
     def truncate_history(self, epochs: int) -> None:
         """Drop all but the first epochs of history.jsonl, which must have as many."""
@@ -348,7 +345,7 @@ def _locate(output_dir: str, name: str) -> Path:
 
 
 def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
-    """Return the newest run, by name, with one of the statuses. Raises UserError, with the problem, if none has."""
+    """Return the newest run, by name, with one of the statuses. Raises UserError(problem) if none has."""
     for run in map(Run, directories(Path(output_dir))):
         with contextlib.suppress(UserError):  # a damaged one is passed over
             if run.status() in statuses:
@@ -358,7 +355,8 @@ def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
 
 def directories(outputs: Path) -> list[Path]:
     """List the directories of all runs, those in groups and damaged ones too, newest first by name."""
-    files = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in _MARKS)
+    marks = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, or was, a run's
+    files = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in marks)
     return sorted({path.parent.resolve() for path in files}, key=lambda path: path.name, reverse=True)
 
 
@@ -372,7 +370,7 @@ def claim_group(group: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from working on a group. Raises UserError if one does."""
     path = group / _GROUP_LOCK
     with writing(path):
-        os.close(os.open(path, os.O_CREAT | _NO_LINK))
+        os.close(os.open(path, os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)))  # which Windows does not have
     return _claimed(path)
 
 
@@ -435,7 +433,7 @@ def _evaluation_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file as its model in `records`, or as a dict. Raises UserError if it is missing or damaged."""
+    """Read a JSON file as its model in `records`, or as a dict."""
     content = _read(path)
     try:
         parsed = _parse_json(content)
@@ -489,7 +487,7 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a new file to write to, which then replaces `path` at once, even if the machine loses power.
 
-    previous: the name that the old file gets, to keep the last two. Raises UserError if it cannot be written.
+    previous: the name that the old file gets, to keep the last two.
     """
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
@@ -509,10 +507,9 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 def _sync(path: Path) -> None:
     """Write a file, or the list of names in a folder, to the disk."""
-    if os.name != "posix":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name == "posix":  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
