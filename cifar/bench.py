@@ -1,10 +1,11 @@
-"""Training speed: epochs for a budget of minutes, and the comparison with a DataLoader.
+"""Training speed: epochs for a budget of minutes, the comparison with a DataLoader, and the profile of a step.
 
 What is timed trains a network that is thrown away.
 """
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.autograd import DeviceType
 from torch.utils.data import DataLoader, RandomSampler, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
 from cifar import console, data, datasets, device, optim, runs, train
-from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, resolve
+from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
 from cifar.errors import UserError, display_path
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
@@ -33,25 +36,38 @@ _FEW_IMAGES, _TIMED_IMAGES, _SLOW = 32, 500, 2.0
 _SAVE_SECONDS = 0.06  # of an epoch's two checkpoints; measured with `fast`
 _WORKERS = (0, 2)  # of the DataLoader
 _ROUNDS = 2
+_MATRIX_SIZE = 2048
+_SHOWN_FRACTION = 0.005  # of a step's time, from which an operator is shown
 
 
 def run(config: Config) -> None:
-    """Compare the training speed of `simple` and `convnet` with a DataLoader's, print it, and write bench.json.
+    """Profile a step of `fast`, compare `simple` and `convnet` with a DataLoader, print both, and write bench.json.
 
     Of the settings it uses dataset, device, precision and locations; the recipes have the others.
     """
-    rounds = 2 * _ROUNDS * (1 + len(_WORKERS))
-    console.say(f"this takes about {rounds * (2 * _SECONDS + 1) / 60:.1f} minutes")  # 1 s to start the workers
     settings = config.model_dump(include={*LOCATIONS, "dataset", "image_size", "device", "precision"})
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
     console.banner(note)
-    configs = [resolve(Config.create({**settings, "recipe": recipe}), dataset)[0] for recipe in ("simple", "convnet")]
-    speeds = {config.recipe: compare(config, dataset) for config in configs}
+    fast, *others = (
+        datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
+        for recipe in ("fast", "simple", "convnet")
+    )
+    console.say(f"this takes about {_run_seconds(fast, dataset) / 60:.1f} minutes")
+    profiled = profile(fast, dataset)
+    show_profile(profiled)
+    speeds = {config.recipe: compare(config, dataset) for config in others}
     show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
-    runs.write_json(path, {"speeds": speeds})
+    runs.write_json(path, {"profile": profiled, "speeds": speeds})
     console.say(f"all values: {display_path(path)}")
+
+
+def _run_seconds(config: Config, dataset: datasets.Dataset) -> float:
+    """Estimate how long `run` takes, from the time of a few images."""
+    step = image_seconds(config, dataset, dataset.train.images.shape[-1], 0.1) * config.batch_size
+    profiles = 2 * (2 * max(step, _SECONDS) + 3 * step)
+    return 2 * _SECONDS + profiles + 2 * _ROUNDS * (1 + len(_WORKERS)) * (2 * _SECONDS + 1)  # 1: to start the workers
 
 
 def step_seconds(step: Callable[[], Any], hardware: torch.device, seconds: float = 0.0) -> float:
@@ -230,3 +246,81 @@ def show_speeds(dataset: str, speeds: Mapping[str, Mapping[str, Any]]) -> None:
         others = ", ".join(f"{value:,.0f} with {workers} workers" for workers, value in loaders.items())
         ratio = f"{speed['ratio']:.2f} times the fastest DataLoader's ({others})"
         console.say(f"{recipe} on {dataset}: {suite:,.0f} images a second, {ratio}")
+
+
+# The profile of a step
+
+
+def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
+    """Profile a training step at each of the recipe's image sizes, beside the rate of a large matrix product.
+
+    config: resolved. Returns, per image size, the seconds of a step, its FLOP, and its operators.
+    """
+    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    precision = device.resolve_precision(config.precision, hardware)
+    sizes = [full_size, config.small_size] if config.small_epochs else [full_size]
+    return {
+        "recipe": config.recipe,
+        "batch_size": config.batch_size,
+        "hardware": device.describe(hardware),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "matrix_flop_per_second": matrix_rate(hardware, precision),
+        "image_sizes": {size: _profile_step(training_steps(config, dataset, size), hardware) for size in sizes},
+    }
+
+
+def matrix_rate(hardware: torch.device, precision: str) -> float:
+    """Measure the FLOP per second of a product of two large square matrices."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    left, right = (torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=hardware, dtype=dtype) for _ in range(2))
+    return 2 * _MATRIX_SIZE**3 / step_seconds(partial(torch.matmul, left, right), hardware, _SECONDS)
+
+
+def _profile_step(steps: Iterator[nn.Module], hardware: torch.device) -> dict[str, Any]:
+    import pandas
+
+    seconds = step_seconds(partial(next, steps), hardware, _SECONDS)
+    with FlopCounterMode(display=False) as counter:
+        next(steps)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log off the terminal
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        next(steps)
+    clock = "device" if hardware.type == "cuda" else "cpu"
+    rows = [  # of each operator, without the time of other operators that it calls
+        (_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total") / 1e6)
+        for row in profiler.key_averages(group_by_input_shape=True)
+        if row.device_type == DeviceType.CPU  # the GPU's kernels count with the operators that start them
+    ]
+    table = pandas.DataFrame(rows, columns=["name", "calls", "seconds"]).groupby("name", as_index=False).sum()
+    operators = table.sort_values("seconds", ascending=False).to_dict("records")
+    return {"seconds": seconds, "flop": counter.get_total_flops(), "operators": operators}
+
+
+def _operator_name(row: Any) -> str:
+    """Name an operator and, of a convolution, the shapes of its images and weights."""
+    name = row.key.removeprefix("aten::")
+    if "convolution" not in name:
+        return name
+    inputs = row.input_shapes[1:3] if "backward" in name else row.input_shapes[:2]  # first comes the output's gradient
+    return f"{name} {' * '.join('x'.join(map(str, shape)) for shape in inputs)}"
+
+
+def show_profile(profiled: Mapping[str, Any]) -> None:
+    """Print where the time of a step goes, from `profile`."""
+    rate = profiled["matrix_flop_per_second"]
+    console.say(
+        f"{profiled['recipe']}, {profiled['batch_size']} images a step, {profiled['precision']}, "
+        f"{profiled['hardware']}, threads: {profiled['threads']}; matrix product: {rate / 1e12:.2f} TFLOP/s"
+    )
+    for size, step in profiled["image_sizes"].items():
+        seconds, reached = step["seconds"], step["flop"] / step["seconds"]
+        rows = [row for row in step["operators"] if row["seconds"] > _SHOWN_FRACTION * seconds]
+        columns = {
+            "operator": [row["name"] for row in rows],
+            "calls": [str(row["calls"]) for row in rows],
+            "ms": [f"{row['seconds'] * 1e3:.1f}" for row in rows],
+            "of the step": [f"{row['seconds'] / seconds:.1%}" for row in rows],
+        }
+        title = f"{size}x{size} pixels: {seconds:.3g} s a step, {reached / 1e12:.2f} TFLOP/s"
+        console.out.print(console.table(f"{title}, {reached / rate:.0%} of the matrix product's", columns))

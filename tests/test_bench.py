@@ -1,9 +1,7 @@
-"""Planned epochs against sums by hand; the DataLoader's images against the suite's."""
+"""Planned epochs against sums by hand; the DataLoader's images against the suite's; the profile's shapes and FLOP."""
 
 import json
-import os
-import signal
-import time
+import math
 
 import pytest
 import torch
@@ -11,14 +9,13 @@ from PIL import Image
 
 from cifar import bench, data, datasets
 from cifar.errors import UserError
-from commands import INVOKE, start
 from conftest import quick_config
 
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
     """Time as little as possible: on a busy machine no duration can be asserted anyway."""
-    for name, value in {"_SECONDS": 0.0, "_ROUNDS": 1, "_WORKERS": (0,)}.items():
+    for name, value in {"_SECONDS": 0.0, "_ROUNDS": 1, "_WORKERS": (0,), "_MATRIX_SIZE": 64}.items():
         monkeypatch.setattr(bench, name, value)
 
 
@@ -112,12 +109,13 @@ def test_timing_repeats_a_step_to_warm_up_and_to_time_it():
 # The comparison with a DataLoader
 
 
-def test_the_benchmark_prints_and_writes_speeds_and_their_ratio(tmp_path, capsys):
-    bench.run(quick_config(tmp_path, precision="float32"))
-    speeds = json.loads((tmp_path / "bench.json").read_text())["speeds"]
-    assert speeds.keys() == {"simple", "convnet"}
-    suite, loader = speeds["simple"]["suite_images_per_second"], speeds["simple"]["loader_images_per_second"]["0"]
-    assert (min(suite, loader) > 0, speeds["simple"]["ratio"]) == (True, suite / loader)
+def test_the_comparison_reports_speeds_and_their_ratio(digits, tmp_path, capsys):
+    config = datasets.resolve(quick_config(tmp_path, recipe="simple", batch_size=8), digits)
+    result = bench.compare(config, digits)
+    suite, loader = result["suite_images_per_second"], result["loader_images_per_second"][0]
+    assert min(suite, loader) > 0
+    assert result["ratio"] == suite / loader
+    bench.show_speeds("digits", {"simple": result})
     assert f"simple on digits: {suite:,.0f} images a second, {suite / loader:.2f} times" in capsys.readouterr().out
 
 
@@ -130,11 +128,39 @@ def test_the_loaders_images_are_the_splits_normalized(digits, tmp_path):
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_benchmark_says_how_long_it_takes_and_ends_in_one_sentence(tmp_path):
-    arguments = ("bench", "--dataset", "digits", "--output-dir", str(tmp_path))
-    with start(*INVOKE, *arguments, start_new_session=True) as process:
-        assert process.stdout.readline() == "this takes about 1.4 minutes\n"
-        time.sleep(3)
-        os.killpg(process.pid, signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out, errors) == (130, "", "interrupted\n")
+# The profile of a step
+
+
+def test_the_matrix_rate_is_that_of_the_product_that_is_timed(monkeypatch):
+    monkeypatch.setattr(bench, "step_seconds", lambda step, *_: 0.5 if step().shape == (64, 64) else math.nan)
+    assert bench.matrix_rate(torch.device("cpu"), "float32") == 2 * 64**3 / 0.5
+
+
+def test_the_profile_covers_both_image_sizes(digits, tmp_path, capsys):
+    config = quick_config(tmp_path, recipe="convnet", epochs=3, small_epochs=1, batch_size=8, precision="float32")
+    profile = bench.profile(datasets.resolve(config, digits), digits)
+    assert list(profile["image_sizes"]) == [32, 24]
+    full, small = profile["image_sizes"].values()
+    assert full["flop"] > small["flop"] > 0
+    for size, step in profile["image_sizes"].items():
+        seconds = [row["seconds"] for row in step["operators"]]
+        assert seconds == sorted(seconds, reverse=True)
+        calls = {row["name"]: row["calls"] for row in step["operators"]}
+        assert calls[f"convolution_backward 8x3x{size}x{size} * 32x3x3x3"] == 1
+        assert calls["_fused_adam_"] == 1
+    bench.show_profile(json.loads(json.dumps(profile)))
+    shown = capsys.readouterr().out
+    assert "24x24 pixels: " in shown
+    assert "convolution_backward" in shown
+
+
+def test_the_benchmark_resolves_each_recipe_and_writes_its_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "compare", lambda config, _: {"model": config.model, "flip": config.flip})
+    monkeypatch.setattr(bench, "profile", lambda config, _: {"recipe": config.recipe, "precision": config.precision})
+    for name in ("show_profile", "show_speeds"):
+        monkeypatch.setattr(bench, name, lambda *_: None)
+    bench.run(quick_config(tmp_path, precision="float32"))
+    assert json.loads((tmp_path / "bench.json").read_text()) == {
+        "profile": {"recipe": "fast", "precision": "float32"},
+        "speeds": {name: {"model": name, "flip": "none"} for name in ("simple", "convnet")},
+    }
