@@ -32,13 +32,6 @@ LETTERS = string.ascii_uppercase
 TTA = "accuracy (TTA)"
 COLUMNS = "run", "status", "accuracy", TTA, "seconds", "seed", "epochs", "loss", "calibration", "recipe", "dataset"
 NOT_SET, NO_EFFECT = "not set", "no effect"
-_CONDITIONS = {  # settings that have an effect in some runs only
-    "momentum": lambda config: config.optimizer != "adam",
-    "patience": lambda config: config.val_size > 0,
-    "crop_mode": lambda config: config.crop > 0,
-    "small_size": lambda config: config.small_epochs > 0,
-    "hard_share": lambda config: config.hard_epochs > 0,
-}
 _FORMATS = {"accuracy": ".2%", TTA: ".2%", "calibration": ".2%", "loss": ".4f", "seconds": ",.0f"}
 _CLASSES = 10  # that a table or a figure has room for
 # Okabe and Ito 2008: safe if color-blind.
@@ -242,7 +235,7 @@ def _settings(run: Run) -> dict[str, Any]:
         "commit": record.commit and record.commit[:12] + (" with changes" if record.dirty else ""),
     }
     known = {name: value for name, value in (*settings.items(), *facts.items()) if value is not None}
-    return known | {name: NO_EFFECT for name, has_effect in _CONDITIONS.items() if not has_effect(config)}
+    return known | dict.fromkeys(config.unused, NO_EFFECT)
 
 
 def _different_settings(settings: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -196,6 +196,18 @@ class Config(BaseModel):
         """The recipe, and the network if it is not the recipe's."""
         return self.recipe if self.model == RECIPES[self.recipe]["model"] else f"{self.recipe} {self.model}"
 
+    @property
+    def unused(self) -> set[str]:
+        """The settings that have no effect beside the others."""
+        is_unused = {
+            "momentum": self.optimizer == "adam",
+            "patience": not self.val_size,
+            "crop_mode": not self.crop,
+            "small_size": not self.small_epochs,
+            "hard_share": not self.hard_epochs,
+        }
+        return {name for name, holds in is_unused.items() if holds}
+
 
 FIELDS = tuple(Config.model_fields)
 

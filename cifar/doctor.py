@@ -246,9 +246,7 @@ def _run(run: Run) -> Iterator[Finding]:
     fix = f"resume it with `{run.resume_command}`" if status in ("interrupted", "killed") else ""
     level = "ok" if status in ("completed", "running") else "warning"
     yield Finding("run", level, f"{run.path.name} is {status}" + (f": {record.error}" if record.error else ""), fix)
-    warnings = record.warnings or []
     if run.has_metrics:
         yield Finding("run", "ok", f"test accuracy {run.metrics.accuracy:.2%}, with TTA {run.metrics.accuracy_tta:.2%}")
-        warnings = evaluate.learning_problems(run) if record.warnings is None else warnings
-    for sentence in warnings:
+    for sentence in evaluate.learning_problems(run):
         yield Finding("run", "warning", sentence)

@@ -155,7 +155,9 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
 
 
 def learning_problems(run: Run) -> list[str]:
-    """Say, with what to try, if an evaluated run has learned nothing that holds for images it was not trained on."""
+    """Say, with what to try, if an evaluated run has learned nothing that holds for other images."""
+    if not run.has_metrics:
+        return []
     metrics, history, problems = run.metrics, run.history(), []
     if sum(any(column) for column in zip(*metrics.confusion_matrix)) == 1:
         problems.append(

@@ -84,7 +84,6 @@ class RunRecord(Record):
     model: ModelRecord | None = None
     note: RawText | None = None  # what the user should know, such as a dataset that was replaced
     error: RawText | None = None
-    warnings: list[RawText] | None = None  # sentences on what training and evaluation found
     resumed: list[Record] | None = None  # time, epoch (from 1) and steps of it that were done
     seconds_before_resuming: dict[Text, Number] | None = None
 

@@ -10,8 +10,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from cifar import analysis, console, images, visualize
-from cifar.config import FIELDS, Config, help_text
+from cifar import analysis, console, evaluate, images, visualize
+from cifar.config import FIELDS, help_text
 from cifar.datasets import Dataset
 from cifar.errors import display_path
 from cifar.records import Analysis, Metrics
@@ -39,25 +39,14 @@ def write(run: Run, dataset: Dataset) -> Path:
         path=display_path(run.path),
         record=record,
         command=shlex.join(record.command or []),
+        unused=config.unused,
         settings=[(field, getattr(config, field) if field in saved else None, help_text(field)) for field in FIELDS],
-        unused=unused_settings(config),
+        problems=evaluate.learning_problems(run),
         figures=_embed_figures(run, visualize.drawable(results)),
         images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},
     )
     run.write_text("report.html", page)
     return run.path / "report.html"
-
-
-def unused_settings(config: Config) -> set[str]:
-    """Return the settings that have no effect beside the others."""
-    unused = {
-        "momentum": config.optimizer == "adam",
-        "patience": config.val_size == 0,
-        "crop_mode": not config.crop,
-        "small_size": not config.small_epochs,
-        "hard_share": not config.hard_epochs,
-    }
-    return {name for name, is_unused in unused.items() if is_unused}
 
 
 def _percent(fraction: float | None, decimals: int = 2) -> str:
@@ -138,5 +127,5 @@ def show_run(run: Run) -> None:
     console.say(f"run directory: {display_path(run.path)}")
     if page.exists():
         console.say(f"report: {display_path(page)}")
-    for sentence in (record.note, *(record.warnings or [])):
+    for sentence in (record.note, *evaluate.learning_problems(run)):
         console.banner(sentence)

@@ -248,13 +248,11 @@ def findings_of(run) -> list[tuple[str, str, bool]]:
     return [(found.level, found.message, bool(found.fix)) for found in doctor.examine_run(run)]
 
 
-def test_a_run_is_described_with_its_warnings(tmp_path):
+def test_a_run_is_described(tmp_path):
     run = make_run(tmp_path / "run")
     sound = [("ok", "run is completed", False), ("ok", "test accuracy 75.00%, with TTA 75.00%", False)]
     assert findings_of(run) == sound
-    run.update(warnings=["Every image gets one class."])
-    assert findings_of(run) == [*sound, ("warning", "Every image gets one class.", False)]
-    run.update(warnings=[], status="interrupted")
+    run.update(status="interrupted")
     assert findings_of(run) == [("warning", "run is interrupted", True), sound[1]]
     run.update(status="failed", error="no room")
     assert findings_of(run)[0] == ("warning", "run is failed: no room", False)
@@ -262,7 +260,7 @@ def test_a_run_is_described_with_its_warnings(tmp_path):
     assert [level for level, *_ in findings_of(run)] == ["failure"]
 
 
-def test_a_run_without_recorded_warnings_is_looked_at_now(tmp_path):
+def test_a_run_that_has_learned_nothing_is_a_warning(tmp_path):
     run = make_run(tmp_path / "run", predicted=(0,) * 12)
     *_, (level, message, _) = findings_of(run)
     assert (level, message) == ("warning", evaluate.learning_problems(run)[-1])

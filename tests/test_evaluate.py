@@ -216,7 +216,8 @@ def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train
     metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2)
     other, kept = ((0.0, 1.0), (train_accuracy, val_accuracy))
     epochs = [SimpleNamespace(train_accuracy=train, val_accuracy=val) for train, val in (other, kept)]
-    problems = evaluate.learning_problems(SimpleNamespace(metrics=metrics, history=lambda: epochs))
+    run = SimpleNamespace(has_metrics=True, metrics=metrics, history=lambda: epochs)
+    problems = evaluate.learning_problems(run)
     assert len(problems) == len(said)
     for problem, part in zip(problems, said):
         assert re.search(part, problem)

@@ -1,4 +1,3 @@
-import html
 import json
 import re
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar import analysis, records, report, visualize
+from cifar import analysis, evaluate, records, report, visualize
 from cifar.config import FIELDS
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -101,15 +100,13 @@ def test_settings_without_effect_or_unknown_to_the_run_are_not_shown_as_if_they_
     assert values["cutout"] == "not set"
 
 
-def test_what_the_run_warned_of_is_on_the_page_and_printed(tmp_path, capsys):
-    run, warnings = make_run(tmp_path), ["Every image gets one class.", "Validation stays at <chance>."]
-    run.update(warnings=warnings)
+def test_that_a_network_has_learned_nothing_is_on_the_page_and_printed(tmp_path, capsys):
+    run = make_run(tmp_path, predicted=(0,) * 12)
     report.write(run, make_dataset())
     report.show_run(run)
-    page, printed = Page(run), capsys.readouterr().out
-    for warning in warnings:
-        assert f'<p class="note">{html.escape(warning)}</p>' in page.source
-        assert warning in printed
+    (problem, *_) = evaluate.learning_problems(run)
+    assert f'<p class="note">{problem}</p>' in Page(run).source
+    assert problem in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 
 def test_images_of_a_folder_are_named_by_their_files(tmp_path):
