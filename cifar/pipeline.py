@@ -75,14 +75,17 @@ def create_run(config: Config, dataset: Dataset) -> Run:
 def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     """Find the run of that name, or for "" the newest that did not complete, and its dataset.
 
-    given: the settings that the command line names, of which only locations are allowed.
+    given: the settings that the command line names, of which only locations are allowed, and the run's own --model,
+    with which the user allows a network's code from elsewhere.
     Raises UserError if there is no such run, or if its settings or images have changed.
     """
-    if others := [flag(field) for field, value in given.items() if value is not None and field not in LOCATIONS]:
-        raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(others)}")
-    run = device.broadcast_object(
-        runs.find_resumable(Config.create(given).output_dir, name) if device.rank() == 0 else None
-    )
+    others = [field for field, value in given.items() if value is not None and field not in (*LOCATIONS, "model")]
+    if others:
+        raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(map(flag, others))}")
+    output_dir = Config.create({field: given.get(field) for field in LOCATIONS}).output_dir
+    run = device.broadcast_object(runs.find_resumable(output_dir, name) if device.rank() == 0 else None)
+    if given.get("model") not in (None, run.config.model):
+        raise UsageError(f"{run.path.name} has the network {run.config.model}: leave out --model")
     run.check_dataset(run.dataset.name)
     dataset = datasets.of_run(run, given.get("data_dir"))
     record = run.record
