@@ -9,6 +9,7 @@ import base64
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -275,6 +276,7 @@ def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, s
     console.say(f"demo running at {url}; press Ctrl-C to stop")
     if not address.is_loopback and not auth:
         console.banner("Anyone who can reach this machine can use the demo; --auth USER:PASSWORD asks for a password.")
+    logging.disable()  # libraries quote what visitors send
     # Open pages hold a connection for good: after a second, the server stops without them.
     config = uvicorn.Config(
         app, http=_Connection, ws="none", log_level="critical", backlog=64, timeout_graceful_shutdown=1

@@ -169,8 +169,12 @@ def test_the_api_has_one_endpoint_and_what_the_page_does_not_need_is_closed(site
 
 def test_uploads_over_ten_megabytes_are_refused_with_and_without_a_declared_length(site):
     assert site.http.post("/gradio_api/upload", files={"files": ("a.png", bytes(10_500_000))}).status_code == 413
-    chunks = (bytes(1_000_000) for _ in range(11))
-    assert site.http.post("/gradio_api/queue/join", content=chunks).status_code == 413
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    for path in ("upload", "queue/join"):
+        chunks = iter([part, *[bytes(1_000_000)] * 30])
+        assert site.http.post(f"/gradio_api/{path}", content=chunks, headers=headers).status_code == 413
+    assert site.http.post("/gradio_api/upload", content=b"no form", headers=headers).status_code == 400  # logs nothing
 
 
 @pytest.mark.parametrize(("clients", "requests"), [(8, 2), pytest.param(32, 30, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import socket
 import threading
@@ -60,6 +61,7 @@ def serve(page, monkeypatch):
         return stack.enter_context(httpx.Client(base_url=url, timeout=30, trust_env=False))
 
     monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr(logging, "disable", lambda: None)
     with stack:
         yield start
 
@@ -253,6 +255,7 @@ def test_an_impossible_address_is_one_sentence(host):
 @pytest.mark.parametrize("auth", [None, "ada:secret"])
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("0.0.0.0", "localhost")])
 def test_who_opens_the_demo_to_others_without_a_password_is_warned(host, name, auth, page, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "disable", lambda: None)
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
     if host == "::1" and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
