@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from cifar.errors import UserError, first_line
 
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -30,7 +33,7 @@ def choose(name: str) -> torch.device:
     if name == "auto":
         return torch.device(present[0])
     if name not in present:
-        raise UserError(f"this machine has no device '{name}': it has {', '.join(present)}")
+        raise UserError(f"PyTorch finds no device '{name}' here: it finds {', '.join(present)}")
     return torch.device(name)
 
 
@@ -94,6 +97,29 @@ def keep_freed_memory() -> bool:
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
     libc.malloc_trim(0)
     return all(libc.mallopt(parameter, value) for parameter, value in settings.items())
+
+
+def memory() -> tuple[float, float]:
+    """Return how many bytes the machine, its container and `ulimit -v` let this process take, and how many are free.
+
+    Both are infinite where they are unknown.
+    """
+    total = free = math.inf
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, TypeError):
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    for file in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            total = min(total, int(Path(file).read_text()))
+    with contextlib.suppress(ImportError, OSError):  # Windows, macOS
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            total, free = min(total, limit), min(free, limit - used)
+    return total, max(0, min(total, free))
 
 
 # Several processes, started by torchrun. Each runs the same program on its slice of every batch; rank 0 alone writes

@@ -3,7 +3,6 @@
 torch and whatever needs it are imported inside the checks, because they may be what is broken.
 """
 
-import contextlib
 import importlib.metadata
 import math
 import os
@@ -23,7 +22,6 @@ from cifar.runs import Run
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
 _OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
@@ -150,22 +148,11 @@ def _threads(threads: int, cores: int) -> Finding:
     return Finding("threads", "ok", message)
 
 
-def memory() -> tuple[float, float]:
-    """Return the bytes of memory that this process may use, and how many are free; infinity where unknown."""
-    total = free = math.inf
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    for limit in _CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            total = min(total, int(Path(limit).read_text()))
-    return total, min(total, free)
-
-
 def _memory() -> Iterator[Finding]:
+    from cifar import device
+
     needed = 3.0e9  # measured on the CPU: 2.9 GB with CIFAR-10, 1.29 GB with digits
-    total, free = memory()
+    total, free = device.memory()
     message = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to 3.0 GB with CIFAR-10"
     if free < needed:
         fix = "end other programs, or choose a smaller --batch-size or --recipe convnet"

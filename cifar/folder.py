@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import math
 import os
-import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +16,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from cifar import console
+from cifar import console, device
 from cifar.data import Split
 from cifar.errors import UserError, listing
 from cifar.images import decode_all
@@ -249,30 +246,13 @@ def _require_enough(
 
 def _require_memory(root: Path, count: int, size: int) -> None:
     """Raise UserError if so many images of that size, and a copy of those to train on, do not fit into memory."""
-    needed, free = 2 * count * 3 * size**2, _free_memory()
+    needed, free = 2 * count * 3 * size**2, device.memory()[1]
     if needed > free:
         advice = "use fewer" + (", or a smaller --image-size" if size > 32 else "")
         raise UserError(
             f"{root} has {count:,} images, which at {size}x{size} pixels need {needed / 1e9:.1f} GB of memory, and "
             f"{free / 1e9:.1f} GB are available: {advice}"
         )
-
-
-def _free_memory() -> float:
-    """Return how many bytes the machine, its container and `ulimit -v` let this process take; infinity if unknown."""
-    limits = [math.inf]
-    with suppress(OSError, TypeError):
-        limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path(file).read_text()))
-    with suppress(ImportError, OSError):  # Windows, macOS
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limits.append(math.inf if limit == resource.RLIM_INFINITY else limit - used)
-    return max(0, min(limits))
 
 
 # Splitting and decoding

@@ -1,5 +1,7 @@
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_auto_is_the_fastest_available_device(monkeypatch):
 def test_a_missing_device_is_refused_and_the_available_ones_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match="no device 'cuda': it has cpu"):
+    with pytest.raises(UserError, match="no device 'cuda' here: it finds cpu"):
         device.choose("cuda")
 
 
@@ -73,3 +75,23 @@ def test_apples_gpu_computes_in_float32_and_is_described_by_its_type():
     mps = torch.device("mps")
     assert device.resolve_precision("auto", mps) == "float32"
     assert device.describe(mps) == "mps"
+
+
+def test_memory_is_no_more_than_the_control_groups_limit(monkeypatch, tmp_path):
+    (tmp_path / "unlimited").write_text("max\n")
+    (tmp_path / "limited").write_text("1000\n")
+    monkeypatch.setattr(device, "_CGROUP_LIMITS", (str(tmp_path / "unlimited"), str(tmp_path / "none")))
+    total, free = device.memory()
+    assert 1000 < free <= total
+    monkeypatch.setattr(device, "_CGROUP_LIMITS", (str(tmp_path / "limited"),))
+    assert device.memory() == (1000, 1000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process may still take")
+def test_the_free_memory_is_what_ulimit_leaves():
+    before, unlimited = resource.getrlimit(resource.RLIMIT_AS), device.memory()[1]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 10**8, before[1]))
+    limited = device.memory()[1]
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert 0.9e8 < limited < 1.1e8 < unlimited < 1e14

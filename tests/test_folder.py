@@ -1,9 +1,7 @@
 import io
 import json
 import os
-import resource
 import shutil
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar import folder
+from cifar import device, folder
 from cifar.errors import UserError
 from cifar.folder import ImageFolder
 from cifar.images import decode
@@ -259,21 +257,11 @@ def test_classes_with_too_few_images_to_learn_or_to_measure_are_reported(root):
 
 
 def test_more_images_than_memory_are_refused_before_any_is_opened(root, monkeypatch):
-    monkeypatch.setattr(folder, "_free_memory", lambda: 2 * 60 * 3 * 64**2)
+    monkeypatch.setattr(device, "memory", lambda: (1e9, 2 * 60 * 3 * 64**2))
     assert len(load(root, 64).train) == 40
     monkeypatch.setattr(folder, "_digest", None)
     with pytest.raises(UserError, match=r"60 images, which at 65x65 pixels need 0\.0 GB of .* smaller --image-size$"):
         load(root, 65)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process may still take")
-def test_the_free_memory_is_what_ulimit_leaves():
-    before, unlimited = resource.getrlimit(resource.RLIMIT_AS), folder._free_memory()
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 10**8, before[1]))
-    limited = folder._free_memory()
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    assert 0.9e8 < limited < 1.1e8 < unlimited < 1e14
 
 
 def test_a_folder_beside_train_and_test_is_reported_as_ignored(root):

@@ -107,7 +107,7 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
-        ((*QUICK, "--device", "mps"), 1, "this machine has no device 'mps'"),
+        ((*QUICK, "--device", "mps"), 1, "PyTorch finds no device 'mps' here"),
         (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py"),
         (("--resume", "nowhere"), 1, "there is no run named 'nowhere'"),
         (("--resume", "x", "--epochs", "3", "--lr", "1"), 2, "leave out --epochs, --lr"),
