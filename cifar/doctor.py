@@ -12,6 +12,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from cifar import console
@@ -39,8 +40,7 @@ def examine(config: Config, port: int) -> list[Finding]:
     """Check everything that a run with these settings needs; asks the network only for a dataset that is missing."""
     checks = {
         "packages": _packages(REQUIREMENTS),
-        "device": _device(config.device),
-        "memory": _memory(),
+        "device": chain(_device(config.device), _memory()),  # both need torch
         "disk": _disk(config.output_dir),
         "dataset": _dataset(config),
         "port": _port(port),
