@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     run = device.broadcast_object(runs.find_resumable(output_dir, name) if device.rank() == 0 else None)
     if given.get("model") not in (None, run.config.model):
         raise UsageError(f"{run.path.name} has the network {run.config.model}: leave out --model")
-    run.check_dataset(run.dataset.name)
+    run.check_dataset(Path(run.config.dataset).name)  # config.json may have been edited
     dataset = datasets.of_run(run, given.get("data_dir"))
     record = run.record
     if record.status != "completed":

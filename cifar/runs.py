@@ -105,9 +105,8 @@ class Run:
 
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
-        trained_on = Path(self.config.dataset).name
-        if name != trained_on:
-            raise UserError(f"{self.path.name} was trained on {trained_on}, not on {name}")
+        if name != self.dataset.name:
+            raise UserError(f"{self.path.name} was trained on {self.dataset.name}, not on {name}")
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run as `read_json` does."""
@@ -272,7 +271,7 @@ def check_writable(output_dir: str) -> None:
 
 def provenance() -> dict[str, Any]:
     """Describe what makes a run, as in run.json."""
-    packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib", "seaborn")
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib")
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

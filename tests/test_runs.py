@@ -133,6 +133,7 @@ def test_an_update_keeps_what_this_version_does_not_know(run):
 
 
 def test_a_run_is_of_one_dataset_and_complete_once_it_is_evaluated(run):
+    run.update(dataset={"name": "digits", "train_sha256": "0", "classes": ["0", "1"]})
     run.check_dataset("digits")
     with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
         run.check_dataset("cifar10")
