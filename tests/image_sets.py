@@ -102,8 +102,8 @@ class ImageSet:
 
     draw: Draw = color
     classes: int = 2
-    train: int = 100  # images a class
-    test: int = 20
+    train: int = 400  # images a class
+    test: int = 40
     size: int = 32  # of the files, in pixels
     image_size: int = 32  # what --image-size asks for
     suffix: str = ".png"
@@ -126,7 +126,7 @@ class ImageSet:
 IMAGE_SETS = {
     "color": ImageSet(),
     "grey": ImageSet(grey),
-    "grey, ten classes": ImageSet(grey, classes=10),
+    "grey, ten classes": ImageSet(grey, classes=10, train=100),
     "one bit": ImageSet(converted("1")),
     "palette": ImageSet(converted("P")),
     "CMYK": ImageSet(converted("CMYK"), suffix=".jpg"),
@@ -138,15 +138,13 @@ IMAGE_SETS = {
     "no blue": ImageSet(constant_channel(2, 0)),
     "full red": ImageSet(constant_channel(0, 255)),
     "black on white": ImageSet(black_on_white),
-    "small squares": ImageSet(small_square),
-    "few small squares": ImageSet(small_square, train=20, test=5, learnable=False),
-    "all alike": ImageSet(all_alike, learnable=False),
+    "small squares": ImageSet(small_square, train=20, test=5, learnable=False),  # pooling forgets where they are
+    "all alike": ImageSet(all_alike, train=20, test=5, learnable=False),
     "three images a class": ImageSet(train=3, test=1, learnable=False),
-    "eight pixels": ImageSet(size=8, image_size=8),
-    "smaller than asked for": ImageSet(grey, size=12),
-    "sixteen pixels": ImageSet(grey, size=16, image_size=16),
-    "64 pixels": ImageSet(size=64, image_size=64, train=60),
-    "128 pixels": ImageSet(grey, size=128, image_size=128, train=40, test=10),
+    "eight pixels": ImageSet(size=8),
+    "sixteen pixels": ImageSet(grey, size=16),
+    "64 pixels": ImageSet(size=64, image_size=64, train=200),
+    "128 pixels": ImageSet(grey, size=128, image_size=128, train=200),
     "odd size": ImageSet(size=45, image_size=45),
     "wide": ImageSet(wide),
     "JPEG": ImageSet(suffix=".jpeg"),
