@@ -57,7 +57,7 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
             "params": whiten_bias,
             "lr": _BIAS_LR,
             "schedule": "linear",
-            "schedule_steps": _WHITEN_BIAS_EPOCHS * steps_per_epoch[0],
+            "schedule_steps": sum(steps_per_epoch[:_WHITEN_BIAS_EPOCHS]),
         },
     ]
     for group in groups:  # SGD multiplies the weight decay by the learning rate; here it is a fraction of the weight

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import gradio as gr
 import uvicorn
 from gradio import networking, processing_utils
-from gradio.utils import get_upload_folder
+from gradio.utils import LRUCache, get_upload_folder
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -44,6 +44,7 @@ _MAX_BODY = 100_000  # bytes, of all other requests
 _MAX_ARRIVING = 100_000_000  # bytes of all requests that have not arrived completely
 _MAX_STORED = (100_000_000, 300)  # bytes and number of uploaded files
 _MAX_CONNECTIONS = 300  # each with the file that it uploads, under the 1,024 open files that systems allow
+_MAX_VISITORS = 100  # whose page, and whose answers until they are fetched, Gradio remembers
 _MAX_SECONDS = 120  # until the first request of a connection has arrived
 _WRONG_PASSWORD_SECONDS = 1.0
 _BAD_REQUEST = PlainTextResponse("this request is not one that the page or its API sends", 400, {"connection": "close"})
@@ -252,7 +253,8 @@ def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Star
     processing_utils.async_ssrf_protected_get = _refuse_address
     page.has_launched = True  # or Gradio lets clients name any file of this machine as an uploaded one
     page.queue(max_size=64, api_open=False)
-    page.state_session_capacity = 100  # visitors whose page Gradio remembers
+    page.state_session_capacity = _MAX_VISITORS
+    page._queue.pending_messages_per_session = LRUCache(_MAX_VISITORS)  # by default 2,000, of 50 kB each
     refusal = PlainTextResponse("not available on this server", 403)
     app = Starlette(
         routes=[Route(f"/gradio_api/{path}", refusal) for path in _CLOSED],

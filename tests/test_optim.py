@@ -100,6 +100,14 @@ def test_the_whitening_bias_is_frozen_after_three_epochs():
     assert network.whiten.bias.requires_grad
 
 
+def test_all_learning_rates_reach_zero_with_the_training_however_short_it_is():
+    optimizer = optim.build(model.build("airbench94", 10, 32), settings("muon"), [5, 5])
+    optimizer.set_step(9)
+    assert min(group["lr"] for group in optimizer.groups) > 0
+    optimizer.set_step(10)
+    assert max(group["lr"] for group in optimizer.groups) == 0
+
+
 def test_adam_is_torchs_with_the_given_learning_rate_and_weight_decay():
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
