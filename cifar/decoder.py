@@ -113,7 +113,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
     if low > -0.1 * high:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         low, high = 0.0, next((top for top in ranges if high <= 2 * top), high)
-    if image.format == "PPM":  # Pillow stretches its values to 16 bits
+    if image.format == "PPM" and image.mode == "I":  # Pillow stretches its values to 16 bits
         low, high = 0.0, 65535.0
     return Image.fromarray(((values.clip(low, high) - low) * (255 / max(high - low, 1e-30))).astype(np.uint8))
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
@@ -25,11 +26,11 @@ from cifar.errors import UserError
 FITS = ("crop", "letterbox")
 Source = Path | bytes
 
-_MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
-_MEMORY = 950_000_000  # bytes, besides the program itself
+MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
+_MEMORY = 950_000_000  # bytes of data, those of Python and its libraries included
 _SECONDS = 5  # for each image
 _GROUP, _GROUP_BYTES = 25, 200_000  # that a worker gets at once
-_CORES = min(32, os.cpu_count() or 1)
+_CORES = min(32, cpu_count())
 # Workers, None for those that have not been started; at least 4, so that slow images do not keep others waiting.
 _workers: queue.LifoQueue["_Worker | None"] = queue.LifoQueue()
 for _ in range(max(4, _CORES)):
@@ -90,10 +91,12 @@ def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | U
 def _read(source: Source) -> bytes | UserError:
     try:
         if isinstance(source, Path) and source.exists() and not source.is_file():
-            return UserError("this is not a regular file")  # opening a named pipe would wait for its writer
+            return UserError(
+                "this is a folder without images" if source.is_dir() else "this is not a regular file"
+            )  # opening a named pipe would wait for its writer
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size > _MAX_BYTES:
-            return UserError(f"the file has over {_MAX_BYTES / 1e6:.0f} MB: make the image smaller")
+        if size > MAX_BYTES:
+            return UserError(f"the file has over {MAX_BYTES / 1e6:.0f} MB: make the image smaller")
         return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
     except OSError as error:
         return UserError(f"the file cannot be read: {error.strerror}")
@@ -101,7 +104,7 @@ def _read(source: Source) -> bytes | UserError:
 
 @contextlib.contextmanager
 def _worker() -> Iterator["_Worker"]:
-    """Wait for a worker and have it for oneself; one that has ended is replaced."""
+    """Borrow a worker, and replace it if its process has ended."""
     worker = _workers.get()
     try:
         if worker and worker.process.poll() is not None:
@@ -125,13 +128,13 @@ class _Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread of NumPy reserves memory
         try:
-            # Ctrl-C in a terminal reaches the processes of its session only.
+            # In a session of its own it does not get the terminal's Ctrl-C.
             self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         except OSError as error:
             raise UserError(f"the image decoder cannot be started: {error.strerror}") from None
         if not self.process.stdout.readline():
             self.stop()
-            raise UserError("the image decoder cannot be started: is there too little memory, or a limit (ulimit)?")
+            raise UserError("the image decoder cannot be started: too little memory, or a limit of it (ulimit)")
 
     def decode(self, contents: list[bytes], size: int, fit: str) -> Iterator[Tensor | UserError]:
         """Yield the results, up to and including that of an image at which the process ended."""

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from cifar import console, device, evaluate, runs
 from cifar.errors import UserError, csv_cell, describe, display_path, known_name, listing
-from cifar.images import FITS, Source, decode_all
+from cifar.images import FITS, MAX_BYTES, Source, decode_all
 from cifar.runs import Run
 
-_MAX_INPUT = 400_000_000  # bytes of standard input; decode_all says that more are too many
 _BATCH = 500  # images that are decoded before the network sees them
 _ROWS = 20  # that the terminal shows at most
 _COLUMNS = ("image", "predicted", "confidence", "probably_none", "error")  # of a .csv file, before the classes
@@ -95,7 +94,7 @@ def find_images(paths: Sequence[str]) -> list[Source]:
         if path == "-":
             if sys.stdin is None or sys.stdin.closed:
                 raise UserError("standard input is closed, so no image can be read from it")
-            found.append(sys.stdin.buffer.read(_MAX_INPUT + 1))
+            found.append(sys.stdin.buffer.read(MAX_BYTES + 1))
             continue
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in map(Path, matches or [path]):

@@ -160,6 +160,7 @@ GOOD = {
     "TIFF YCbCr": (lambda: saved(sample().convert("YCbCr"), "TIFF", compression="jpeg", quality=95), COLORS),
     "TIFF Lab": (lambda: saved(lab(), "TIFF"), COLORS),
     "PGM 16 bit dark": (lambda: b"P5 64 64 65535\n" + np.full((64, 64), 256, ">u2").tobytes(), np.ones((4, 3))),
+    "PFM": (lambda: b"Pf\n64 64\n-1.0\n" + np.full((64, 64), 0.5, "<f4").tobytes(), np.full((4, 3), 127)),
     "PNG with long texts": (lambda: saved(sample(), "PNG", pnginfo=long_text()), COLORS),
     "PNG with a long profile": (lambda: saved(sample(), "PNG", icc_profile=bytes(2 * MB)), COLORS),
     "PNG not in sRGB": (lambda: with_profile("PNG"), COLORS),

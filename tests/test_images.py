@@ -122,7 +122,7 @@ def test_what_is_not_a_regular_file_is_refused_and_the_others_are_still_decoded(
 def test_an_image_that_is_too_large_to_be_shown_is_none(tmp_path, monkeypatch):
     Image.new("RGB", (20, 10)).save(tmp_path / "cat.png")
     assert read_rgb(tmp_path / "cat.png").size == (20, 10)
-    monkeypatch.setattr(images, "_MAX_BYTES", 20)
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
     assert read_rgb(tmp_path / "cat.png") is None
     assert read_rgb(tmp_path / "none.png") is None
     with pytest.raises(UserError, match="the file has over 0 MB: make the image smaller"):
@@ -237,7 +237,7 @@ def test_an_interrupted_answer_is_not_given_to_the_next_image(workers, monkeypat
 
 def test_a_worker_that_cannot_be_started_is_one_sentence(workers, monkeypatch):
     monkeypatch.setattr(images.decoder, "__file__", "/none")
-    with pytest.raises(UserError, match="the image decoder cannot be started: is there too little memory"):
+    with pytest.raises(UserError, match="the image decoder cannot be started: too little memory"):
         decode_all([saved(sample(), "PNG")], SIZE)
     monkeypatch.setattr(sys, "executable", "/none")
     with pytest.raises(UserError, match="the image decoder cannot be started: No such file"):

@@ -96,7 +96,7 @@ def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_pat
 def test_a_dash_is_standard_input_and_a_closed_one_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"image")))
     assert predict.find_images(["-", "x.png", "-"]) == [b"image", Path("x.png")]
-    monkeypatch.setattr(predict, "_MAX_INPUT", 1000)
+    monkeypatch.setattr(predict, "MAX_BYTES", 1000)
     with open("/dev/zero") as endless:
         monkeypatch.setattr(sys, "stdin", endless)
         assert predict.find_images(["-"]) == [bytes(1001)]
