@@ -326,13 +326,15 @@ def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
             np.array([getattr(run.metrics, f"accuracy{suffix}") for run in members]) for members in (before, after)
         )
         if max(np.ptp(values) for values in ([second - first] if is_paired else [first, second])) < 1e-9:
-            raise UserError("the accuracy does not vary between these seeds, so that more are needed for a test")
+            if suffix:
+                continue  # where all have the same accuracy (TTA)
+            raise UserError("the seeds vary too little for a t-test: train more of them")
         test = ttest_rel(second, first) if is_paired else ttest_ind(second, first, equal_var=False)
         result |= {
             f"difference{suffix}": float(second.mean() - first.mean()),
             f"interval_95{suffix}": [float(end) for end in test.confidence_interval()],
-            f"p{suffix}": float(test.pvalue),
         }
+        result.setdefault("p", float(test.pvalue))
     kind, count = "paired" if is_paired else "Welch's", " and ".join(dict.fromkeys(map(str, result["seeds"])))
     return {**result, "test": f"{kind} t-test over {count} seeds"}
 
@@ -350,7 +352,7 @@ def _verdict(pair: dict[str, Any], names: Mapping[str, str]) -> str:
     start = f"{ahead} is better than {behind}" if pair["better"] else f"no difference shown: {ahead} leads {behind}"
     p_text = f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1e}" if p >= 1e-300 else "p < 1e-300"
     interval = "{:.2f} points of test accuracy, 95% interval {:.2f} to {:.2f}".format(*points(""))
-    tta = "; with TTA {:.2f} points, {:.2f} to {:.2f}".format(*points("_tta")) if "seeds" in pair else ""
+    tta = "; with TTA {:.2f} points, {:.2f} to {:.2f}".format(*points("_tta")) if "interval_95_tta" in pair else ""
     return f"{start} by {interval}, {p_text} ({pair['test']}){tta}"
 
 

@@ -120,7 +120,7 @@ def test_recipes_with_other_seeds_are_compared_by_welchs_test(tmp_path):
         ({0: 9}, {}, "one seed does not show how much accuracy varies between seeds; --pairs tests single runs"),
         ({0: 9, 1: 12}, {"test_sha256": "other"}, "the test sets differ"),
         ({0: 9, 1: 12}, {"images": 299, "test_sha256": None}, "the test sets differ"),
-        ({0: 9, 1: 12}, {}, "the accuracy does not vary between these seeds, so that more are needed for a test"),
+        ({0: 9, 1: 12}, {}, "the seeds vary too little for a t-test: train more of them"),
     ],
 )
 def test_recipes_that_cannot_be_tested_are_listed_with_the_reason(tmp_path, wrong, settings, reason):
@@ -128,6 +128,14 @@ def test_recipes_that_cannot_be_tested_are_listed_with_the_reason(tmp_path, wron
     comparison = compare.compare(found)
     assert (comparison["pairs"], comparison["notes"]) == ([], [f"not tested: A and B: {reason}"])
     assert len(comparison["runs"]) == 2
+
+
+def test_recipes_of_equal_accuracy_with_tta_are_compared_without_it(tmp_path):
+    found = seeds(tmp_path / "a", {0: 10, 1: 13}) + seeds(tmp_path / "b", {0: 9, 1: 14})
+    for run in found:
+        run.write("metrics.json", run.metrics.model_copy(update={"accuracy_tta": 1.0, "interval_95_tta": (1.0, 1.0)}))
+    (pair,) = compare.compare(found)["pairs"]
+    assert pair["verdict"].endswith("(paired t-test over 2 seeds)")
 
 
 def test_runs_of_different_test_sets_are_not_paired(tmp_path):
