@@ -17,7 +17,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
-from cifar import analysis, console, datasets, device, images, runs, server
+from cifar import analysis, console, datasets, device, download, images, runs, server
 from cifar.errors import UserError, known_name, listing
 from cifar.predict import Predictor
 from cifar.runs import Run
@@ -124,9 +124,12 @@ class Demo:
 
     def _examples(self, name: str) -> list[list[np.ndarray]]:
         """Return rows of one test image (S, S, 3) for 10 classes; none if the dataset is not on this machine."""
-        config = self.run(name).config
+        run = self.run(name)
         try:
-            split = datasets.find(config.dataset, self._data_dir, config.image_size)[0].test
+            archive = download.ARCHIVES.get(run.config.dataset)
+            if archive and not download.find(archive, Path(self._data_dir)):  # or it would be downloaded
+                return []
+            split = datasets.of_run(run, self._data_dir).test
         except UserError:
             return []
         indices = np.unique(split.labels.numpy(), return_index=True)[1]

@@ -75,6 +75,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
+    except TypeError:  # from Python's encoding of names
+        raise UserError(f"cannot listen on {host}: it is not a valid name") from None
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             reason = error.strerror.partition(" (")[0]  # without the repeated address
@@ -208,7 +210,8 @@ class _Gate:
         host, origin = headers.get("host", ""), headers.get("origin")
         own = {host, headers.get("x-forwarded-host")}  # behind a proxy; other sites cannot set this header
         if not self._is_own(host) or (origin is not None and origin.partition("://")[2] not in own):
-            return PlainTextResponse("this demo answers only its own page", 403)
+            known_as = "open the demo by its IP address, or start it with this name as --host"
+            return PlainTextResponse(f"the demo does not answer to this name or for another site: {known_as}", 403)
         if int(headers.get("content-length", 0)) > limit:
             return PlainTextResponse("the request is too large", 413)
         return None
@@ -221,7 +224,7 @@ class _Gate:
         return name in self._hosts
 
     async def _refuse_stranger(self, scope: Scope, headers: Headers) -> Response | None:
-        """Return the response to a request without the password; wrong ones from one address wait for each other."""
+        """Return the response to a request without the password; after a wrong one, its address waits for a second."""
         if self._password is None:
             return None
         given = headers.get("authorization", "").encode()
@@ -239,12 +242,16 @@ class _Gate:
 def _make_room(folder: Path) -> None:
     """Delete the oldest uploads, of visitors who went away too, until another one fits."""
     room, most = _MAX_STORED
-    with contextlib.suppress(FileNotFoundError):  # moved by Gradio meanwhile
-        found = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
-        for number, (status, path) in enumerate(sorted(found, key=lambda file: file[0].st_mtime, reverse=True)):
-            room -= status.st_size
-            if room < _MAX_FILE or number >= most:
-                path.unlink()
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # moved by Gradio meanwhile
+            status = path.stat()
+            if path.is_file():
+                found.append((status.st_mtime, status.st_size, path))
+    for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
+        room -= size
+        if room < _MAX_FILE or number >= most:
+            path.unlink(missing_ok=True)
 
 
 def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Starlette:
