@@ -19,7 +19,7 @@ from invoke import Argument, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import FIELDS, HELP, PROJECT, Config, help_page, load_settings, model_name, take_flag
+from cifar.config import FIELDS, HELP, PROJECT, Config, help_page, load_settings, take_flag
 from cifar.errors import UsageError, UserError, did_you_mean, display_path
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
@@ -66,8 +66,7 @@ def _find_run(output_dir: str | None, name: str | None, model: str | None = None
     """
     name = name or next((str(run.path) for run in _previous), None)
     found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name)
-    if model and model_name(model) != found.config.model:
-        raise UserError(f"the network of {found.path.name} is {found.config.model}, not {model}: leave out --model")
+    found.check_model(model)
     _previous[:] = [found]
     return found
 
@@ -211,7 +210,7 @@ def demo(
     if not host.isprintable():
         raise UsageError(f"--host takes an address or a name, not {host!a}")
     places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
-    found = _find_run(output_dir, run, model) if run or _previous else None
+    found = _find_run(output_dir, run, model) if run or model or _previous else None
 
     from cifar import demo
 
@@ -253,7 +252,7 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
     console.say(f"figure and numbers: {display_path(folder)}")
 
 
-@command(run="instead say of this run how it ended, what was noticed, and what to try")
+@command(run="report on this run instead: how it ended, problems, and what to try")
 def doctor(run=None, dataset=None, data_dir=None, mirror=None, device=None, output_dir=None, port="7860"):
     """Check the environment and suggest fixes."""
     given = {"dataset": dataset, "data_dir": data_dir, "mirror": mirror, "device": device, "output_dir": output_dir}

@@ -129,7 +129,9 @@ class Checkpointer:
             check_weights(self.best, best, self.training.network)
         load_weights(path, content, self.training.network)
         then, now = training.get("outputs"), self._outputs()
-        if isinstance(then, Tensor) and not (then.shape == now.shape and torch.allclose(then, now, 1e-2, 1e-3)):
+        if isinstance(then, Tensor) and not (
+            then.shape == now.shape and torch.allclose(then, now, 1e-2, 1e-3, equal_nan=True)
+        ):
             console.banner(
                 f"The network computes other values than when {path.name} was saved, so its code has changed since "
                 "then: the results will differ from an uninterrupted run's."

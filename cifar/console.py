@@ -235,6 +235,8 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
             interrupt(number)
 
     def announce(number: int) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):  # that other code handles
+            return
         announced.append(number)
         if len(announced) == 1:
             hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""

@@ -97,9 +97,6 @@ def check(name: str, data_dir: str) -> str:
 
     Raises UserError as `find` does, unless only decoding shows what is wrong.
     """
-    if archive := ARCHIVES.get("cifar10" if name == "auto" else name):
-        location = download.find(archive, Path(data_dir)) or download.find_file(archive, Path(data_dir))
-        return f"{archive.folder} in {location}" if location else f"{archive.name}, which is not yet in {data_dir}"
     if name in DATASETS:
         return name
     found = folder.list_images(_folder_root(name))
@@ -131,7 +128,7 @@ def of_run(run: Run, data_dir: str | None) -> Dataset:
 
 
 def summary_lines(dataset: Dataset) -> list[str]:
-    """Say how many images each class of a folder has; nothing for others, of which training does not read the test."""
+    """Describe the class sizes of a folder; empty for other datasets, whose test split training must not open."""
     return _class_sizes(dataset) if dataset.test_files else []
 
 

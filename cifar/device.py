@@ -102,7 +102,7 @@ def keep_freed_memory() -> bool:
 def memory() -> tuple[float, float]:
     """Return how many bytes the machine, its container and `ulimit -v` let this process take, and how many are free.
 
-    Both are infinite where they are unknown.
+    All of them count as free where the system does not say how many are; both are infinite where neither is known.
     """
     total = free = math.inf
     with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from cifar import console
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError, describe, display_path
-from cifar.runs import Run
+from cifar.runs import RESUMABLE, Run
 
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
@@ -142,7 +142,7 @@ def _threads(threads: int, cores: int) -> Finding:
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         # Measured on two busy cores with `convnet`: 86 images a second, and 673 with passive waiting.
         message += "; the machine was busy in the last minute: beside other programs training is slower"
-        return Finding("threads", "warning", message, "end other programs, or export OMP_WAIT_POLICY=passive")
+        return Finding("threads", "warning", message, "close other programs, or export OMP_WAIT_POLICY=passive")
     if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
     return Finding("threads", "ok", message)
@@ -155,7 +155,7 @@ def _memory() -> Iterator[Finding]:
     total, free = device.memory()
     message = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}; the recipe fast takes up to 3.0 GB with CIFAR-10"
     if free < needed:
-        fix = "end other programs, or choose a smaller --batch-size or --recipe convnet"
+        fix = "close other programs, or choose a smaller --batch-size or --recipe convnet"
         yield Finding("memory", "warning", message, fix)
     elif math.isfinite(total):
         yield Finding("memory", "ok", message)
@@ -230,10 +230,10 @@ def _run(run: Run) -> Iterator[Finding]:
     from cifar import evaluate
 
     record, status = run.record, run.status()
-    fix = f"resume it with `{run.resume_command}`" if status in ("interrupted", "killed") else ""
+    fix = f"resume it with `{run.resume_command}`" if status in RESUMABLE else ""
     level = "ok" if status in ("completed", "running") else "warning"
     yield Finding("run", level, f"{run.path.name} is {status}" + (f": {record.error}" if record.error else ""), fix)
     if run.has_metrics:
         yield Finding("run", "ok", f"test accuracy {run.metrics.accuracy:.2%}, with TTA {run.metrics.accuracy_tta:.2%}")
-    for sentence in evaluate.learning_problems(run):
+    for sentence in filter(None, (record.note, *evaluate.learning_problems(run))):
         yield Finding("run", "warning", sentence)

@@ -57,15 +57,11 @@ def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[st
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
-Advance = Callable[[float], None]  # is told how much more of the work is done, in images
-
-
-def _ignore(images: float) -> None:
-    pass
+Advance = Callable[[float], None]  # is told how many more images are done
 
 
 @torch.inference_mode()
-def infer(network: nn.Module, images: Tensor, *, precision: str, advance: Advance = _ignore) -> Tensor:
+def infer(network: nn.Module, images: Tensor, *, precision: str, advance: Advance = lambda images: None) -> Tensor:
     """Compute float32 logits (N, classes), on the CPU, of uint8 images (N, 3, H, W). Sets the network to eval mode."""
     network.eval()
     hardware = next(network.parameters()).device
@@ -86,7 +82,7 @@ def infer_tta(
     flips: bool,
     temperature: float,
     precision: str,
-    advance: Advance = _ignore,
+    advance: Advance = lambda images: None,
 ) -> tuple[Tensor, Tensor]:
     """Compute logits (N, classes) without and with test-time augmentation.
 
@@ -155,19 +151,21 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
 
 
 def learning_problems(run: Run) -> list[str]:
-    """Say, with what to try, if an evaluated run has learned nothing that holds for other images."""
-    if not run.has_metrics:
+    """Return warnings, with advice, if an evaluated run has learned nothing, or only its training images."""
+    if not run.has_metrics or run.metrics.n < 10:
         return []
     metrics, history, problems = run.metrics, run.history(), []
+    chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
+    if chance == 1:
+        return []
     if sum(any(column) for column in zip(*metrics.confusion_matrix)) == 1:
         problems.append(
             "The network gives every test image the same class, so it has not learned to tell the classes apart: "
-            "look at the images in figures/dataset_samples, or try more --epochs or another --recipe."
+            "look at figures/dataset_samples.png, or try more --epochs or another --recipe."
         )
     kept = history[metrics.epoch - 1] if 0 < (metrics.epoch or 0) <= len(history) else None
     if kept is None or kept.val_accuracy is None:
         return problems
-    chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
     above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]
     if above[0] >= 0.25 and above[1] <= 0.1:
         problems.append(

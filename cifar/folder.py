@@ -77,7 +77,7 @@ def load(root: Path, size: int, cache_dir: Path) -> ImageFolder:
     """
     found = list_images(root)
     _require_memory(root, len(found.files), size)
-    cache = cache_dir / "decoded" / f"{root.name[:50]}-{_sha256(root)[:12]}-{size}.npz"
+    cache = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256(root)[:12]}-{size}.npz"
     fingerprint = _sha256([4, size, PIL.__version__, found])  # 4: the format of the cache
     if images := _read_cache(cache, fingerprint, root, found, size):
         return images
@@ -230,7 +230,7 @@ def _count(passed: dict[str, list[str]]) -> str:
         kinds.append(count)
     if len(kinds) > 8:
         kinds[8:] = [f"{len(kinds) - 8} other kinds"]
-    return f"Passed over: {'; '.join(kinds)}."
+    return f"Skipped: {'; '.join(kinds)}."
 
 
 def _require_enough(
@@ -248,7 +248,7 @@ def _require_memory(root: Path, count: int, size: int) -> None:
     """Raise UserError if so many images of that size, and a copy of those to train on, do not fit into memory."""
     needed, free = 2 * count * 3 * size**2, device.memory()[1]
     if needed > free:
-        advice = "use fewer" + (", or a smaller --image-size" if size > 32 else "")
+        advice = "use fewer images" + (", or a smaller --image-size" if size > 32 else "")
         raise UserError(
             f"{root} has {count:,} images, which at {size}x{size} pixels need {needed / 1e9:.1f} GB of memory, and "
             f"{free / 1e9:.1f} GB are available: {advice}"
@@ -274,7 +274,7 @@ def _read(root: Path, found: Found, size: int) -> tuple[list[_File], Tensor, str
 
 def _split(root: Path, files: list[_File]) -> list[_File]:
     """Hash the files, choose those to test on unless they are split already, and sort them."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: _digest(root / file.name), files)
         files = [replace(file, digest=digest) for file, digest in zip(files, digests)]
     if not files[0].part:
@@ -338,7 +338,7 @@ def _copies(files: list[_File]) -> Iterator[str]:
         )
         yield f"{count}, so the test accuracy is too high: {listing(splits)}."
     if others:
-        yield f"Copies, which count twice: {len(others):,} of {len(files):,} images ({listing(others)})."
+        yield f"Duplicates, which count twice: {len(others):,} of {len(files):,} images ({listing(others)})."
 
 
 def _small_classes(classes: Sequence[str], files: list[_File]) -> Iterator[str]:

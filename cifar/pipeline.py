@@ -85,8 +85,7 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
         raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(map(flag, others))}")
     output_dir = Config.create({field: given.get(field) for field in LOCATIONS}).output_dir
     run = device.broadcast_object(runs.find_resumable(output_dir, name) if device.rank() == 0 else None)
-    if given.get("model") not in (None, run.config.model):
-        raise UsageError(f"{run.path.name} has the network {run.config.model}: leave out --model")
+    run.check_model(given.get("model"))
     run.check_dataset(Path(run.config.dataset).name)  # config.json may have been edited
     dataset = datasets.of_run(run, given.get("data_dir"))
     record = run.record

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel
 
 from cifar import records
-from cifar.config import PROJECT, Config
+from cifar.config import PROJECT, Config, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
@@ -107,6 +107,11 @@ class Run:
         """Raise UserError unless the run was trained on the dataset of that name."""
         if name != self.dataset.name:
             raise UserError(f"{self.path.name} was trained on {self.dataset.name}, not on {name}")
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UserError if a network is named that is not the run's."""
+        if name and model_name(name) != self.config.model:
+            raise UserError(f"the network of {self.path.name} is {self.config.model}, not {name}: leave out --model")
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run as `read_json` does."""

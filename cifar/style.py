@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (the environment is changed before matplotlib is imported)
-"""The look of all figures. matplotlib is imported from here, so that its first import is the one that cannot fail."""
+"""The look of all figures. Import matplotlib from here: an MPLBACKEND that is not installed makes its import fail."""
 
 import contextlib
 import os

@@ -10,7 +10,6 @@ Inception and MaxViT, which need larger images, get them enlarged.
 """
 
 import contextlib
-import difflib
 import importlib
 import os
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from cifar.config import MODELS, OTHER_MODELS
-from cifar.errors import UserError, describe
+from cifar.errors import UserError, describe, did_you_mean
 
 
 def require(name: str) -> None:
@@ -31,8 +30,7 @@ def require(name: str) -> None:
     if ":" in name:
         _import_factory(name)
     elif name not in torchvision_names:
-        nearest = difflib.get_close_matches(name, {*MODELS, *torchvision_names})
-        hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+        hint = did_you_mean(name, [*MODELS, *torchvision_names])
         raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(MODELS)}, {OTHER_MODELS}")
 
 

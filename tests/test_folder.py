@@ -96,7 +96,7 @@ def test_copies_of_an_image_are_on_one_side_of_the_chosen_split(flat):
         shutil.copy(file, flat / "a" / f"copy-{file.name}")
     images = load(flat)
     assert not pixels(images.train) & pixels(images.test)
-    assert "Copies, which count twice: 2 of 32 images (a/" in images.note
+    assert "Duplicates, which count twice: 2 of 32 images (a/" in images.note
 
 
 @pytest.mark.parametrize("names", [("Train", "TEST"), ("training", "Testing")])
@@ -192,7 +192,7 @@ def forge(whole: bytes, change) -> bytes:
 @pytest.mark.parametrize("damage", [*DAMAGES, *FORGERIES])
 def test_a_damaged_or_forged_cache_is_not_used_but_replaced(root, damage):
     first = load(root)
-    (cache,) = (root.parent / "cache" / "decoded").iterdir()
+    (cache,) = (root.parent / "cache" / ".decoded").iterdir()
     whole = cache.read_bytes()
     cache.write_bytes(DAMAGES[damage](whole) if damage in DAMAGES else forge(whole, FORGERIES[damage]))
     assert content(load(root)) == content(first)
@@ -238,7 +238,7 @@ def test_other_files_are_passed_over_and_counted(root):
     for name in ("labels.csv", "README", "train/loose.png"):
         (root / name).write_bytes(b"not an image")
     kinds = ("3 .xml files", "2 .heic files: convert them to JPEG", "1 .mov file", "1 loose image (loose.png)")
-    assert load(root).note == f"Passed over: {'; '.join(kinds)}."
+    assert load(root).note == f"Skipped: {'; '.join(kinds)}."
 
 
 def test_an_image_in_two_classes_is_reported_with_both_names(root):
@@ -308,7 +308,7 @@ BROKEN = {
     "no images": (lambda root: [file.unlink() for file in root.rglob("*.png")], "too few images of cat, dog: each"),
     "photos of a phone": (
         lambda root: [file.rename(file.with_suffix(".heic")) for file in (root / "train" / "cat").iterdir()],
-        r"too few images of cat: each class .*\. Passed over: 20 \.heic files: convert them to JPEG\.",
+        r"too few images of cat: each class .*\. Skipped: 20 \.heic files: convert them to JPEG\.",
     ),
     "too few to train": (
         lambda root: [file.unlink() for file in sorted((root / "train" / "dog").iterdir())[1:]],

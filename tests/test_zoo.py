@@ -51,7 +51,7 @@ def test_images_that_are_too_small_for_the_network_are_enlarged(name, size):
 
 
 def test_an_unknown_network_is_an_error_with_the_nearest_of_all_names():
-    with pytest.raises(UserError, match=r"'resnet5': did you mean resnet50 or .*choose from airbench94, .*, a class"):
+    with pytest.raises(UserError, match=r"'resnet5': did you mean resnet50\? choose from airbench94, .*, a class"):
         zoo.require("resnet5")
 
 
