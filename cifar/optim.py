@@ -17,10 +17,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
 
-# The learning rates of what Muon does not train (Jordan 2024, where the loss is a sum over 2,000 images: his learning
-# rates times 2,000). They are large because airbench94 scales its logits down by its width.
-_BIAS_LR = 0.053 * 2000
-_HEAD_LR = 0.67 * 2000
+# The learning rates of what Muon does not train, for batches of 2,000 (Jordan 2024, where the loss is a sum over them:
+# his learning rates times 2,000). They are large because airbench94 scales its logits down by its width. For smaller
+# batches, whose gradients are noisier, they are scaled by the square root: 600 images of CIFAR-10 in batches of 27
+# reached 57.3% instead of 56.5, in grey 57.4 instead of 53.4, and 128x128 pixels in batches of 4 learned nothing before.
+_BATCH_SIZE = 2000
+_BIAS_LR = 0.053 * _BATCH_SIZE
+_HEAD_LR = 0.67 * _BATCH_SIZE
 _SGD_MOMENTUM = 0.85
 _WHITEN_BIAS_EPOCHS = 3  # then it is frozen, and no gradient has to reach the first layer
 
@@ -50,12 +53,13 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
     whiten_bias, head = [parameters.pop("whiten.bias")], [parameters.pop("head.weight")]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim == 1]
     matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    scale = math.sqrt(config.batch_size / _BATCH_SIZE)
     groups = [
-        {"params": vectors, "lr": _BIAS_LR},
-        {"params": head, "lr": _HEAD_LR},
+        {"params": vectors, "lr": _BIAS_LR * scale},
+        {"params": head, "lr": _HEAD_LR * scale},
         {
             "params": whiten_bias,
-            "lr": _BIAS_LR,
+            "lr": _BIAS_LR * scale,
             "schedule": "linear",
             "schedule_steps": sum(steps_per_epoch[:_WHITEN_BIAS_EPOCHS]),
         },

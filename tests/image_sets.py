@@ -144,7 +144,7 @@ IMAGE_SETS = {
     "eight pixels": ImageSet(size=8),
     "sixteen pixels": ImageSet(grey, size=16),
     "64 pixels": ImageSet(size=64, image_size=64, train=200),
-    "128 pixels": ImageSet(grey, size=128, image_size=128, train=200),
+    "128 pixels": ImageSet(grey, size=128, image_size=128, train=50),
     "odd size": ImageSet(size=45, image_size=45),
     "wide": ImageSet(wide),
     "JPEG": ImageSet(suffix=".jpeg"),

@@ -100,6 +100,16 @@ def test_the_whitening_bias_is_frozen_after_three_epochs():
     assert network.whiten.bias.requires_grad
 
 
+def test_smaller_batches_have_smaller_learning_rates_but_for_muon():
+    def rates(batch_size: int) -> list[float]:
+        config = settings("muon", batch_size=batch_size)
+        return [group["lr"] for group in optim.build(model.build("airbench94", 10, 32), config, STEPS).groups]
+
+    muon, *others = rates(2000)
+    assert others == [106, 1340, 106]  # Jordan's 0.053, 0.67 and 0.053 times 2,000
+    assert rates(20) == pytest.approx([muon, 10.6, 134, 10.6])
+
+
 def test_all_learning_rates_reach_zero_with_the_training_however_short_it_is():
     optimizer = optim.build(model.build("airbench94", 10, 32), settings("muon"), [5, 5])
     optimizer.set_step(9)
