@@ -20,7 +20,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 # The learning rates of what Muon does not train, for batches of 2,000 (Jordan 2024, where the loss is a sum over them:
 # his learning rates times 2,000). They are large because airbench94 scales its logits down by its width. For smaller
 # batches, whose gradients are noisier, they are scaled by the square root: 600 images of CIFAR-10 in batches of 27
-# reached 57.3% instead of 56.5, in grey 57.4 instead of 53.4, and 128x128 pixels in batches of 4 learned nothing before.
+# reached 57.3% instead of 56.5, in grey 57.4 instead of 53.4; images of 128x128 pixels in batches of 4 learned nothing.
 _BATCH_SIZE = 2000
 _BIAS_LR = 0.053 * _BATCH_SIZE
 _HEAD_LR = 0.67 * _BATCH_SIZE
