@@ -59,13 +59,13 @@ def command(**help: str) -> Callable:
     return decorate
 
 
-def _find_run(output_dir: str | None, name: str | None, model: str | None = None) -> runs.Run:
-    """Find the named run, or else that of the previous task, or else the latest.
+def _find_run(output_dir: str | None, name: str | None, model: str | None = None, evaluated: bool = False) -> runs.Run:
+    """Find the named run, or else that of the previous task, or else the latest or, as in runs.find, newest evaluated.
 
     Raises UserError if there is none, or if its network is not the given one.
     """
     name = name or next((str(run.path) for run in _previous), None)
-    found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name)
+    found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name, evaluated)
     found.check_model(model)
     _previous[:] = [found]
     return found
@@ -169,7 +169,7 @@ def predict(paths, run=None, model=None, fit="crop", output=None, device=None, o
     if output and Path(output).suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
     device = Config.create({"device": device}).device
-    found = _find_run(output_dir, run, model)
+    found = _find_run(output_dir, run, model, evaluated=True)
 
     from cifar import predict
 
@@ -222,7 +222,7 @@ def export(run=None, model=None, output=None, output_dir=None):
     """Export a run's network to a file that works without this suite: .pt2, and .onnx if ONNX is installed."""
     if output and Path(output).suffix.lower() != ".pt2":
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
-    found = _find_run(output_dir, run, model)
+    found = _find_run(output_dir, run, model, evaluated=True)
 
     from cifar import predict
 

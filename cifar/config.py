@@ -119,7 +119,7 @@ class Config(BaseModel):
 
     model: str = Field(description=f"network: {', '.join(MODELS)}, {OTHER_MODELS}")
     epochs: int = Field(ge=1, le=MAX_EPOCHS, description="passes over the training images")
-    minutes: float | None = Field(None, ge=0, le=1e6, description="training time, in minutes; chooses --epochs to fit")
+    minutes: float | None = Field(None, gt=0, le=1e6, description="training time, in minutes; chooses --epochs to fit")
     batch_size: int = Field(ge=2, description="images per step; reduced for small datasets and for large images")
     optimizer: Literal["muon", "adam", "sgd"] = Field(description="optimizer")
     lr: float = Field(ge=0, description="peak learning rate; with muon, that of the convolutions")
@@ -267,7 +267,7 @@ def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command
     empty, as that of an unset shell variable, or one too many.
     """
     word, has_value, value = words.popleft().partition("=")
-    name = word.replace("_", "-")
+    name = word.replace("_", "-").lower()
     if name not in takes_value:
         hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
         raise UsageError(f"{command} has no flag {word}: {hint.strip()}")

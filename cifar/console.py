@@ -184,7 +184,7 @@ def _system_error(problem: Exception) -> str | None:
     """Word an error that the system reports: a file, or memory; None for any other, which is a bug."""
     name = type(problem).__name__  # torch.OutOfMemoryError, without the import of torch
     if name in ("OutOfMemoryError", "MemoryError") or any(text in str(problem) for text in _NO_MEMORY):
-        return "out of memory: close other programs or raise the limit; a smaller --batch-size needs less in training"
+        return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
     if isinstance(problem, OSError):
         reason = problem.strerror or describe(problem)
         return f"{problem.filename}: {reason}" if problem.filename else reason
@@ -297,7 +297,13 @@ class TrainingProgress(Progress):
 
     def __init__(self, steps: Sequence[int], costs: Sequence[float]):
         """steps: of each epoch. costs: of one step of each epoch, in any unit that is proportional to time."""
-        parts = ("{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn(), "left")
+        parts = (
+            "{task.description}",
+            BarColumn(None),
+            "{task.fields[status]}",
+            TimeRemainingColumn(compact=True),
+            "left",
+        )
         super().__init__(SpinnerColumn(), *parts, console=out, transient=True, expand=True, disable=not is_live())
         self.steps, self.costs = steps, costs
         self.work = [0.0, *accumulate(map(mul, steps, costs))]  # until the end of each epoch
@@ -321,7 +327,7 @@ class TrainingProgress(Progress):
     def step(self, epoch: int, step: int, loss: float, accuracy: float, speed: float) -> None:
         """Redraw the live line. epoch and step count from 1; speed is in images per second."""
         self.drawn = time.monotonic()
-        status = f"batch {step}/{self.steps[epoch - 1]} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} images/s"
+        status = f"{step}/{self.steps[epoch - 1]} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} img/s"
         description, done = f"epoch {epoch}/{len(self.steps)}", self._work_until(epoch, step)
         self.update(self.line, completed=done, description=description, status=status)
 

@@ -153,8 +153,11 @@ def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) ->
     console.out.print(console.table("", columns))
     if len(predictions) > len(shown):
         console.say(f"and {len(predictions) - len(shown):,} more images; --output saves all predictions")
-    for prediction in [prediction for prediction in predictions if prediction.error][: _ROWS // 2]:
+    failed = [prediction for prediction in predictions if prediction.error]
+    for prediction in failed[: _ROWS // 2]:
         console.say(f"cannot read {prediction.name}: {prediction.error}", style="red")
+    if len(failed) > _ROWS // 2:
+        console.say(f"and {len(failed) - _ROWS // 2:,} more that cannot be read", style="red")
     if unsure := [one.name for one in readable if predictor.is_probably_none(one.probabilities)]:
         console.say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {listing(unsure)}")
 

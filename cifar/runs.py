@@ -37,7 +37,8 @@ RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
 _GROUP_LOCK = ".lock"
 _PATIENCE = 1.0  # seconds to wait for a lock, which `status` in another process holds for milliseconds
-_CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@')  # user:password@ of a URL, as text in JSON
+# Of a URL, as text in JSON: user:password@ and ?token=secret.
+_CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@|(?<=[\w/])\?[^\s"\\=]+=([^\s"\\]|\\.)*')
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Run:
     def metrics(self) -> Metrics:
         """metrics.json."""
         if not self.has_metrics:
+            if (status := self.status()) in RESUMABLE and not (self.checkpoints / "best.pt").exists():
+                problem = f"{self.path.name} is {status} and has no weights to evaluate"
+                raise UserError(f"{problem}; resume it with `{self.resume_command}`")
             raise UserError(f"{self.path.name} has not been evaluated; run `{_evaluation_of(self.path / METRICS)}`")
         return self.read(METRICS)
 
@@ -105,8 +109,9 @@ class Run:
 
     def check_dataset(self, name: str) -> None:
         """Raise UserError unless the run was trained on the dataset of that name."""
-        if name != self.dataset.name:
-            raise UserError(f"{self.path.name} was trained on {self.dataset.name}, not on {name}")
+        trained_on = self.record.dataset.name if self.record.dataset else Path(self.config.dataset).name
+        if name != trained_on:
+            raise UserError(f"{self.path.name} was trained on {trained_on}, not on {name}")
 
     def check_model(self, name: str | None) -> None:
         """Raise UserError if a network is named that is not the run's."""
@@ -306,8 +311,11 @@ def _iso_time(seconds: float) -> str:
 # Finding runs.
 
 
-def find(output_dir: str, name: str | None = None) -> Run:
-    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended."""
+def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> Run:
+    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
+
+    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not.
+    """
     latest = Path(output_dir) / "latest"
     if not name and not latest.exists():
         problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
@@ -319,6 +327,8 @@ def find(output_dir: str, name: str | None = None) -> Run:
         raise UserError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
     run = Run(path.resolve())
     run.status()
+    if evaluated and not name and not run.has_metrics:
+        return next((other for other in map(Run, directories(Path(output_dir))) if other.has_metrics), run)
     return run
 
 

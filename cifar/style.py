@@ -2,11 +2,13 @@
 """The look of all figures. Import matplotlib from here: an MPLBACKEND that is not installed makes its import fail."""
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 
 _backend = os.environ.pop("MPLBACKEND", None)  # may not be installed here, as in a notebook's `!python`
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home directory that is read-only
 import matplotlib.style
 
 if _backend is not None:

@@ -116,6 +116,7 @@ def per_class_metrics(metrics: Metrics, subject: str) -> Figure:
         axes.scatter(values, rows, marker=marker, color=color, label=name, s=3.5 * font, zorder=2)
     axes.axvline(metrics.macro_average.f1, color=GREY, linestyle=":", label=f"macro F1 {metrics.macro_average.f1:.1%}")
     axes.set_ylim(len(classes) - 0.3, -0.7)
+    axes.set_xlim(*np.clip(axes.get_xlim(), -0.01, 1.01))
     label_percent(axes, "x")
     axes.set_yticks(rows, [label(name) for name in classes], fontsize=font)
     axes.grid(alpha=0.3)

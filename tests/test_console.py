@@ -37,7 +37,7 @@ def raising(error):
 
 
 OUT_OF_MEMORY = (
-    "error: out of memory: close other programs or raise the limit; a smaller --batch-size needs less in training\n"
+    "error: out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less\n"
 )
 
 
@@ -131,7 +131,7 @@ def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal
         progress.refresh()
         progress.end_epoch(EPOCH, is_best=True)
     written = terminal.getvalue()
-    for part in ("epoch 1/2", "batch 3/4", "loss 0.432", "acc 87.1%", "1,034 images/s", "91.23%"):
+    for part in ("epoch 1/2", "3/4", "loss 0.432", "acc 87.1%", "1,034 img/s", "91.23%"):
         assert part in written
 
 

@@ -57,7 +57,7 @@ def test_a_new_run_records_its_settings_and_what_made_it(run, config, monkeypatc
 
 @pytest.mark.parametrize("password", ["secret", "p@ss:é", 'qu"o\\te', "%2F"])
 def test_the_credentials_of_a_url_are_stored_nowhere(config, monkeypatch, password):
-    url = f"https://user:{password}@host.example:8000/@me/"
+    url = f"https://user:{password}@host.example:8000/@me/?token=signed%2F"
     monkeypatch.setattr(sys, "argv", ["main.py", "--mirror", url, f"--mirror={url}"])
     run = runs.create(config.replace(mirror=url), note=f"from {url}")
     clean = "https://host.example:8000/@me/"
@@ -133,7 +133,6 @@ def test_an_update_keeps_what_this_version_does_not_know(run):
 
 
 def test_a_run_is_of_one_dataset_and_complete_once_it_is_evaluated(run):
-    run.update(dataset={"name": "digits", "train_sha256": "0", "classes": ["0", "1"]})
     run.check_dataset("digits")
     with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
         run.check_dataset("cifar10")
@@ -404,3 +403,16 @@ def test_a_group_is_not_locked_through_a_link(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*\.lock"):
         runs.claim_group(tmp_path)
     assert not (tmp_path / "outside").exists()
+
+
+def test_without_a_name_the_newest_evaluated_run_can_be_preferred(config, tmp_path):
+    made = [runs.create(config) for _ in range(3)]
+    made[0].write("metrics.json", {})
+    end(made[2])
+    output_dir = str(made[0].path.parent)
+    assert runs.find(output_dir) == made[2]
+    assert runs.find(output_dir, evaluated=True) == made[0]
+    assert runs.find(output_dir, made[1].path.name, evaluated=True) == made[1]
+    made[1].update(status="interrupted")
+    with pytest.raises(UserError, match=r"interrupted and has no weights to evaluate; resume it with `python main\.py"):
+        made[1].metrics  # noqa: B018
