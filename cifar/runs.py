@@ -150,7 +150,8 @@ class Run:
     def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
         """Add the line of one epoch to history.jsonl."""
         line = json.dumps(_as_dict(epoch), allow_nan=False).encode()
-        self._write_history([*self._history_lines(), line])
+        with writing(self.path / HISTORY):
+            self._write_history([*self._history_lines(), line])
 
     def truncate_history(self, epochs: int) -> None:
         """Drop all but the first epochs of history.jsonl, which must have as many."""

@@ -236,7 +236,7 @@ def test_data_of_a_wrong_shape_is_answered_with_a_sentence_and_never_reaches_the
 
 def test_slow_images_keep_nobody_waiting(site, digits):
     with ThreadPoolExecutor(2) as pool:
-        slow = [pool.submit(ask, site, image_files.empty_scans(2000)) for _ in range(2)]
+        slow = [pool.submit(ask, site, image_files.empty_scans(20_000)) for _ in range(2)]
         time.sleep(1)
         started = time.monotonic()
         assert ask(site, digit(digits))["label"]
