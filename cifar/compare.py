@@ -349,9 +349,9 @@ def _verdict(pair: dict[str, Any], names: Mapping[str, str]) -> str:
         values = (pair[f"difference{suffix}"], low, high) if is_second else (-pair[f"difference{suffix}"], -high, -low)
         return [100 * value + 0.0 for value in values]  # without -0.0
 
-    start = f"{ahead} is better than {behind}" if pair["better"] else f"no difference shown: {ahead} leads {behind}"
     if not pair["difference"]:
         return f"{behind} and {ahead} have the same test accuracy ({pair['test']})"
+    start = f"{ahead} is better than {behind}" if pair["better"] else f"no difference shown: {ahead} leads {behind}"
     p_text = f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1e}" if p >= 1e-300 else "p < 1e-300"
     interval = "{:.2f} points of test accuracy, 95% interval {:.2f} to {:.2f}".format(*points(""))
     tta = "; with TTA {:.2f} points, {:.2f} to {:.2f}".format(*points("_tta")) if "interval_95_tta" in pair else ""

@@ -92,7 +92,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def check(name: str, data_dir: str) -> str:
+def check(name: str) -> str:
     """Describe a dataset in a few words, without downloading or decoding it.
 
     Raises UserError as `find` does, unless only decoding shows what is wrong.

@@ -184,14 +184,12 @@ def _require_room(folder: str, megabytes: float, flag: str) -> float:
 def _dataset(config: Config) -> Iterator[Finding]:
     from cifar import download
 
-    path, archive = (
-        Path(config.data_dir),
-        download.ARCHIVES.get("cifar10" if config.dataset == "auto" else config.dataset),
-    )
+    path = Path(config.data_dir)
+    archive = download.ARCHIVES.get("cifar10" if config.dataset == "auto" else config.dataset)
     if not archive:
         from cifar import datasets
 
-        yield Finding("dataset", "ok", datasets.check(config.dataset, config.data_dir))
+        yield Finding("dataset", "ok", datasets.check(config.dataset))
     elif folder := download.find(archive, path):
         download.verify(archive, folder)
         yield Finding("dataset", "ok", f"in {folder}; each file has its published MD5")

@@ -44,8 +44,8 @@ class Group:
         members = {}
         for run in map(Run, runs.directories(self.path)):
             try:
-                run.check_dataset(run.dataset.name)
-                members[run.config.seed] = run
+                if run.dataset:  # raises where it is missing
+                    members[run.config.seed] = run
             except UserError as error:
                 console.say(f"{run.path.name} cannot be resumed: {error}")
         return members

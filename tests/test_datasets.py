@@ -106,9 +106,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_a_dataset_is_refused_by_a_run_and_a_check(name):
-    for action in (datasets.find, datasets.check):
+    for action in (lambda name: datasets.find(name, "nowhere"), datasets.check):
         with pytest.raises(UserError, match=UNKNOWN[name].replace("?", r"\?")):
-            action(name, "nowhere")
+            action(name)
 
 
 @pytest.fixture
@@ -135,14 +135,14 @@ def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, imag
         assert found == expected
 
 
-def test_a_folder_is_described_without_decoding_it(image_folder, small_cifar10, monkeypatch):
+def test_a_folder_is_described_without_decoding_it(image_folder, monkeypatch):
     monkeypatch.setattr(folder, "_read", None)
-    assert datasets.check(str(image_folder), "nowhere") == "a folder of 10 classes, 300 files"
-    assert datasets.check("digits", "nowhere") == "digits"
+    assert datasets.check(str(image_folder)) == "a folder of 10 classes, 300 files"
+    assert datasets.check("digits") == "digits"
     for label in range(1, 10):
         shutil.rmtree(image_folder / "train" / str(label))
     with pytest.raises(UserError, match="only one class, 0"):
-        datasets.check(str(image_folder), "nowhere")
+        datasets.check(str(image_folder))
 
 
 def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
