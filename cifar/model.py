@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import zoo
-from cifar.layers import Conv2d, GlobalAveragePool, MaxPool2d
+from cifar.layers import GELU, Conv2d, GlobalAveragePool, MaxPool2d
 from cifar.records import LayerRecord
 
 WHITENING_SIZE = 2  # pixels
@@ -49,7 +49,7 @@ def _airbench(classes: int, widths: tuple[int, ...], group: Callable[[int, int],
         head.weight.div_(head.weight.std())
     return {
         "whiten": whiten,
-        "activation": nn.GELU(),
+        "activation": GELU(),
         "groups": groups,
         "pool": nn.AdaptiveMaxPool2d(1),
         "flatten": nn.Flatten(),
@@ -83,7 +83,7 @@ def _airbench_layers(number: int, channels_in: int, channels_out: int) -> Module
     norm = nn.BatchNorm2d(channels_out, momentum=0.4)
     norm.weight.requires_grad = False
     pool = {"pool": MaxPool2d()} if number == 1 else {}
-    return {f"conv{number}": conv, **pool, f"norm{number}": norm, f"activation{number}": nn.GELU()}
+    return {f"conv{number}": conv, **pool, f"norm{number}": norm, f"activation{number}": GELU()}
 
 
 class Residual(nn.Sequential):

@@ -6,21 +6,52 @@ from torch import nn
 from cifar import device, layers
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 1), (12, 2), (7, 3), (10, 5), (16, 7), (9, 8)])
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [(layers._SideBySideConv, shape) for shape in ((1, 1, 1), (12, 2, 2), (7, 3, 3), (10, 5, 5), (16, 7, 7), (9, 8, 8))]
+    + [(layers._WinogradConv, shape) for shape in ((1, 1, 1), (5, 2, 2), (4, 3, 5), (3, 7, 7), (3, 8, 15), (2, 11, 9))],
+)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_a_convolution_of_images_side_by_side_has_the_gradients_of_torchs(count, size, layout):
+def test_a_convolution_has_the_output_and_gradients_of_torchs(convolution, shape, layout, monkeypatch):
+    monkeypatch.setattr(layers, "WINOGRAD_BYTES", 2 * 36 * 4 * 9 * 8)  # two images of up to 8x8 pixels
+    count, *size = shape
     generator = torch.Generator().manual_seed(0)
     features, weight, factors = (
         torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
-        for shape in ((count, 5, size, size), (4, 5, 3, 3), (count, 4, size, size))
+        for shape in ((count, 5, *size), (4, 5, 3, 3), (count, 4, *size))
     )
     found = []
-    for convolve in (layers._SideBySideConv.apply, lambda *tensors: F.conv2d(*tensors, padding=1)):
+    for convolve in (convolution.apply, lambda *tensors: F.conv2d(*tensors, padding=1)):
         inputs = [tensor.clone().requires_grad_() for tensor in (features, weight)]
         output = convolve(*inputs)
         (output * factors).sum().backward()
         found.append([output, *(tensor.grad for tensor in inputs)])
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_winograds_convolution_in_float32_is_exact_to_five_digits():
+    torch.manual_seed(0)
+    conv, features = layers.Conv2d(64, 64), torch.randn(16, 64, 7, 7)
+    output, expected = conv(features), F.conv2d(features.double(), conv.weight.double(), padding=1)
+    assert "Winograd" in output.grad_fn.name()
+    assert (output - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "precision"), [(15, 64, "float32"), (16, 63, "float32"), (16, 64, "bfloat16")]
+)
+def test_winograds_convolution_is_for_many_channels_and_images_in_float32(images, channels, precision):
+    with device.autocast(torch.device("cpu"), precision):
+        output = layers.Conv2d(64, channels)(torch.rand(images, 64, 2, 2))
+    assert "Winograd" not in output.grad_fn.name()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gelu_is_torchs(layout):
+    features = torch.randn(2, 3, 5, 4).contiguous(memory_format=layout)
+    found = layers.GELU()(features)
+    torch.testing.assert_close(found, F.gelu(features.double()).float())
+    assert found.is_contiguous(memory_format=layout)
 
 
 def test_a_column_of_zeros_separates_images_side_by_side():
