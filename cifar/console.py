@@ -295,8 +295,11 @@ def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 class TrainingProgress(Progress):
     """The live line of a training, and a permanent line for each epoch."""
 
-    def __init__(self, steps: Sequence[int], costs: Sequence[float]):
-        """steps: of each epoch. costs: of one step of each epoch, in any unit that is proportional to time."""
+    def __init__(self, steps: Sequence[int], costs: Sequence[float], forecast: Callable[[float], str] | None = None):
+        """steps: of each epoch. costs: of one step of each epoch, in any unit that is proportional to time.
+
+        forecast: words what the training will take, given the seconds; printed as soon as these can be estimated.
+        """
         parts = (
             "{task.description}",
             BarColumn(None),
@@ -309,6 +312,7 @@ class TrainingProgress(Progress):
         self.work = [0.0, *accumulate(map(mul, steps, costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process
         self.started, self.drawn = time.monotonic(), 0.0
+        self.forecast, self.first = forecast, None  # first: time and work after a first step, which takes longer
         self.line = self.add_task("training", total=self.work[-1], status="")
 
     def _work_until(self, epoch: int, step: int) -> float:
@@ -327,9 +331,15 @@ class TrainingProgress(Progress):
     def step(self, epoch: int, step: int, loss: float, accuracy: float, speed: float) -> None:
         """Redraw the live line. epoch and step count from 1; speed is in images per second."""
         self.drawn = time.monotonic()
+        done = self._work_until(epoch, step)
+        if self.first is None:
+            self.first = self.drawn, done
+        elif self.forecast and done > self.first[1]:
+            pace = (self.drawn - self.first[0]) / (done - self.first[1])
+            say(self.forecast(pace * (self.work[-1] - self.work_before)))
+            self.forecast = None
         status = f"{step}/{self.steps[epoch - 1]} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} img/s"
-        description, done = f"epoch {epoch}/{len(self.steps)}", self._work_until(epoch, step)
-        self.update(self.line, completed=done, description=description, status=status)
+        self.update(self.line, completed=done, description=f"epoch {epoch}/{len(self.steps)}", status=status)
 
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Print the permanent line of an epoch, with a star at the best one so far."""

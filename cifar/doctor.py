@@ -23,6 +23,8 @@ from cifar.runs import RESUMABLE, Run
 REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
 _OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
+# What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/experiments.md).
+_FAST_MINUTES = {"amx_bf16": 5, "avx512_bf16": 7, "avx2": 29}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
@@ -123,13 +125,14 @@ def _device(name: str) -> Iterator[Finding]:
         yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
     else:
         yield Finding("device", "ok", f"{chosen.type}: {device.describe(chosen)}")
+    kind, duration = chosen.type, ""
+    if chosen.type == "cpu":
+        kind = next((kind for kind in _FAST_MINUTES if torch.cpu.get_capabilities().get(kind)), kind)
+        duration = f"; fast takes about {_FAST_MINUTES[kind]} minutes on two cores" if kind in _FAST_MINUTES else ""
     if device.has_bfloat16(chosen):
-        kinds = [kind for kind in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(kind)]
-        kind = kinds[0] if chosen.type == "cpu" else chosen.type
-        yield Finding("bfloat16", "ok", f"in hardware ({kind}): networks train in it")
+        yield Finding("bfloat16", "ok", f"in hardware ({kind}): networks train in it{duration}")
     else:
-        slower = ", which takes about five times as long" if chosen.type == "cpu" else ""
-        yield Finding("bfloat16", "note", f"not in hardware: networks train in float32{slower}")
+        yield Finding("bfloat16", "note", f"not in hardware: networks train in float32{duration}")
     yield _threads(torch.get_num_threads(), joblib.cpu_count())
 
 
@@ -140,9 +143,8 @@ def _threads(threads: int, cores: int) -> Finding:
         message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
-        # Measured on two busy cores with `convnet`: 86 images a second, and 673 with passive waiting.
         message += "; the machine was busy in the last minute: beside other programs training is slower"
-        return Finding("threads", "warning", message, "close other programs, or export OMP_WAIT_POLICY=passive")
+        return Finding("threads", "warning", message, "close other programs")
     if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
     return Finding("threads", "ok", message)

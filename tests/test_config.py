@@ -120,7 +120,7 @@ def test_default_folders_lie_in_the_project_unless_a_flag_or_the_environment_nam
 
 def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_one():
     assert config.help_text("crop_mode").startswith("what fills the padding of random crops; one of reflect, zeros; ")
-    defaults = "default 13 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30)"
+    defaults = "default 12 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30)"
     assert config.help_text("epochs") == f"passes over the training images; {defaults}"
     without_default = {name for name in config.FIELDS if "default" not in config.help_text(name)}
     assert without_default == {"mirror", "minutes"}
@@ -173,9 +173,9 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
     resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), DIGITS)
     assert (resolved.dataset, resolved.val_size) == ("/my/digits", 143)
     assert sentences == [
-        "--small-epochs 2 instead of 7: at most two thirds of the epochs may use small images",
+        "--small-epochs 2 instead of 6: at most two thirds of the epochs may use small images",
         "--hard-epochs 0 instead of 3: at most a quarter of the epochs may leave out easy images",
-        "--batch-size 64 instead of 2000: an epoch of 1,294 images needs at least 20 steps",
+        "--batch-size 64 instead of 1000: an epoch of 1,294 images needs at least 20 steps",
         "--small-size 32 instead of 40: the images are 32x32",
         "--cutout 16 instead of 20: at most half of 32x32 images may be cut out",
         "--flip none instead of alternating: a flipped image of digits may show another class",
@@ -187,7 +187,7 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
 def test_large_images_come_in_smaller_batches():
     resolved, sentences = resolve(Config(image_size=128), dataset("pets", 20_000, 2, size=128))
     assert (resolved.dataset, resolved.batch_size, resolved.small_size) == ("/my/pets", 125, 96)  # 2000 / 4^2
-    assert sentences == ["--batch-size 125 instead of 2000: a step of 128x128 images needs too much memory"]
+    assert sentences == ["--batch-size 125 instead of 1000: a step of 128x128 images needs too much memory"]
 
 
 @pytest.mark.parametrize("fitted", [DIGITS, PETS], ids=["digits", "pets"])
@@ -213,8 +213,14 @@ def test_a_batch_too_small_for_the_processes_is_refused():
         resolve(Config(), DIGITS, 65)
 
 
-def test_the_validation_split_has_room_for_every_class():
-    assert resolve(Config(), dataset("digits", 1437, 300))[0].val_size == 300
+@pytest.mark.parametrize(
+    ("images", "classes", "patience", "val_size"),
+    [(1437, 10, 0, 143), (1437, 300, 0, 300), (50_000, 10, 0, 2000), (50_000, 10, 5, 5000)],
+)
+def test_a_tenth_is_for_validation_with_room_for_every_class_and_more_if_training_stops_by_it(
+    images, classes, patience, val_size
+):
+    assert resolve(Config(patience=patience), dataset("some", images, classes))[0].val_size == val_size
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,15 @@ def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal
         assert part in written
 
 
+def test_how_long_training_will_take_is_said_after_its_second_step(monkeypatch, capsys):
+    clock = iter([0.0, 9.0, 11.0, 30.0])  # started, and after three steps, of which the first takes longer
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.TrainingProgress([10, 10], [1.0, 3.0], "takes {:.0f} s".format) as progress:
+        for step in (1, 2, 3):
+            progress.step(1, step, 0.5, 0.5, 10.0)
+    assert capsys.readouterr().out == "takes 80 s\n"  # 10 steps of 2 seconds, and 10 of 6
+
+
 def test_a_pipe_shows_one_line_for_each_epoch(capsys):
     with console.TrainingProgress([22] * 11, [1.0] * 11) as progress:
         progress.step(1, 22, 0.5, 0.871, 1034.4)

@@ -203,3 +203,22 @@ def test_resumed_processes_draw_different_dropout(training, monkeypatch):
         training.load_state_dict(state)
         draws.add(torch.rand(()).item())
     assert len(draws) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settings", "expected"),
+    [
+        (45, {}, "12 epochs in float32 on Xeon will take about 45 seconds"),
+        (300, {}, "12 epochs in float32 on Xeon will take about 5 minutes"),
+        (1800, {}, "about 30 minutes and reach about 94%; --minutes 6 reaches "),
+        (1800, {"epochs": 1}, "1 epoch in float32 on Xeon will take about 30 minutes"),
+        (1800, {"dataset": "cifar100"}, "12 epochs in float32 on Xeon will take about 30 minutes"),
+    ],
+)
+def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, settings, expected, monkeypatch):
+    monkeypatch.setattr(train.device, "describe", lambda hardware: "Xeon")
+    settings = {"dataset": "cifar10", "precision": "float32", "hard_epochs": 0, "small_epochs": 0} | settings
+    if "epochs" not in settings:
+        del settings["hard_epochs"], settings["small_epochs"]
+    said = train.forecast(Config.create(settings), torch.device("cpu"), seconds)
+    assert (expected in said) if "reaches" in expected else (said == expected)
