@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cifar import device
 
 CHUNK_BYTES = 6_000_000  # of features pooled at once; these and the indices of their maxima stay in the cache
-WINOGRAD_BYTES = 4_000_000  # of transformed tiles at once; 1, 2, 8 and 16 MB were slower
+WINOGRAD_BYTES = 4_000_000  # of transformed tiles at once for each thread; 1, 2 and 8 MB were slower
 
 # Of torch's kernels; module-level, since torch.compile does not read attributes of an autograd.Function.
 _CONV_ARGS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
@@ -140,7 +140,8 @@ class _Tiles:
     def chunks(self, features: Tensor, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Split both into the same runs of images, whose transforms stay in the cache."""
         points = (self.size + 2) ** 2 * self.rows * self.columns
-        images = max(1, WINOGRAD_BYTES // (points * (features.shape[1] + outputs.shape[-1]) * features.itemsize))
+        bytes_per_image = points * (features.shape[1] + outputs.shape[-1]) * features.itemsize
+        images = max(1, WINOGRAD_BYTES * torch.get_num_threads() // bytes_per_image)
         return zip(features.split(images), outputs.split(images))
 
     def inputs(self, images: Tensor) -> Tensor:
