@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cifar import console, data, device, evaluate, metrics
 from cifar.datasets import Dataset
 from cifar.evaluate import Evaluation
+from cifar.files import atomic_write, open_regular
 from cifar.records import Analysis, Corruptions, ImageRecord, Metrics
-from cifar.runs import Run, atomic_write, damaged
+from cifar.runs import Run, damaged
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -160,7 +161,7 @@ def read_saliency(run: Run, size: int) -> dict[int, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with path.open("rb") as file, np.load(file) as content:
+        with open_regular(path) as file, np.load(file) as content:
             if sum(member.file_size for member in content.zip.infolist()) > 1e8:  # 100 maps of 128x128 take 1.6 MB
                 raise ValueError("too large")
             indices, maps = content["index"], content["heat"]
@@ -175,11 +176,9 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
     """Measure accuracy and calibration of the run's best weights under each corruption; write corruptions.json.
 
     Takes at most 2,000 test images, drawn by the run's seed. Calls advance(1) after each of the CELLS corruptions.
-    Raises UserError if the run has not been evaluated, the dataset is not the run's, or the history, without which
-    there is no page to show the result, is damaged.
+    Raises UserError if the run has not been evaluated, or the dataset is not the run's.
     """
     run.check_dataset(dataset.name)
-    run.history()
     temperature, seed = run.metrics.calibration.temperature, run.config.seed
     network, _ = evaluate.load_network(run, dataset.classes)
     target = device.choose(device_name)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import console, data, datasets, device, optim, runs, train
+from cifar import console, data, datasets, device, files, optim, runs, train
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
 from cifar.errors import UserError, display_path
 
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     speeds = {config.recipe: compare(config, dataset) for config in others}
     show_speeds(dataset.name, speeds)
     path = Path(config.output_dir) / "bench.json"
-    runs.write_json(path, {"profile": profiled, "speeds": speeds})
+    files.write_json(path, {"profile": profiled, "speeds": speeds})
     console.say(f"all values: {display_path(path)}")
 
 

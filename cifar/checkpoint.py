@@ -15,8 +15,9 @@ from cifar import console, device
 from cifar.config import LOCATIONS, Config, model_name
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
+from cifar.files import atomic_write
 from cifar.records import EpochRecord
-from cifar.runs import Run, atomic_write
+from cifar.runs import Run
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from cifar import console, runs
+from cifar import console, files, runs
 from cifar.config import LOCATIONS
 from cifar.errors import UserError, display_path, known_name, listing
 from cifar.records import Metrics
@@ -154,8 +154,9 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     others. `notes` say which are not tested, and why. Raises UserError if a run is given twice, is not evaluated or is
     damaged.
     """
-    if repeated := next((run.path.name for run in found if found.count(run) > 1), None):
-        raise UserError(f"{repeated} is given twice")
+    if repeated := {run.path for run in found if found.count(run) > 1}:
+        path = min(repeated)
+        raise UserError(f"{path.name if len(repeated) == 1 else path.parent.name} is given twice")
     groups = defaultdict(list)
     for run in found:
         groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
@@ -373,10 +374,10 @@ def write(comparison: dict[str, Any], folder: Path) -> Path:
     """Write comparison.json and comparison.png into the folder; returns it. Raises UserError if that is impossible."""
     from cifar import style
 
-    with runs.writing(folder):
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / "comparison.json", comparison)
-    with runs.atomic_write(folder / "comparison.png") as partial, style.drawing():
+    files.write_json(folder / "comparison.json", comparison)
+    with files.atomic_write(folder / "comparison.png") as partial, style.drawing():
         draw(comparison).savefig(partial, format="png")
     return folder
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cifar.errors import UsageError, UserError, did_you_mean, display_path, known_name
+from cifar.files import read
 
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
@@ -406,10 +407,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in parsers:
         raise UserError(f"--config takes a file that ends in .toml or .json, not '{path}'")
+    text = read(path)
     try:
-        content = parsers[suffix](path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        content = parsers[suffix](text.decode("utf-8-sig"))  # editors on Windows begin with a mark
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ Everything has a plain form for a pipe, a file or a dumb terminal.
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -186,6 +187,8 @@ def _system_error(problem: Exception) -> str | None:
     if name in ("OutOfMemoryError", "MemoryError") or any(text in str(problem) for text in _NO_MEMORY):
         return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
     if isinstance(problem, OSError):
+        if problem.errno == errno.ENOSPC and not problem.filename:
+            return "the disk is full to which standard output, or a temporary file, is written"
         reason = problem.strerror or describe(problem)
         return f"{problem.filename}: {reason}" if problem.filename else reason
     return None

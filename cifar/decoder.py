@@ -99,13 +99,16 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _to_grey(image: Image.Image) -> Image.Image:
     """Convert greyscale of many bits or float to 8 bits.
 
-    Up to 16 bits, the depth is the range. 32 bits and float do not say their range: it is 0 to 1 (float only), 255 or
+    Up to 16 bits, the depth is the range; of a TIFF file of 16 bits whose values need no more than 12, as cameras and
+    microscopes write it, it is 12 bits. 32 bits and float do not say their range: it is 0 to 1 (float only), 255 or
     65535, the first that most pixels do not exceed by more than twice, as sharpening does; more is clipped. Images
     with negative values have the range of their pixels. In both cases a thousandth of the pixels may be outside.
     """
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         native = image if image.mode == "I;16" else image.convert("I")  # from big-endian
+        if image.format == "TIFF" and native.getextrema()[1] < 2**12:
+            bits = 12
         return native.point(lambda value: value / 2 ** (bits - 8)).convert("L")
     reduced = image.reduce(max(1, min(image.size) // 1000))  # a pixel takes four times the memory of one of 8 bits
     values = np.nan_to_num(np.asarray(reduced, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cifar import checkpoint, console, data, datasets, device, metrics, model
 from cifar.errors import UserError, csv_cell, listing
+from cifar.files import read
 from cifar.records import Metrics
 from cifar.runs import Run, damaged
 
@@ -224,9 +225,10 @@ def read_predictions(run: Run) -> "pandas.DataFrame":
     import pandas
 
     path = run.path / PREDICTIONS
+    content = io.BytesIO(read(path))
     try:
         options = {"usecols": range(4), "dtype": str, "keep_default_na": False, "encoding": "utf-8"}
-        table = pandas.read_csv(path, header=None, **options)
+        table = pandas.read_csv(content, header=None, **options)
         header, table = table.iloc[0], table.iloc[1:]
         if list(header[:4]) != _COLUMNS:
             raise ValueError("other columns")
@@ -235,8 +237,6 @@ def read_predictions(run: Run) -> "pandas.DataFrame":
             table[column] = table[column].map(lambda cell: cell[1:] if cell == csv_cell(cell[1:]) else cell)
         if not table["confidence"].between(0, 1).all() or list(table["index"]) != list(range(len(table))):
             raise ValueError("rows are missing")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # pandas has many exceptions for a damaged file
         raise damaged(path, "rows or columns are missing or invalid") from None
     return table

@@ -19,8 +19,8 @@ from torch import Tensor
 from cifar import console, device
 from cifar.data import Split
 from cifar.errors import UserError, listing
+from cifar.files import atomic_write, open_regular, writing
 from cifar.images import decode_all
-from cifar.runs import atomic_write, writing
 
 _DECODED_TOGETHER = 500  # images
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -78,7 +78,7 @@ def load(root: Path, size: int, cache_dir: Path) -> ImageFolder:
     found = list_images(root)
     _require_memory(root, len(found.files), size)
     cache = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256(root)[:12]}-{size}.npz"
-    fingerprint = _sha256([4, size, PIL.__version__, found])  # 4: the format of the cache
+    fingerprint = _sha256([5, size, PIL.__version__, found])  # 5: of the decoder's rules and the cache's format
     if images := _read_cache(cache, fingerprint, root, found, size):
         return images
     files, pixels, note = _read(root, found, size)
@@ -134,6 +134,16 @@ def _list(root: Path) -> Found:
         notes.append(f"{listing(beside)} beside train and test: ignored; validation images are taken from train.")
     _require_enough(root, classes, files, tuple(parts), notes)
     return Found(tuple(classes), sorted(files, key=lambda file: file.name), notes)
+
+
+def find_images(root: Path) -> tuple[list[Path], str]:
+    """List the images in a folder and below it, sorted by name, and say what else is passed over."""
+    passed: dict[str, list[str]] = defaultdict(list)
+    try:
+        names = sorted(name for name, _ in _walk(root, root, passed))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
+    return [root / name for name in names], _count(passed) if passed else ""
 
 
 def _find_splits(root: Path) -> dict[str, Path]:
@@ -194,13 +204,13 @@ def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tu
     waiting, entered = [folder], {*folder.parents, *folder.resolve().parents}
     while waiting:
         current = waiting.pop()
-        prefix = current.relative_to(root).as_posix()
+        prefix = "" if current == root else f"{current.relative_to(root).as_posix()}/"
         if (real := current.resolve()) in entered:
-            passed["circular or repeated link"].append(prefix)
+            passed["circular or repeated link"].append(prefix.removesuffix("/"))
             continue
         entered.add(real)
         for entry in _entries(current):
-            name = f"{prefix}/{entry.name}"
+            name = f"{prefix}{entry.name}"
             try:
                 status = entry.stat()
             except OSError:
@@ -358,7 +368,7 @@ def _read_cache(cache: Path, fingerprint: str, root: Path, found: Found, size: i
     """Read the images back; None if there is no cache, a file has changed since it was written, or it is damaged."""
     by_name = {file.name: file for file in found.files}
     try:
-        with cache.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:  # compares checksums
+        with open_regular(cache) as opened, np.load(opened, allow_pickle=False) as arrays:  # compares checksums
             if sum(array.file_size for array in arrays.zip.infolist()) > len(by_name) * (3 * size**2 + 10_000) + 10_000:
                 return None  # far more than these images would take, once unpacked
             about, pixels = json.loads(arrays["about"].tobytes()), arrays["pixels"]

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import sys
 import warnings
 from collections import Counter
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar import console, device, evaluate, runs
-from cifar.errors import UserError, csv_cell, describe, display_path, known_name, listing
+from cifar import console, device, evaluate, files, folder
+from cifar.errors import UsageError, UserError, csv_cell, describe, display_path, known_name, listing
 from cifar.images import FITS, MAX_BYTES, Source, decode_all
 from cifar.runs import Run
 
@@ -86,22 +85,25 @@ class Predictor:
 def find_images(paths: Sequence[str]) -> list[Source]:
     """Find the images that files, folders, glob patterns and `-` (standard input) stand for.
 
-    A folder stands for all files below it in sorted order, without hidden ones and linked folders. A path that does not
-    exist stays in the list, so that its error appears in its place. What is named twice is found once.
+    A folder stands for the images below it, as in a dataset; says what else it has. A path that does not exist stays
+    in the list, so that its error appears in its place. What is named twice, in any spelling, is found once.
     """
-    found: list[Source] = []
+    found: dict[str, Source] = {}
     for path in dict.fromkeys(paths):
         if path == "-":
             if sys.stdin is None or sys.stdin.closed:
                 raise UserError("standard input is closed, so no image can be read from it")
-            found.append(sys.stdin.buffer.read(MAX_BYTES + 1))
+            found[path] = sys.stdin.buffer.read(MAX_BYTES + 1)
             continue
+        if path.startswith(("http://", "https://")):
+            raise UsageError(f"images are files: download {path} first")
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in map(Path, matches or [path]):
-            inside = sorted(match.rglob("*")) if os.path.isdir(match) else []
-            visible = [file for file in inside if not re.search(r"(^|/)\.", file.relative_to(match).as_posix())]
-            found += [file for file in visible if file.is_file()] or [match]
-    return list(dict.fromkeys(found))
+            inside, note = folder.find_images(match) if os.path.isdir(match) else ([], "")
+            if note:
+                console.say(f"{display_path(match)}: {note}")
+            found |= {os.path.abspath(file): file for file in inside or [match]}
+    return list(found.values())
 
 
 def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
@@ -111,7 +113,7 @@ def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -
     lines = [[*_COLUMNS, *(f"{name} (class)" if name in _COLUMNS else name for name in predictor.classes)]]
     for row in rows:
         lines.append([*(row.get(column, "") for column in _COLUMNS), *row.get("probabilities", nothing).values()])
-    with runs.atomic_write(path) as partial:
+    with files.atomic_write(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".json":
             partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -194,7 +196,7 @@ def export(run: Run, path: Path) -> list[Path]:
     program = _program(predictor)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={ABOUT: about})
-    with runs.atomic_write(path) as partial:
+    with files.atomic_write(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.getbuffer())
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
@@ -203,7 +205,7 @@ def export(run: Run, path: Path) -> list[Path]:
         warnings.simplefilter("ignore")  # torch's own, about its future versions
         converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
     converted.model.metadata_props[ABOUT] = about
-    with runs.atomic_write(path.with_suffix(".onnx")) as partial:
+    with files.atomic_write(path.with_suffix(".onnx")) as partial:
         converted.save(str(partial))
     return [path, path.with_suffix(".onnx")]
 

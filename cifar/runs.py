@@ -1,4 +1,4 @@
-"""The run directory: create, claim, record and finish a run; find runs in an output folder; write files atomically.
+"""The run directory: create, claim, record and finish a run; find runs in an output folder.
 
 All raise UserError for a file that is missing, damaged or cannot be written. On Windows there are no locks: nothing
 keeps a second process out of a run, and a run in progress is taken for killed.
@@ -8,7 +8,6 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import re
 import shlex
@@ -21,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import BaseModel
 
-from cifar import records
+from cifar import files, records
 from cifar.config import PROJECT, Config, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
@@ -128,29 +127,29 @@ class Run:
 
     def write(self, name: str, content: BaseModel | dict[str, Any]) -> None:
         """Replace a JSON file of the run atomically."""
-        write_json(self.path / name, content)
+        files.write_json(self.path / name, content)
 
     def write_text(self, name: str, content: str) -> None:
         """Replace a text file of the run atomically."""
-        with atomic_write(self.path / name) as partial:
+        with files.atomic_write(self.path / name) as partial:
             partial.write_text(content, encoding="utf-8", newline="", errors="backslashreplace")
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
-        self.write(RECORD, {**_as_dict(self.record), **changes})
+        self.write(RECORD, {**files.as_dict(self.record), **changes})
 
     def history(self, first: int | None = None) -> list[EpochRecord]:
         """Read the epochs, or only the first ones, of history.jsonl; none if the file is missing."""
         lines = self._history_lines()[:first]
         try:
-            return records.parse(HISTORY, [_parse_json(line) for line in lines]).root
+            return records.parse(HISTORY, [files.parse_json(line) for line in lines]).root
         except ValueError as error:
             raise damaged(self.path / HISTORY, str(error)) from None
 
     def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
         """Add the line of one epoch to history.jsonl."""
-        line = json.dumps(_as_dict(epoch), allow_nan=False).encode()
-        with writing(self.path / HISTORY):
+        line = json.dumps(files.as_dict(epoch), allow_nan=False).encode()
+        with files.writing(self.path / HISTORY):
             self._write_history([*self._history_lines(), line])
 
     def truncate_history(self, epochs: int) -> None:
@@ -161,10 +160,10 @@ class Run:
 
     def _history_lines(self) -> list[bytes]:
         path = self.path / HISTORY
-        return _read(path).splitlines() if path.exists() else []
+        return files.read(path).splitlines() if path.exists() else []
 
     def _write_history(self, lines: list[bytes]) -> None:
-        with atomic_write(self.path / HISTORY) as partial:
+        with files.atomic_write(self.path / HISTORY) as partial:
             partial.write_bytes(b"".join(line + b"\n" for line in lines))
 
     @contextlib.contextmanager
@@ -182,7 +181,7 @@ class Run:
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
         """Record that training resumes now, after that step of the epoch, and how long it has taken so far."""
-        earlier = _as_dict(self.record).get("resumed") or []
+        earlier = files.as_dict(self.record).get("resumed") or []
         resumed = [*earlier, {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
@@ -194,7 +193,7 @@ class Run:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
-        return _claimed(self.path / CONFIG)
+        return files.claimed(self.path / CONFIG)
 
     def status(self) -> str:
         """Return running, completed, interrupted, failed or killed.
@@ -202,8 +201,8 @@ class Run:
         A run that says running, while no process has claimed it, is recorded as killed.
         """
         if self.record.status == "running":
-            with _open_lock(self.path / CONFIG) as file:
-                if lock(file) and self.record.status == "running":  # it may have ended in the meantime
+            with files.open_lock(self.path / CONFIG) as file:
+                if files.lock(file) and self.record.status == "running":  # it may have ended in the meantime
                     last_sign = max(path.lstat().st_mtime for path in self.path.iterdir())
                     with contextlib.suppress(UserError):  # the folder may be read-only
                         self.update(status="killed", end=_iso_time(last_sign))
@@ -220,7 +219,7 @@ class Run:
             if self.record.status != "running":
                 self.update(status="running", end=None, error=None)
             for partial in self.path.rglob("*.partial"):  # left by a process that was killed
-                with writing(partial):
+                with files.writing(partial):
                     partial.unlink()
             ignored = handled(signal.SIGINT, signal.SIGTERM, by=lambda *_: None)  # the process ends anyway
             try:
@@ -371,8 +370,8 @@ def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
 def directories(outputs: Path) -> list[Path]:
     """List the directories of all runs, those in groups and damaged ones too, newest first by name."""
     marks = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, or was, a run's
-    files = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in marks)
-    return sorted({path.parent.resolve() for path in files}, key=lambda path: path.name, reverse=True)
+    found = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in marks)
+    return sorted({path.parent.resolve() for path in found}, key=lambda path: path.name, reverse=True)
 
 
 def groups(outputs: Path) -> list[Path]:
@@ -383,10 +382,7 @@ def groups(outputs: Path) -> list[Path]:
 
 def claim_group(group: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from working on a group. Raises UserError if one does."""
-    path = group / _GROUP_LOCK
-    with writing(path):
-        os.close(os.open(path, os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)))  # which Windows does not have
-    return _claimed(path)
+    return files.claimed(group / _GROUP_LOCK, create=True)
 
 
 def group_status(group: Path) -> str:
@@ -394,46 +390,13 @@ def group_status(group: Path) -> str:
     status = read_json(group / SUMMARY).status
     if status != "running":
         return status
-    with contextlib.suppress(UserError), _open_lock(group / _GROUP_LOCK) as file:
-        if not lock(file):
+    with contextlib.suppress(UserError), files.open_lock(group / _GROUP_LOCK) as file:
+        if not files.lock(file):
             return "running"
     return "killed"
 
 
-# Locks.
-
-
-def lock(file: BinaryIO) -> bool:
-    """Return whether the file could be locked for this process until it is closed; true on systems without locks."""
-    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _claimed(file: Path) -> Iterator[None]:
-    """Lock a file of a run or group. Raises UserError if another process has locked it and does not let go of it."""
-    with _open_lock(file) as opened:
-        deadline = time.monotonic() + _PATIENCE
-        while not lock(opened):
-            if time.monotonic() > deadline:
-                raise UserError(f"{file.parent.name} is in use by another process")
-            time.sleep(0.05)
-        yield
-
-
-def _open_lock(path: Path) -> BinaryIO:
-    """Open a file that is never replaced, to be locked."""
-    with writing(path):
-        return path.open("r+b" if os.access(path, os.W_OK) else "rb")  # NFS locks only what is open for writing
-
-
-# Reading and writing files.
+# Reading records.
 
 
 def damaged(path: Path, problem: str) -> UserError:
@@ -449,82 +412,11 @@ def _evaluation_of(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file as its model in `records`, or as a dict."""
-    content = _read(path)
+    content = files.read(path)
     try:
-        parsed = _parse_json(content)
+        parsed = files.parse_json(content)
         if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
         return records.parse(path.name, parsed) if path.name in records.RECORDS else parsed
     except ValueError as error:
         raise damaged(path, str(error)) from None
-
-
-def _parse_json(text: bytes) -> Any:
-    try:
-        content = json.loads(text)
-        json.dumps(content, allow_nan=False)
-    except (ValueError, RecursionError):
-        raise ValueError("it is not valid JSON, or has a number that is not finite") from None
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{display_path(path)} is not a file")  # a pipe or a device might never end
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {display_path(path)}: {error.strerror or error}") from None
-
-
-def write_json(path: Path, content: BaseModel | dict[str, Any]) -> None:
-    """Replace a JSON file atomically, without the credentials of URLs in it."""
-    text = json.dumps(_as_dict(content), indent=2, allow_nan=False) + "\n"
-    with atomic_write(path) as partial:
-        partial.write_text(_CREDENTIALS.sub("", text), encoding="utf-8", newline="")
-
-
-def _as_dict(content: BaseModel | dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON file; of a record, without the keys that were never set."""
-    return content.model_dump(exclude_unset=True) if isinstance(content, BaseModel) else content
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError from writing the file into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {display_path(path)}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a new file to write to, which then replaces `path` at once, even if the machine loses power.
-
-    previous: the name that the old file gets, to keep the last two.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    with writing(path):
-        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
-        try:
-            yield partial
-            _sync(partial)
-            if previous and path.exists():
-                path.replace(previous)
-            partial.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-
-
-def _sync(path: Path) -> None:
-    """Write a file, or the list of names in a folder, to the disk."""
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar import bench, compare, console, device, metrics, pipeline, runs
+from cifar import bench, compare, console, device, files, metrics, pipeline, runs
 from cifar.config import LOCATIONS, Config
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
@@ -59,7 +59,7 @@ class Group:
             if None not in values:
                 figures[name] = metrics.mean_and_spread(values, 0, most)
         ending = {"status": "completed", "end": runs.now(), "runs": members, "figures": figures}
-        runs.write_json(self.path / runs.SUMMARY, self.summary.model_dump() | ending)
+        files.write_json(self.path / runs.SUMMARY, self.summary.model_dump() | ending)
 
 
 def run(config: Config) -> None:
@@ -100,7 +100,7 @@ def _make(config: Config, dataset: Dataset, note: str | None) -> Group:
     planned = config if config.minutes is None else bench.plan_epochs(config, dataset)
     path = runs.make_directory(planned, f"_{planned.seeds}-seeds")
     state = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
-    runs.write_json(path / runs.SUMMARY, {**state, "note": note, "config": planned.model_dump()})
+    files.write_json(path / runs.SUMMARY, {**state, "note": note, "config": planned.model_dump()})
     return Group(path, planned)
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from cifar import analysis, checkpoint, evaluate, gallery
 from cifar.datasets import Dataset
 from cifar.errors import UserError
+from cifar.files import atomic_write
 from cifar.gallery import PLAIN
 from cifar.records import Analysis, EpochRecord, LayerRecord, Metrics, ModelRecord
-from cifar.runs import Run, atomic_write, damaged
+from cifar.runs import Run, damaged
 from cifar.style import BLUE, GREEN, GREY, ORANGE, Figure, MaxNLocator, PowerNorm, canvas, drawing, label, label_percent
 
 _FEW_CLASSES = 20  # have room for counts in a confusion matrix, and for large letters

@@ -194,14 +194,6 @@ def test_clean_images_score_as_in_metrics_json(corrupted_run, digits):
     assert content.mean.accuracy == pytest.approx(np.mean([cell.accuracy for cell in cells]))
 
 
-def test_corruptions_are_not_measured_if_no_page_can_show_them(evaluated_run, digits, tmp_path):
-    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
-    (run.path / "history.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"history.jsonl is damaged"):
-        analysis.measure_corruptions(run, digits, "cpu", lambda _: pytest.fail("measured"))
-    assert not (run.path / "corruptions.json").exists()
-
-
 def test_many_images_are_sampled_by_the_seed(evaluated_run, digits, tmp_path, monkeypatch):
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
     monkeypatch.setattr(analysis, "_MAX_CORRUPTED", 100)

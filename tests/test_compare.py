@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.stats import binomtest, ttest_ind, ttest_rel
 
-from cifar import compare, console, runs, style
+from cifar import compare, console, files, runs, style
 from cifar.config import PROJECT
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -74,7 +74,7 @@ def test_p_values_of_more_than_two_runs_are_corrected(tmp_path):
 def seeds(path: Path, wrong: dict[int, int], **settings) -> list[Run]:
     """A directory of --seeds: seed -> on how many of 300 images the run errs."""
     found = [erring_run(path / str(n), range(count), seed=n, **settings) for n, count in wrong.items()]
-    runs.write_json(path / runs.SUMMARY, {"status": "completed", "config": {}})
+    files.write_json(path / runs.SUMMARY, {"status": "completed", "config": {}})
     return found
 
 
@@ -206,6 +206,9 @@ def test_a_mistake_is_one_sentence(tmp_path):
     first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     with pytest.raises(UserError, match="a is given twice"):
         compare.compare([first, second, first])
+    group = [erring_run(tmp_path / "seeds" / name, [0]) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"^seeds is given twice"):
+        compare.compare([*group, first, *group])
     with pytest.raises(UserError, match="a comparison takes 2 to 26 runs, not 1;"):
         compare.compare([first])
     with pytest.raises(UserError, match="2 to 26 runs, not 27"):
@@ -292,7 +295,7 @@ def outputs(tmp_path) -> Path:
     for day, path in ((1, "old"), (2, "5-seeds/member"), (3, "new")):
         run = erring_run(tmp_path / path, range(day), images=60)
         run.update(start=f"2026-01-0{day}T00:00:00+00:00")
-    runs.write_json(tmp_path / "5-seeds" / "summary.json", {"status": "running", "config": {"seeds": 5}})
+    files.write_json(tmp_path / "5-seeds" / "summary.json", {"status": "running", "config": {"seeds": 5}})
     (tmp_path / "latest").symlink_to("new")
     return tmp_path
 
@@ -344,7 +347,7 @@ def test_groups_are_listed_with_mean_and_standard_deviation_even_if_damaged(outp
     assert compare.groups(str(outputs)) == [{**empty, "status": "killed"}]
     spread = {"mean": 0.9341, "standard_deviation": 0.0019}
     summary = {"status": "completed", "config": {}, "figures": {"accuracy": spread, "accuracy_tta": spread}}
-    runs.write_json(outputs / "5-seeds" / "summary.json", summary)
+    files.write_json(outputs / "5-seeds" / "summary.json", summary)
     (row,) = compare.groups(str(outputs))
     assert (row["status"], row["accuracy"]) == ("completed", (0.9341, 0.0019))
     compare.show_runs(compare.leaderboard(str(outputs)), [row], compare.columns())

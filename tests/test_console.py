@@ -41,6 +41,9 @@ OUT_OF_MEMORY = (
 )
 
 
+DISK_IS_FULL = "error: the disk is full to which standard output, or a temporary file, is written\n"
+
+
 @pytest.mark.parametrize(
     ("action", "code", "printed"),
     [
@@ -51,7 +54,7 @@ OUT_OF_MEMORY = (
         (raising(console.Interrupted(signal.SIGTERM, "resume with `x`")), 143, "resume with `x`\n"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "interrupted\n"),
         (lambda: Path("/proc/none/file").read_text(), 1, "error: /proc/none/file: No such file or directory\n"),
-        (raising(OSError(errno.ENOSPC, "No space left on device")), 1, "error: No space left on device\n"),
+        (raising(OSError(errno.ENOSPC, "No space left on device")), 1, DISK_IS_FULL),
         (raising(OSError("cannot identify\nimage")), 1, "error: OSError: cannot identify\n"),
         (raising(MemoryError()), 1, OUT_OF_MEMORY),
         (raising(OutOfMemoryError("CUDA out of memory")), 1, OUT_OF_MEMORY),

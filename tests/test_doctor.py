@@ -134,10 +134,12 @@ def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, lo
     assert (found.level, found.fix) == (level, fix)
 
 
-@pytest.mark.parametrize(("free", "level"), [(4e9, "ok"), (1e9, "warning")])
-def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, level):
+@pytest.mark.parametrize(
+    ("dataset", "free", "level"), [("auto", 4e9, "ok"), ("auto", 2e9, "warning"), ("digits", 2e9, "ok")]
+)
+def test_memory_is_compared_with_what_fast_needs(monkeypatch, dataset, free, level):
     monkeypatch.setattr(device, "memory", lambda: (8e9, free))
-    assert only("memory", doctor._memory()).level == level
+    assert only("memory", doctor._memory(dataset)).level == level
 
 
 # Disk and dataset

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import commands
-from cifar import runs
+from cifar import files, runs
 from cifar.console import Interrupted
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -27,6 +28,7 @@ FILES = (
 DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
     "missing": None,
     "a folder": None,
+    "a pipe": None,
     "empty": lambda content: b"",
     "truncated": lambda content: content[: len(content) * 2 // 5],  # half of two lines may be one whole line
     "random": lambda content: random.Random(0).randbytes(1000),
@@ -52,6 +54,8 @@ def damage(path: Path, kind: str) -> None:
     path.unlink()
     if kind == "a folder":
         path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)  # opening one waits for its other end
     elif change := DAMAGES[kind]:
         path.write_bytes(change(content))
 
@@ -242,7 +246,7 @@ def killed_group(tmp_path_factory) -> Path:
     assert call(folder, "main", *SEEDS)[0] == 0
     (group,) = runs.groups(folder)
     content = json.loads((group / "summary.json").read_text())
-    runs.write_json(group / "summary.json", {**content, "status": "running"})
+    files.write_json(group / "summary.json", {**content, "status": "running"})
     return folder
 
 

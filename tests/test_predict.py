@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from cifar import console, data, predict
-from cifar.errors import UserError
+from cifar.errors import UsageError, UserError
 from cifar.predict import Prediction
 from conftest import CIFAR10_CLASSES
 
@@ -74,8 +74,8 @@ def test_a_run_that_was_not_evaluated_says_what_to_do(make_run):
         predict.Predictor(make_run())
 
 
-def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_path, monkeypatch):
-    for name in ("b.png", "a.png", ".hidden", ".git/d.png", "inner/c.png", "[1]/e.png", "x.txt"):
+def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_path, monkeypatch, capsys):
+    for name in ("b.png", "a.png", ".hidden", ".git/d.png", "inner/c.png", "[1]/e.png", "x.txt", "inner/Thumbs.db"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     for name in ("loop", "inner/loop"):
@@ -85,12 +85,19 @@ def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_pat
     def found(*paths: str) -> list[str]:
         return [str(path) for path in predict.find_images(paths)]
 
-    assert found(".") == ["[1]/e.png", "a.png", "b.png", "inner/c.png", "x.txt"]
+    assert found(".") == ["[1]/e.png", "a.png", "b.png", "inner/c.png"]
+    assert capsys.readouterr().out == ".: Skipped: 2 circular or repeated links (loop, inner/loop); 1 .txt file.\n"
     assert found("*.png") == ["a.png", "b.png"]
     assert found("[1]") == ["[1]/e.png"]
     absolute = str(tmp_path / "a.png")
     assert found("none.png", absolute, "inner/c.png", "none.png") == ["none.png", absolute, "inner/c.png"]
+    assert found("a.png", "./a.png", absolute, "inner/../a.png", "*.png") == ["a.png", "b.png"]
     assert found("a" * 300, "a.png") == ["a" * 300, "a.png"]
+
+
+def test_an_address_is_refused_in_one_sentence():
+    with pytest.raises(UsageError, match=r"^images are files: download https://x\.org/a\.png first$"):
+        predict.find_images(["https://x.org/a.png"])
 
 
 def test_a_dash_is_standard_input_and_a_closed_one_is_an_error(monkeypatch):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, data, datasets, pipeline, runs, train
+from cifar import checkpoint, data, datasets, files, pipeline, runs, train
 from cifar.errors import UserError, display_path
-from cifar.runs import find, lock
+from cifar.runs import find
 from processes import Outputs, after_each_step, results, slow_steps, slowly, wait_until
 
 
@@ -204,8 +204,8 @@ def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outpu
 
 
 def is_claimed(run: runs.Run) -> bool:
-    with runs._open_lock(run.path / "config.json") as file:
-        return not lock(file)
+    with files.open_lock(run.path / "config.json") as file:
+        return not files.lock(file)
 
 
 def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(outputs, uninterrupted):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cifar import bench, report, runs, seeds, visualize
+from cifar import bench, files, report, runs, seeds, visualize
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -87,7 +87,7 @@ def test_only_a_killed_group_of_the_same_settings_is_resumed(tmp_path, capsys):
     capsys.readouterr()
     assert seeds.create(config) == held
     assert f"{new.path.name} cannot be resumed: " in capsys.readouterr().out
-    runs.write_json(held.path / runs.SUMMARY, held.summary.model_dump() | {"status": "completed"})
+    files.write_json(held.path / runs.SUMMARY, held.summary.model_dump() | {"status": "completed"})
     assert seeds.create(config).path not in (held.path, new.path)
 
 
