@@ -14,6 +14,8 @@ import os
 import re
 import secrets
 import socket
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +46,9 @@ _MAX_BODY = 100_000  # bytes, of all other requests
 _MAX_ARRIVING = 100_000_000  # bytes of all requests that have not arrived completely
 _MAX_STORED = (100_000_000, 300)  # bytes and number of uploaded files
 _MAX_CONNECTIONS = 300  # each with the file that it uploads, under the 1,024 open files that systems allow
-_MAX_VISITORS = 100  # whose page, and whose answers until they are fetched, Gradio remembers
+_MAX_VISITORS = 100  # whose page, and whose messages until they are fetched, Gradio remembers
+_MAX_MESSAGES = 50  # for each of them, of up to 50 kB; an answer comes with two others
+_MAX_LOGGED = 20  # lines a minute
 _MAX_SECONDS = 120  # until the first request of a connection has arrived
 _WRONG_PASSWORD_SECONDS = 1.0
 _BAD_REQUEST = PlainTextResponse("this request is not one that the page or its API sends", 400, {"connection": "close"})
@@ -89,7 +93,8 @@ def set_upload_folder(folder: str) -> None:
     """Make Gradio keep the files of its visitors in `folder`, and serve no others. Call this before building a page."""
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_EXAMPLES_CACHE"] = folder  # by default a folder in the working directory
-    # Requests after which Gradio summarizes its usage statistics with pandas; the default is to do so after each.
+    # Gradio keeps a record of each request, and by default summarizes all of them with pandas after each.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
 
 
@@ -117,8 +122,40 @@ def sentence(error: UserError) -> str:
 
 
 def _log(error: BaseException) -> None:
-    """Tell the operator, in one short line, of a request that failed."""
-    console.say(f"a request failed: {describe(error)[:200]}")
+    """Tell the operator, in one short line, of a request that failed; of many, only a few each minute."""
+    now = time.monotonic()
+    if len(_logged) < _MAX_LOGGED or _logged[0] < now - 60:
+        _logged.append(now)
+        console.say(f"a request failed: {describe(error)[:200]}")
+
+
+_logged: deque[float] = deque(maxlen=_MAX_LOGGED)  # when the latest were
+
+
+class _Messages(asyncio.Queue):
+    """The messages that a visitor has not fetched yet; the oldest give way."""
+
+    def _put(self, message: Any) -> None:
+        if self.qsize() >= _MAX_MESSAGES:
+            self._get()
+        super()._put(message)
+
+
+class _MessagesByVisitor(LRUCache):
+    """The messages of the latest visitors, in place of Gradio's cache, which has no limit for each of them."""
+
+    def __init__(self, events: dict[str, set[str]]):
+        """events: Gradio's own, by visitor, of which it would forget none."""
+        super().__init__(_MAX_VISITORS)
+        self._events = events
+
+    def __getitem__(self, visitor: str) -> asyncio.Queue:
+        return self.get(visitor) or _Messages()  # the answer to a visitor who has given way
+
+    def __setitem__(self, visitor: str, _: asyncio.Queue) -> None:
+        super().__setitem__(visitor, _Messages())
+        for gone in self._events.keys() - self.keys():
+            del self._events[gone]
 
 
 class _Connection(H11Protocol):
@@ -261,7 +298,7 @@ def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Star
     page.has_launched = True  # or Gradio lets clients name any file of this machine as an uploaded one
     page.queue(max_size=64, api_open=False)
     page.state_session_capacity = _MAX_VISITORS
-    page._queue.pending_messages_per_session = LRUCache(_MAX_VISITORS)  # by default 2,000, of 50 kB each
+    page._queue.pending_messages_per_session = _MessagesByVisitor(page._queue.pending_event_ids_session)
     refusal = PlainTextResponse("not available on this server", 403)
     app = Starlette(
         routes=[Route(f"/gradio_api/{path}", refusal) for path in _CLOSED],

@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gradio import networking
 from cifar import server
 from cifar.errors import UserError
 
+ANALYTICS = ("GRADIO_ANALYTICS_MAX_EVENTS", "GRADIO_ANALYTICS_CACHE_FREQUENCY")
 CLOSED = b""  # what is read from a connection that the server has closed
 
 
@@ -28,7 +30,7 @@ def page(monkeypatch, tmp_path):
     loops = []
     make_loop = asyncio.new_event_loop
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(make_loop()) or loops[-1])
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "GRADIO_ANALYTICS_CACHE_FREQUENCY"):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", *ANALYTICS):
         monkeypatch.setenv(name, "")
     server.set_upload_folder(str(tmp_path))
     with server.Page(analytics_enabled=False) as page:
@@ -235,6 +237,27 @@ def test_uploads_that_do_not_end_make_room_for_others(serve, monkeypatch):
         other.settimeout(0.2)
         with pytest.raises(TimeoutError):
             other.recv(1)
+
+
+def test_messages_wait_for_the_latest_visitors_only_and_of_each_only_the_latest(page):
+    server.make_app(page, None, set())
+    messages, events = page._queue.pending_messages_per_session, page._queue.pending_event_ids_session
+    for visitor in map(str, range(150)):
+        messages[visitor] = asyncio.Queue()
+        events[visitor] = {"an event"}
+        for number in range(200):
+            messages[visitor].put_nowait(number)
+    assert events.keys() == messages.keys() == set(map(str, range(50, 150)))
+    assert [messages["149"].get_nowait() for _ in range(50)] == [*range(150, 200)]
+    messages["0"].put_nowait("an answer that comes too late")
+
+
+def test_many_failures_are_a_few_lines(monkeypatch, capsys):
+    monkeypatch.setattr(server, "_logged", deque(maxlen=server._MAX_LOGGED))
+    for _ in range(100):
+        server._log(ValueError("\33]0;title\7" * 1000))
+    assert 10 < len(lines := capsys.readouterr().out.splitlines()) < 30
+    assert all(line.isprintable() and len(line) < 500 for line in lines)
 
 
 def test_a_port_in_use_is_reported_with_a_free_one():
