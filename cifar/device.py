@@ -20,7 +20,7 @@ from cifar.errors import UserError, first_line
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 # glibc's mallopt parameters, from malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
 def choose(name: str) -> torch.device:
@@ -89,12 +89,25 @@ def keep_freed_memory() -> bool:
     faulting them in took over a third of a step's time. Returns whether it was set: elsewhere than on glibc nothing
     happens. Memory that is free at the call is returned to the system. Call it before the first large tensor.
     """
+    return _tune_glibc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20})
+
+
+def return_freed_memory() -> bool:
+    """Make glibc return each large block to the system when it is freed, for a program that runs for long.
+
+    By default it does so only until the first one is freed, and then keeps those of that size, in pieces between
+    smaller blocks: six hostile visitors raised the demo's memory by 81 MB for good, and by 5 MB with this.
+    Returns whether it was set.
+    """
+    return _tune_glibc({_M_MMAP_MAX: 2**16, _M_MMAP_THRESHOLD: 2**17, _M_TRIM_THRESHOLD: 2**17, _M_TOP_PAD: 2**17})
+
+
+def _tune_glibc(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
     libc.malloc_trim(0)
     return all(libc.mallopt(parameter, value) for parameter, value in settings.items())
 

@@ -35,7 +35,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cifar import console
+from cifar import console, device
 from cifar.errors import UsageError, UserError, describe
 
 AUTH_VARIABLE = "CIFAR_DEMO_AUTH"
@@ -310,6 +310,7 @@ def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Star
 
 def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, share: bool, **look: Any) -> None:
     """Serve the page until Ctrl-C; with `share`, at a public address. Raises UserError if Gradio provides none."""
+    device.return_freed_memory()
     address, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(address)
     name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else str(address)
