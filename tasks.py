@@ -102,14 +102,14 @@ def train(resume=None, config=None, **settings):
     if (seeds := Config.create(given).seeds) > 1:
         raise UsageError(f"{config} has {seeds} seeds, but invoke train makes one run: use main.py with the same flags")
 
-    from cifar import pipeline, report, train
+    from cifar import pipeline, report, trainer
 
     run, dataset = pipeline.resume(resume, given) if resume else pipeline.create(Config.create(given))
     _previous[:] = [run]
     if run.record.status == "completed":
         return console.say(f"{run.path.name} is complete: there is nothing to resume")
     with run.lifetime(), run.stage("train"):
-        train.fit(run, dataset)
+        trainer.fit(run, dataset)
     report.show_run(run)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import console, data, datasets, device, files, optim, runs, train
+from cifar import console, data, datasets, device, files, optim, runs, trainer
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
 from cifar.errors import UserError, display_path
 
@@ -90,14 +90,14 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     device.keep_freed_memory()
     hardware = device.choose(config.device)
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
-    network = train.new_network(config, dataset.train, len(dataset.classes))
+    network = trainer.new_network(config, dataset.train, len(dataset.classes))
     network.to(hardware, memory_format=torch.channels_last).train()
     batches = data.Batches(dataset.train, config, hardware)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     while True:
         for batch in batches.epoch(1, image_size):
             optimizer.set_step(config.epochs * len(batches) // 2)
-            train.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
+            trainer.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
             yield network
 
 
@@ -203,7 +203,7 @@ def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
 def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> Iterator[None]:
     """Train in float32 with the loop that tutorials show: a step at each `next`, without end."""
     hardware = device.choose(config.device)
-    network = train.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
+    network = trainer.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
     network.normalize = nn.Identity()  # the images come normalized
     optimizer = optim.build(network, config, data.Batches(dataset.train, config, hardware).steps_per_epoch)
     images = map(Image.fromarray, dataset.train.images.permute(0, 2, 3, 1).numpy())

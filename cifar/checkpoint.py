@@ -37,7 +37,7 @@ class Checkpointer:
     """
 
     def __init__(self, run: Run, training: Any, dataset: Dataset):
-        """training: a train.Training."""
+        """training: a trainer.Training."""
         self.run, self.training, self.dataset = run, training, dataset
         self.requirements = requirements(run, dataset)
         self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))

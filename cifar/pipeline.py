@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cifar import analysis, bench, console, datasets, device, evaluate, model, report, runs, train, visualize
+from cifar import analysis, bench, console, datasets, device, evaluate, model, report, runs, trainer, visualize
 from cifar.config import LOCATIONS, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
@@ -120,14 +120,14 @@ def run_stages(run: Run, dataset: Dataset) -> None:
         return
     if device.rank():
         if not is_trained:
-            train.fit(run, dataset)
+            trainer.fit(run, dataset)
         return
 
     with run.lifetime(), device.lost_process_errors():
         dataset.verify()
         if not is_trained:
             with run.stage("train"):
-                train.fit(run, dataset)
+                trainer.fit(run, dataset)
         with run.stage("evaluate"):
             evaluation = evaluate.evaluate(run, dataset, run.config.device)
             analysis.write(run, dataset, evaluation)

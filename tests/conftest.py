@@ -125,11 +125,11 @@ def quick_config(output_dir: Path, **settings) -> Config:
 
 
 def _trained(config: Config, dataset):
-    from cifar import datasets, pipeline, train
+    from cifar import datasets, pipeline, trainer
 
     run = pipeline.create_run(datasets.resolve(config, dataset), dataset)
     with run.lifetime(), run.stage("train"):
-        train.fit(run, dataset)
+        trainer.fit(run, dataset)
     return run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, console, evaluate, pipeline, runs, train
+from cifar import checkpoint, console, evaluate, pipeline, runs, trainer
 from conftest import flat, quick_config
 
 TIMES = ("seconds", "images_per_second")
@@ -34,7 +34,7 @@ def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
             pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(outputs)})
         )
         with run.lifetime():
-            train.fit(run, dataset)
+            trainer.fit(run, dataset)
             evaluate.evaluate(run, dataset, "cpu")
 
     console.out.file = console.err.file = sys.stdout

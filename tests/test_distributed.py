@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import main
-from cifar import console, data, device, evaluate, model, optim, pipeline, train
+from cifar import console, data, device, evaluate, model, optim, pipeline, trainer
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -63,15 +63,15 @@ def one_step(file: Path) -> None:
     config = Config.create({"recipe": "mlp", "batch_size": 20, "optimizer": "sgd", "lr": 1.0, "small_size": 24})
     images = torch.randint(256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = data.Split(images, torch.arange(20) % 10)
-    network = train.new_network(config, split, 10)
+    network = trainer.new_network(config, split, 10)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     batches = data.Batches(split, config, torch.device("cpu"))
     optimizer = optim.build(network, config, batches.steps_per_epoch)
-    training = train.Training(network, optimizer, batches)
+    training = trainer.Training(network, optimizer, batches)
     (batch,) = batches.epoch(1)
-    losses, correct = train.train_step(device.distribute(network), optimizer, batch, 0.1, "float32")
+    losses, correct = trainer.train_step(device.distribute(network), optimizer, batch, 0.1, "float32")
     training.record_step(batch, losses, correct)
     values = {"losses": batches.image_losses, "loss": training.losses, "correct": training.correct}
     validation = {name: torch.tensor(value) for name, value in evaluate.validate(network, split, "float32").items()}
@@ -118,9 +118,9 @@ def fit_and_evaluate(folder: Path, name: str | None, hinder) -> None:
     settings = quick_config(folder, recipe="convnet", epochs=2, val_size=837)
     run, dataset = pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(folder)})
     if device.rank():
-        return train.fit(run, dataset)
+        return trainer.fit(run, dataset)
     with run.lifetime(), device.lost_process_errors():
-        train.fit(run, dataset)
+        trainer.fit(run, dataset)
         evaluate.evaluate(run, dataset, "cpu")
 
 

@@ -178,7 +178,7 @@ def records_near(folder: Path):
 
 @SECONDS
 def test_records(outputs, seconds, monkeypatch):  # noqa: F811
-    from cifar import train
+    from cifar import trainer
 
     monkeypatch.setattr(train, "fit", reached)
     whole, image = shutil.copytree(outputs / "run", outputs.parent / "whole"), outputs.parent / "image.png"

@@ -198,7 +198,7 @@ def content_of(path: Path) -> list | bytes:
 @pytest.fixture(scope="module")
 def interrupted_run(tmp_path_factory) -> Run:
     """A run that was interrupted in its second epoch, and so has a previous.pt; do not change it."""
-    from cifar import pipeline, train
+    from cifar import pipeline, trainer
     from cifar.checkpoint import Checkpointer
 
     run, dataset = pipeline.create(quick_config(tmp_path_factory.mktemp("interrupted"), epochs=3))
@@ -210,7 +210,7 @@ def interrupted_run(tmp_path_factory) -> Run:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted), run.lifetime():
         patch.setattr(Checkpointer, "save_if_due", interrupt_once)
-        train.fit(run, dataset)
+        trainer.fit(run, dataset)
     assert run.status() == "interrupted"
     return run
 
@@ -220,7 +220,7 @@ def interrupted_run(tmp_path_factory) -> Run:
 def test_an_interrupted_run_with_a_damaged_file_resumes_or_says_why_not(
     quick, interrupted_run, tmp_path, monkeypatch, file, kind
 ):
-    from cifar.train import Training
+    from cifar.trainer import Training
 
     monkeypatch.setattr(Training, "has_finished", reached)  # as soon as it has resumed
     shutil.copytree(interrupted_run.path, tmp_path / "run")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cifar import checkpoint, datasets, pipeline, report, train, visualize
+from cifar import checkpoint, datasets, pipeline, report, trainer, visualize
 from cifar.config import PROJECT, Config, load_settings
 from cifar.download import ARCHIVES
 from cifar.runs import Run
@@ -111,7 +111,7 @@ def test_ctrl_c_in_a_terminal_says_how_to_resume_and_that_completes_the_run(tmp_
 def test_a_run_is_repeated_by_its_config_with_the_same_weights(evaluated_run, digits, tmp_path):
     config = Config.create(load_settings({"output_dir": str(tmp_path)}, str(evaluated_run.path)))
     again = pipeline.create_run(datasets.resolve(config, digits), digits)
-    train.fit(again, digits)
+    trainer.fit(again, digits)
     first, second = (checkpoint.load(run.checkpoints / "best.pt")["weights"] for run in (evaluated_run, again))
     assert flat(first) == flat(second)
 

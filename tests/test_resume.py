@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, data, datasets, files, pipeline, runs, train
+from cifar import checkpoint, data, datasets, files, pipeline, runs, trainer
 from cifar.errors import UserError, display_path
 from cifar.runs import find
 from processes import Outputs, after_each_step, results, slow_steps, slowly, wait_until
@@ -301,7 +301,7 @@ def resume(outputs: Outputs, dataset: datasets.Dataset) -> None:
     try:
         run, _ = pipeline.resume(outputs.run.path.name, {"output_dir": str(outputs.folder)})
         with run.lifetime():
-            train.fit(run, dataset)
+            trainer.fit(run, dataset)
     finally:
         torch.set_num_threads(threads)
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from cifar import data, datasets, device, evaluate, metrics, optim, train
+from cifar import data, datasets, device, evaluate, metrics, optim, trainer
 from cifar.config import Config
 from cifar.errors import UserError
 
@@ -70,24 +70,24 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
     settings = {"recipe": recipe, "lr": lr, "epochs": epochs, "batch_size": images, "schedule": "linear", **still}
     config = Config.create({**settings, "precision": "float32"})
     split = digits.train[:images]
-    network = train.new_network(config, split, 10).to(memory_format=torch.channels_last)
+    network = trainer.new_network(config, split, 10).to(memory_format=torch.channels_last)
     batches = data.Batches(split, config, torch.device("cpu"))
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     losses = []
     for epoch in range(1, epochs + 1):
         for batch in batches.epoch(epoch):
-            losses.append(train.train_step(network, optimizer, batch, 0.0, "float32")[0].mean().item())
+            losses.append(trainer.train_step(network, optimizer, batch, 0.0, "float32")[0].mean().item())
     assert losses[-1] < 0.35 * losses[0]
 
 
 def test_a_step_returns_the_unsmoothed_loss_of_each_image_and_whether_it_was_right(digits):
     config = Config.create({"recipe": "convnet", "batch_size": 32, "lr": 0.0, "small_size": 24})
-    network = train.new_network(config, digits.train[:32], 10)
+    network = trainer.new_network(config, digits.train[:32], 10)
     batches = data.Batches(digits.train[:32], config, torch.device("cpu"))
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     (batch,) = batches.epoch(1)
     logits = network(batch.images)
-    losses, correct = train.train_step(network, optimizer, batch, 0.3, "float32")
+    losses, correct = trainer.train_step(network, optimizer, batch, 0.3, "float32")
     torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
     assert torch.equal(correct, logits.argmax(1) == batch.labels)
 
@@ -102,23 +102,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, t
 
 
 def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
-    summary = train.Training.summary
+    summary = trainer.Training.summary
 
     def spoil(training):
         next(training.network.parameters()).data[0] = float("nan")
         return summary(training)
 
-    monkeypatch.setattr(train.Training, "summary", spoil)
+    monkeypatch.setattr(trainer.Training, "summary", spoil)
     with pytest.raises(UserError, match="the weights are not finite at epoch 1"):
         make_run(val_size=0)
 
 
 @pytest.fixture
-def training(digits) -> train.Training:
+def training(digits) -> trainer.Training:
     config = Config.create({"recipe": "mlp", "small_size": 24})
-    network = train.new_network(config, digits.train, 10)
+    network = trainer.new_network(config, digits.train, 10)
     batches = data.Batches(digits.train, config, torch.device("cpu"))
-    return train.Training(network, optim.build(network, config, batches.steps_per_epoch), batches)
+    return trainer.Training(network, optim.build(network, config, batches.steps_per_epoch), batches)
 
 
 def test_the_learning_rate_is_named_only_after_it_has_changed_weights(training):
