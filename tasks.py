@@ -66,7 +66,7 @@ def _find_run(output_dir: str | None, name: str | None, model: str | None = None
     """
     name = name or next((str(run.path) for run in _previous), None)
     found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name, evaluated)
-    found.check_model(model)
+    found.allow_model(model)
     _previous[:] = [found]
     return found
 
@@ -177,7 +177,7 @@ def predict(paths, run=None, model=None, fit="crop", output=None, device=None, o
     images = predict.find_images(paths)
     predictions = []
     with console.counting_bar("images", len(images)) as advance:
-        for prediction in predictor.predict(images, fit):
+        for prediction in predictor.stream(images, fit):
             predictions.append(prediction)
             advance(1)
     predict.show_predictions(predictions, predictor)
@@ -217,16 +217,25 @@ def demo(
     demo.serve(found, **places, share=share, auth=auth, device=config.device)
 
 
-@command(output="file that ends in .pt2; default model.pt2 in the run's directory", model=_OWN_NETWORK)
-def export(run=None, model=None, output=None, output_dir=None):
-    """Export a run's network to a file that works without this suite: .pt2, and .onnx if ONNX is installed."""
+@command(
+    output="file that ends in .pt2; default model.pt2 in the run's directory",
+    weights="write only a run with float16 weights, measured again, as cifar/weights has, into this folder",
+    model=_OWN_NETWORK,
+)
+def export(run=None, model=None, output=None, weights=None, data_dir=None, device=None, output_dir=None):
+    """Export a run's network for others: .pt2, and if their packages are installed .onnx and a Hugging Face folder."""
     if output and Path(output).suffix.lower() != ".pt2":
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
+    config = Config.create({"device": device, "output_dir": output_dir})
     found = _find_run(output_dir, run, model, evaluated=True)
 
-    from cifar import predict
+    from cifar import datasets, export, report
 
-    predict.show_export(predict.export(found, Path(output) if output else found.path / "model.pt2"))
+    if weights:
+        made = export.write_weights(found, datasets.of_run(found, data_dir), Path(weights), config.device)
+        return report.show_metrics(made.metrics)
+    folder = Path(config.output_dir) / "export" / found.path.name if found.is_shipped else found.path
+    export.show_export(export.export(found, Path(output) if output else folder / "model.pt2"))
 
 
 @command(

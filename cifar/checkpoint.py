@@ -237,11 +237,15 @@ def check_weights(path: Path, content: dict[str, Any], network: nn.Module) -> No
 
 
 def _is_like(tensor: Any, other: Tensor) -> bool:
-    """Say whether it is a dense CPU tensor of the other's shape and type, whose elements are all in the file."""
+    """Say whether it is a dense CPU tensor of the other's shape and type, whose elements are all in the file.
+
+    float16 stands for float32, as in the weights that come with the program.
+    """
     return (
         type(tensor) is Tensor
         and (tensor.layout, tensor.device.type, tensor.is_quantized) == (torch.strided, "cpu", False)
-        and (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+        and tensor.shape == other.shape
+        and (tensor.dtype == other.dtype or (tensor.dtype, other.dtype) == (torch.float16, torch.float32))
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )
 

@@ -88,6 +88,7 @@ OTHER_MODELS = "a classification network of torchvision, or package.module:facto
 MAX_EPOCHS = 100_000
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
+_allowed: set[str] = set()  # networks of the user's own whose code may run: the user has named them
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
@@ -230,6 +231,17 @@ def model_name(name: str) -> str:
     return _known_spelling("model", name)
 
 
+def allow_model(name: str | None) -> None:
+    """Allow the code of package.module:factory to be imported, because the user, and not only a file, names it."""
+    if name:
+        _allowed.add(name)
+
+
+def is_allowed(name: str) -> bool:
+    """Return whether the user has named the network in this process."""
+    return name in _allowed
+
+
 def max_small_epochs(epochs: int) -> int:
     """Return how many of the epochs may train on small images: the last ones must see the full size."""
     return epochs * 2 // 3
@@ -309,12 +321,13 @@ def help_page(command: str, description: str, texts: Mapping[str, str], takes_va
 
 
 def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
-    """Return field name -> value: those of the settings file, overridden by the flags.
+    """Return field name -> value: those of the settings file, overridden by the flags, which may name code to import.
 
     flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
     config.json are ignored. Raises UserError that names the file for an invalid one.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    allow_model(given.get("model"))
     settings = _read_settings(Path(file)) if file else {}
     if "recipe" in settings and given.get("recipe", settings["recipe"]).lower() != settings["recipe"].lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")

@@ -53,6 +53,8 @@ class _Console(Console):
     """Standard output or standard error: a terminal, a pipe or a file."""
 
     def __init__(self, **options):
+        if "ipykernel" in sys.modules:  # in a notebook, each redrawn line would stay: it gets those of a pipe
+            options |= {"force_jupyter": False, "force_terminal": False}
         super().__init__(highlight=False, **options)
         if not self.is_terminal:
             self.width = _PIPE_WIDTH
@@ -74,6 +76,17 @@ err = _Console(stderr=True)
 def is_live() -> bool:
     """Return whether lines can be redrawn: not in a pipe, a file or a dumb terminal."""
     return out.is_terminal and not out.is_dumb_terminal
+
+
+@contextlib.contextmanager
+def silenced(is_silent: bool = True) -> Iterator[None]:
+    """Print nothing, if it is to be silent, until the context ends."""
+    before = out.quiet, err.quiet
+    out.quiet, err.quiet = (True, True) if is_silent else before
+    try:
+        yield
+    finally:
+        out.quiet, err.quiet = before
 
 
 def printable(text: str) -> str:
@@ -214,14 +227,21 @@ def interrupt(number: int, frame: object = None) -> NoReturn:
 
 @contextlib.contextmanager
 def handled(*numbers: int, by: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle signals inside the context, except those that this process was started to ignore."""
-    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    """Handle signals inside the context, except those that this process was started to ignore.
+
+    Only the main thread can.
+    """
+    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN and _is_main_thread()]
     handlers = {number: signal.signal(number, by) for number in wanted}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
@@ -231,6 +251,9 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
     Yields a function that returns the number of the signal that was received, or None.
     """
     received, announced = [], []
+    if not _is_main_thread():  # which alone receives signals
+        yield lambda: None
+        return
 
     def handler(number: int, frame: object) -> None:
         received.append(number)

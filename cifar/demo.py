@@ -67,7 +67,10 @@ class Demo:
         names = [self._first.path.name] if self._first else list(self.find())
         for name in names:
             try:
-                self._thread.submit(self._predictor, name).result()
+                if self._thread.submit(self._predictor, name).result().run.is_shipped and not self._first:
+                    console.say(
+                        f"no evaluated run in {self._output_dir}: {name}, which comes with this program, answers"
+                    )
                 return name
             except UserError as error:
                 if name == names[-1]:
@@ -76,8 +79,10 @@ class Demo:
         raise UserError(f"no evaluated run in {self._output_dir}; train one with `python main.py`")
 
     def find(self) -> dict[str, Run]:
-        """Find the evaluated runs, by name, newest first."""
-        found = {path.name: Run(path) for path in runs.directories(Path(self._output_dir))}
+        """Find the evaluated runs, by name, newest first, and then those that come with the program."""
+        own, shipped = runs.directories(Path(self._output_dir)), runs.directories(runs.SHIPPED)
+        found = {path.name: Run(path) for path in own}
+        found |= {path.name: Run(path) for path in shipped if path.name not in found}
         given = {self._first.path.name: self._first} if self._first else {}
         return {name: run for name, run in found.items() if run.has_metrics} | given
 
@@ -91,9 +96,11 @@ class Demo:
         titles = []
         for name, run in self.find().items():
             with contextlib.suppress(UserError):
-                metrics, start = run.metrics, run.record.start[:16].replace("T", " ")
+                metrics, origin = run.metrics, run.record.start[:16].replace("T", " ")
+                if run.is_shipped:
+                    origin = "comes with this program"
                 if run.config and (run.checkpoints / "best.pt").exists():
-                    titles.append((f"{metrics.recipe} on {metrics.dataset}, {metrics.accuracy:.1%}, {start}", name))
+                    titles.append((f"{metrics.recipe} on {metrics.dataset}, {metrics.accuracy:.1%}, {origin}", name))
         return titles
 
     def show(self, image: dict | None, name: str) -> tuple[str, dict[str, float] | None, str]:
@@ -208,9 +215,9 @@ def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
 
 
 def _heading(run: Run) -> str:
-    classes = run.dataset.classes
+    classes, origin = run.dataset.classes, ", which comes with this program," if run.is_shipped else ""
     names = escape(listing(classes, 20))
-    return f"<h1>What is in the image?</h1><p>The network knows {len(classes)} classes: {names}.</p>"
+    return f"<h1>What is in the image?</h1><p>The network{origin} knows {len(classes)} classes: {names}.</p>"
 
 
 def _note(kind: str, text: str) -> str:
@@ -247,6 +254,7 @@ def _report(run: Run) -> str:
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
     figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
     hint = f"<p>No figures yet; draw them with <code>invoke visualize --run {escape(run.path.name)}</code></p>"
+    hint = "" if run.is_shipped else hint
     return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
 
 

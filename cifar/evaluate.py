@@ -114,8 +114,20 @@ def infer_tta(
 def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation:
     """Measure the run's best.pt on the test split; writes metrics.json, predictions.csv, classification_report.txt.
 
-    The temperature is fitted on validation. Raises UserError if the run has no checkpoint, or the dataset is not the
-    run's.
+    Raises UserError as `measure` does.
+    """
+    evaluation = measure(run, dataset, device_name)
+    probabilities, labels = evaluation.probabilities, dataset.test.labels.numpy()
+    run.write_text("classification_report.txt", _report(probabilities, labels, dataset.classes))
+    write_predictions(run, probabilities, labels, dataset.classes, dataset.test_files)
+    run.write("metrics.json", evaluation.metrics)
+    return evaluation
+
+
+def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation:
+    """Measure the run's best.pt on the test split; writes nothing. The temperature is fitted on validation.
+
+    Raises UserError if the run has no checkpoint, or the dataset is not the run's.
     """
     device.keep_freed_memory()
     run.check_dataset(dataset.name)
@@ -145,9 +157,6 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
         **metrics.ranking_scores(probabilities, labels, dataset.classes),
         calibration=calibration | metrics.calibration_error(logits, labels, temperature),
     )
-    run.write_text("classification_report.txt", _report(logits, labels, dataset.classes))
-    write_predictions(run, probabilities, labels, dataset.classes, dataset.test_files)
-    run.write("metrics.json", measured)
     return Evaluation(measured, probabilities, network, precision)
 
 
@@ -193,11 +202,11 @@ def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str,
     return network, content
 
 
-def _report(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
+def _report(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
     """Format scikit-learn's table of precision, recall and F1."""
     from sklearn.metrics import classification_report
 
-    numbers, predicted = range(len(classes)), logits.argmax(1)
+    numbers, predicted = range(len(classes)), probabilities.argmax(1)
     return classification_report(labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
 
 

@@ -6,6 +6,7 @@ time, and because a file that makes a decoder crash must not end this program.
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import queue
@@ -15,21 +16,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from joblib import cpu_count
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cifar import decoder
-from cifar.errors import UserError
+from cifar.errors import UserError, describe
 
 FITS = ("crop", "letterbox")
 Source = Path | bytes
+AnyImage = Source | str | Image.Image | np.ndarray | Tensor
 
 MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
 _MEMORY = 950_000_000  # bytes of data, those of Python and its libraries included
 _SECONDS = 5  # for each image
 _GROUP, _GROUP_BYTES = 25, 200_000  # that a worker gets at once
+_TIFF_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "LAB", "I", "I;16", "F")
 _CORES = min(32, cpu_count())
 # Workers, None for those that have not been started; at least 4, so that slow images do not keep others waiting.
 _workers: queue.LifoQueue["_Worker | None"] = queue.LifoQueue()
@@ -55,6 +59,46 @@ def decode_all(sources: Sequence[Source], size: int, fit: str = "crop") -> list[
     with ThreadPoolExecutor(_CORES) as pool:
         groups = pool.map(lambda group: _decode_group(group, size, fit), _groups(sources))
         return [result for group in groups for result in group]
+
+
+def as_source(image: AnyImage) -> Source:
+    """Return a path, or the bytes of a file: an image in memory becomes a TIFF, to be decoded as any other.
+
+    Arrays are (H, W), (H, W, 3) or (H, W, 4), tensors (H, W), (3, H, W) or (4, H, W): uint8, or float in 0..1.
+    Raises UserError for what is no image.
+    """
+    if isinstance(image, str):
+        return Path(image)
+    if isinstance(image, Path | bytes):
+        return image
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.movedim(0, -1) if image.ndim == 3 else image).numpy()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(_pixels(image))
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{type(image).__name__} is no image: give a path, bytes, an array, a tensor or Pillow's image")
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if "transparency" in upright.info or upright.mode.startswith("P"):  # a palette can be transparent too
+            upright = upright.convert("RGBA")
+        file = io.BytesIO()
+        saved = upright if upright.mode in _TIFF_MODES else upright.convert("RGB")
+        saved.save(file, "TIFF", compression="raw")
+    except Exception as error:  # Pillow reads a file when the pixels are needed, and its decoders raise any type
+        raise UserError(f"Pillow cannot read the image: {describe(error)}") from None
+    return file.getvalue()
+
+
+def _pixels(array: np.ndarray) -> np.ndarray:
+    """Return an array as uint8 (H, W), (H, W, 3) or (H, W, 4). Raises UserError if it cannot be an image."""
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
+        raise UserError(f"an array of shape {array.shape} is no image: arrays are (H, W, 3), tensors (3, H, W)")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+        raise UserError(f"images in memory are uint8, or float from 0 to 1, not {array.dtype} with other values")
+    return (array.astype(np.float32) * 255).round().astype(np.uint8)
 
 
 def read_rgb(path: Path) -> Image.Image | None:

@@ -14,12 +14,12 @@ from cifar import zoo
 from cifar.layers import GELU, Conv2d, GlobalAveragePool, MaxPool2d
 from cifar.records import LayerRecord
 
+# To add a network: a function (classes, image_size) -> Modules here, its name in NETWORKS below and in config.MODELS.
+# `build` puts the normalization in front of the modules. The last linear layer is called `head`.
+
 WHITENING_SIZE = 2  # pixels
 
 Modules = dict[str, nn.Module]  # the parts of a network by their names, in running order
-
-# To add a network: a function (classes, image_size) -> Modules here, its name in NETWORKS below and in config.MODELS.
-# `build` puts the normalization in front of the modules. The last linear layer is called `head`.
 
 
 def airbench94(classes: int, image_size: int) -> Modules:

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from cifar import analysis, bench, console, datasets, device, evaluate, model, report, runs, trainer, visualize
+from cifar import (
+    analysis,
+    bench,
+    console,
+    datasets,
+    device,
+    evaluate,
+    model,
+    report,
+    runs,
+    trainer,
+    visualize,
+)
 from cifar.config import LOCATIONS, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
@@ -85,7 +97,7 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
         raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(map(flag, others))}")
     output_dir = Config.create({field: given.get(field) for field in LOCATIONS}).output_dir
     run = device.broadcast_object(runs.find_resumable(output_dir, name) if device.rank() == 0 else None)
-    run.check_model(given.get("model"))
+    run.allow_model(given.get("model"))
     run.check_dataset(Path(run.config.dataset).name)  # config.json may have been edited
     dataset = datasets.of_run(run, given.get("data_dir"))
     record = run.record

@@ -1,47 +1,62 @@
-"""Predictions for image files, and a run's network exported to a file that works without this suite."""
+"""Predictions for images: files, or arrays, tensors and Pillow's images in memory."""
 
-import contextlib
 import csv
 import glob
-import importlib.util
-import io
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from cifar import console, device, evaluate, files, folder
-from cifar.errors import UsageError, UserError, csv_cell, describe, display_path, known_name, listing
-from cifar.images import FITS, MAX_BYTES, Source, decode_all
+from cifar.errors import UsageError, UserError, csv_cell, display_path, known_name, listing
+from cifar.images import FITS, MAX_BYTES, AnyImage, Source, as_source, decode_all
 from cifar.runs import Run
 
 _BATCH = 500  # images that are decoded before the network sees them
 _ROWS = 20  # that the terminal shows at most
 _COLUMNS = ("image", "predicted", "confidence", "probably_none", "error")  # of a .csv file, before the classes
-ABOUT = "about.json"  # in the .pt2 file, and a key of the .onnx file's metadata
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The result for one image: calibrated probabilities (classes,), or why the image could not be read."""
 
-    source: Source
+    source: AnyImage = field(repr=False)
     probabilities: np.ndarray | None
     error: str | None = None
+    classes: tuple[str, ...] = ()
+    probably_none: bool = False  # whether the confidence is below that of all but a few of the validation images
+
+    @property
+    def label(self) -> str:
+        """The most probable class. Raises UserError if the image could not be read."""
+        return self.top(1)[0][0]
+
+    @property
+    def confidence(self) -> float:
+        """The probability of the most probable class. Raises UserError if the image could not be read."""
+        return self.top(1)[0][1]
+
+    def top(self, count: int = 3) -> list[tuple[str, float]]:
+        """Return the most probable classes with their probabilities. Raises UserError if the image was not read."""
+        if self.probabilities is None:
+            raise UserError(f"{self.name} cannot be read: {self.error}")
+        order = (-self.probabilities).argsort(kind="stable")[:count]
+        return [(self.classes[number], float(self.probabilities[number])) for number in order]
 
     @property
     def name(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else "standard input"
+        return str(self.source) if isinstance(self.source, Path | str) else "standard input"
 
 
 class Predictor:
@@ -62,20 +77,37 @@ class Predictor:
 
     def probabilities(self, images: Tensor) -> np.ndarray:
         """Compute calibrated probabilities, float64 (N, classes), of uint8 images (N, 3, image_size, image_size)."""
+        shape = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"probabilities() takes torch.uint8 (N, {', '.join(map(str, shape))}), not {given}")
         logits = evaluate.infer(self.network, images, precision=self.precision)
         return (logits.double() / self.temperature).softmax(1).numpy()
 
-    def predict(self, images: Iterable[Source], fit: str = "crop") -> Iterator[Prediction]:
-        """Yield a prediction for each image, in order; one that cannot be read does not stop the others."""
+    def predict(self, images: AnyImage | Iterable[AnyImage], fit: str = "crop") -> list[Prediction]:
+        """Return a prediction for each image, in order; one that cannot be read does not stop the others.
+
+        images: one image or several: paths, the bytes of files, Pillow's images, arrays or tensors (see
+        `images.as_source`). fit: what happens to an image that is not square, crop or letterbox.
+        Raises UserError for what is none of these.
+        """
+        is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
+        return list(self.stream([images] if is_one else images, fit))
+
+    def stream(self, images: Iterable[AnyImage], fit: str = "crop") -> Iterator[Prediction]:
+        """Yield the predictions of `predict` one by one, of any number of images."""
         known_name("fit", fit, FITS)
         remaining = iter(images)
         while batch := list(islice(remaining, _BATCH)):
-            decoded = decode_all(batch, self.image_size, fit)
+            decoded = decode_all([as_source(image) for image in batch], self.image_size, fit)
             readable = [image for image in decoded if isinstance(image, Tensor)]
             rows = iter(self.probabilities(torch.stack(readable)) if readable else [])
             for source, image in zip(batch, decoded):
-                is_read = isinstance(image, Tensor)
-                yield Prediction(source, next(rows)) if is_read else Prediction(source, None, str(image))
+                if isinstance(image, Tensor):
+                    row = next(rows)
+                    yield Prediction(source, row, None, self.classes, self.is_probably_none(row))
+                else:
+                    yield Prediction(source, None, str(image))
 
     def is_probably_none(self, probabilities: np.ndarray) -> bool:
         """Tell whether the confidence is below that of all but a few of the validation images."""
@@ -140,7 +172,8 @@ def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
     readable = [prediction for prediction in predictions if prediction.probabilities is not None]
-    console.say(f"predictions of {predictor.run.path.name}, trained on {predictor.run.dataset.name}")
+    origin = ", which comes with this program," if predictor.run.is_shipped else ","
+    console.say(f"predictions of {predictor.run.path.name}{origin} trained on {predictor.run.dataset.name}")
     shown = predictions
     if len(predictions) > _ROWS:
         shown = predictions[: _ROWS // 2]
@@ -170,62 +203,3 @@ def _cell(prediction: Prediction, predictor: Predictor, rank: int) -> str:
         return "" if rank else "cannot be read"
     number = prediction.probabilities.argsort()[::-1][rank]
     return f"{predictor.classes[number]} {prediction.probabilities[number]:.1%}"
-
-
-class _Exported(nn.Module):
-    """uint8 RGB images (N, 3, image_size, image_size) -> calibrated probabilities, float32 (N, classes)."""
-
-    def __init__(self, network: nn.Module, temperature: float):
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (self.network(images.to(torch.float32) / 255) / self.temperature).softmax(1)
-
-
-def export(run: Run, path: Path) -> list[Path]:
-    """Export the run's network to `path`, a .pt2 file, and to an .onnx file beside it if ONNX is installed.
-
-    Both compute in float32 and take any number of images. Both hold, as JSON, the classes in the order of the
-    columns, the image size, and the confidence below which an image is probably none of the classes.
-    Returns the files. Raises UserError if the run has not been evaluated or torch.export does not support its network.
-    """
-    predictor = Predictor(run, "cpu")
-    about = {"run": run.path.name, "classes": predictor.classes, "image_size": predictor.image_size}
-    about = json.dumps({**about, "threshold": predictor.threshold})
-    program = _program(predictor)
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files={ABOUT: about})
-    with files.atomic_write(path) as partial:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.getbuffer())
-    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        return [path]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # torch's own, about its future versions
-        converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
-    converted.model.metadata_props[ABOUT] = about
-    with files.atomic_write(path.with_suffix(".onnx")) as partial:
-        converted.save(str(partial))
-    return [path, path.with_suffix(".onnx")]
-
-
-def _program(predictor: Predictor) -> torch.export.ExportedProgram:
-    network = _Exported(predictor.network, predictor.temperature).eval()
-    # torch.export warns of channels-last weights, and fails on code that runs only where gradients are needed.
-    network.to(memory_format=torch.contiguous_format).requires_grad_(False)
-    images = torch.zeros(2, 3, predictor.image_size, predictor.image_size, dtype=torch.uint8)
-    try:
-        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
-    except Exception as error:  # a user's network may do whatever torch.export does not support
-        raise UserError(f"torch.export fails for {predictor.run.path.name}: {describe(error)}") from None
-
-
-def show_export(files: Sequence[Path]) -> None:
-    """Print the files that `export` has written, and how to use them."""
-    for file in files:
-        console.say(f"{display_path(file)}, {file.stat().st_size / 1e6:.1f} MB")
-    loaded = f"torch.export.load('{display_path(files[0])}').module()"
-    console.say(f"{loaded} takes uint8 RGB images and returns calibrated probabilities")
-    if len(files) == 1:
-        console.say("no .onnx file was written: that needs two more packages, `pip install onnx onnxscript`")

@@ -25,12 +25,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from cifar import files, records
-from cifar.config import PROJECT, Config, model_name
+from cifar.config import PROJECT, Config, allow_model, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
+SHIPPED = Path(__file__).resolve().parent / "weights"  # the runs that come with the program
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
@@ -45,6 +46,11 @@ class Run:
     """A run directory and the files in it."""
 
     path: Path
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the run comes with the program, which does not change it."""
+        return self.path.parent == SHIPPED
 
     @property
     def checkpoints(self) -> Path:
@@ -112,10 +118,11 @@ class Run:
         if name != trained_on:
             raise UserError(f"{self.path.name} was trained on {trained_on}, not on {name}")
 
-    def check_model(self, name: str | None) -> None:
-        """Raise UserError if a network is named that is not the run's."""
+    def allow_model(self, name: str | None) -> None:
+        """Allow the network that the user names to be imported. Raises UserError if it is not the run's."""
         if name and model_name(name) != self.config.model:
             raise UserError(f"the network of {self.path.name} is {self.config.model}, not {name}: leave out --model")
+        allow_model(name)
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run as `read_json` does."""
@@ -188,8 +195,14 @@ class Run:
     def claim(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
-        Raises UserError if another process has claimed it, or if it has a symbolic link, which could lead elsewhere.
+        Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or if
+        it comes with the program.
         """
+        if self.is_shipped:
+            place = display_path(self.path)
+            raise UserError(
+                f"{self.path.name} comes with this program and stays as it is: copy {place} to change the copy"
+            )
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
@@ -314,9 +327,12 @@ def _iso_time(seconds: float) -> str:
 def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> Run:
     """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
 
-    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not.
+    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not, and where there is no
+    run at all, return the one that comes with the program.
     """
     latest = Path(output_dir) / "latest"
+    if evaluated and not name and not directories(Path(output_dir)):
+        return Run(SHIPPED / "fast")
     if not name and not latest.exists():
         problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
         return _newest(output_dir, ("completed", *RESUMABLE), problem)
@@ -350,9 +366,9 @@ def find_all(output_dir: str, name: str) -> list[Run]:
 
 
 def _locate(output_dir: str, name: str) -> Path:
-    """Return the directory at the path `name`, or called so in `output_dir` or in a group there."""
+    """Return the directory at the path `name`, or called so in `output_dir`, in a group there or in the program."""
     outputs = Path(output_dir)
-    for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs)))):
+    for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs), SHIPPED))):
         if path.exists():
             return path
     raise UserError(f"there is no run named '{name}'; `invoke compare --output-dir {outputs}` lists the runs")

@@ -14,13 +14,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from cifar.config import MODELS, OTHER_MODELS
+from cifar.config import MODELS, OTHER_MODELS, is_allowed
 from cifar.errors import UserError, describe, did_you_mean
 
 
@@ -146,13 +145,15 @@ def _users_network(name: str, classes: int, image_size: int) -> nn.Module:
 def _import_factory(name: str) -> Callable[..., nn.Module]:
     """Import package.module:factory from the working directory or an installed package, which runs its code.
 
-    Raises UserError unless the command line names it: a run from elsewhere must not choose what code runs here.
+    Raises UserError unless the user has named it: a run from elsewhere must not choose what code runs here.
     """
     module_name, _, attribute = name.partition(":")
     if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(f"--model takes a module as in an import, such as networks.mine:build, not '{name}'")
-    if f"--model={name}" not in sys.argv and ("--model", name) not in pairwise(sys.argv):
-        raise UserError(f"{name} is code that would run on this computer: if you trust it, add --model {name}")
+    if not is_allowed(name):
+        raise UserError(
+            f"{name} is code that would run on this computer: if you trust it, add --model {name} (in Python model=)"
+        )
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except Exception as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar import config
 from cifar.config import PROJECT, Config
 
 # A shell lets what it starts in the background ignore Ctrl-C, and that would hold for all that the tests start.
@@ -34,6 +35,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 def clean_environment(monkeypatch):
     for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "CIFAR_DEMO_AUTH", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(config, "_allowed", set())
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
-"""Exported networks, which torch.export loads without this suite."""
+"""Exported networks, which others load without this suite."""
 
 import json
+import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from cifar import evaluate, predict
+from cifar import config, evaluate, export, model, predict
+from cifar.config import PROJECT
 from cifar.errors import UserError
+from cifar.runs import Run
+from commands import run
 
 
 @pytest.fixture(scope="module")
 def files(evaluated_run, tmp_path_factory) -> list[Path]:
-    return predict.export(evaluated_run, tmp_path_factory.mktemp("exported") / "new" / "digits.pt2")
+    return export.export(evaluated_run, tmp_path_factory.mktemp("exported") / "new" / "digits.pt2")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,13 @@ def test_the_exported_program_gives_the_probabilities_of_predict_and_what_a_user
     }
 
 
-def test_without_its_packages_no_onnx_file_is_written(evaluated_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    written = predict.export(evaluated_run, tmp_path / "model.pt2")
+def test_without_their_packages_no_onnx_file_and_no_folder_are_written(evaluated_run, tmp_path, monkeypatch, capsys):
+    for package in ("onnx", "safetensors"):
+        monkeypatch.setitem(sys.modules, package, None)
+    written = export.export(evaluated_run, tmp_path / "model.pt2")
     assert [path.name for path in tmp_path.iterdir()] == [path.name for path in written] == ["model.pt2"]
-    predict.show_export(written)
-    assert "pip install onnx onnxscript" in capsys.readouterr().out
+    export.show_export(written)
+    assert re.search("pip install onnx onnxscript.*pip install safetensors", capsys.readouterr().out, re.DOTALL)
 
 
 def test_the_onnx_file_gives_the_probabilities_of_predict(files, predictor, digits):
@@ -58,6 +65,64 @@ def test_the_onnx_file_gives_the_probabilities_of_predict(files, predictor, digi
     np.testing.assert_allclose(probabilities, predictor.probabilities(images), atol=1e-6)
     about = json.loads(session.get_modelmeta().custom_metadata_map["about.json"])
     assert about["classes"] == list("0123456789")
+
+
+# Runs the code of a model card, which may import neither this suite nor torchvision.
+CARD = """
+import re, sys
+exec(re.search("```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)[1])
+images = torch.load(sys.argv[1], weights_only=True)
+torch.save(predict(images), sys.argv[1])
+assert not {"cifar", "torchvision"} & sys.modules.keys()
+"""
+
+
+def test_the_hub_folder_loads_by_the_code_on_its_card_and_gives_the_probabilities_of_predict(
+    files, predictor, digits, evaluated_run, tmp_path
+):
+    pytest.importorskip("safetensors")
+    folder, images = files[-1], digits.test.images[:50]
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.safetensors", "config.json", "README.md", "model.py", "load.py")
+    }
+    torch.save(images, tmp_path / "images.pt")
+    assert run("-c", CARD, str(tmp_path / "images.pt"), cwd=folder) == (0, "", "")
+    np.testing.assert_allclose(torch.load(tmp_path / "images.pt"), predictor.probabilities(images), atol=1e-3)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{(folder / 'load.py').read_text(encoding='utf-8')}```" in card
+    for class_name, scores in evaluated_run.metrics.per_class.items():
+        assert f"| {class_name} | {scores.precision:.1%} | {scores.recall:.1%} | {scores.f1:.1%} |" in card
+    for end in evaluated_run.metrics.interval_95:
+        assert f"{end:.2%}" in card
+    assert "Not measured." in card
+
+
+def test_a_card_shows_measured_corruptions_and_escapes_what_markdown_would_run(corrupted_run, tmp_path):
+    copied = Run(shutil.copytree(corrupted_run.path, tmp_path / "run"))
+    metrics = copied.metrics.model_dump()
+    odd = {name: f"<b>{name}|x\n" for name in metrics["per_class"]}
+    metrics["per_class"] = {odd[name]: scores for name, scores in metrics["per_class"].items()}
+    metrics["average_precision"] = None
+    copied.write("metrics.json", metrics)
+    card = export._card(predict.Predictor(copied, "cpu"))
+    assert "| &lt;b&gt;3&#124;x\\n | " in card
+    rows = re.findall(r"^\| (\w+) \| (?:[\d.]+% \| ){5}$", card, re.MULTILINE)
+    assert rows == list(copied.read("corruptions.json").corruptions)
+
+
+def test_every_network_is_written_as_code_that_needs_torch_alone(tmp_path):
+    source = export._source("airbench94")
+    assert "cifar" not in source.replace("cifar10-airbench", "")
+    scope = {}
+    exec(source, scope)
+    for name in model.NETWORKS:
+        ours, plain = model.build(name, 7, 32), scope["build"](name, 7, 32)
+        plain.load_state_dict(ours.state_dict())
+        images = torch.rand(2, 3, 32, 32)
+        torch.testing.assert_close(plain.eval()(images), ours.eval()(images))
+    (tmp_path / "model.py").write_text(export._source("mobilenet_v3_small"))
+    code = "from model import build; build('mobilenet_v3_small', 3, 32)"
+    assert run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}) == (0, "", "")
 
 
 NETWORK = """
@@ -75,9 +140,9 @@ def build(num_classes):
 def test_a_network_that_torch_export_does_not_support_is_one_sentence(make_run, digits, tmp_path, monkeypatch):
     (tmp_path / "branching_network.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "branching_network:build"])
-    run = make_run(recipe="plain", model="branching_network:build")
-    evaluate.evaluate(run, digits, "cpu")
+    config.allow_model("branching_network:build")
+    made = make_run(recipe="plain", model="branching_network:build")
+    evaluate.evaluate(made, digits, "cpu")
     with pytest.raises(UserError, match=r"^torch.export fails for .*branching_network-build_"):
-        predict.export(run, tmp_path / "model.pt2")
+        export.export(made, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()

@@ -180,7 +180,7 @@ def records_near(folder: Path):
 def test_records(outputs, seconds, monkeypatch):  # noqa: F811
     from cifar import trainer
 
-    monkeypatch.setattr(train, "fit", reached)
+    monkeypatch.setattr(trainer, "fit", reached)
     whole, image = shutil.copytree(outputs / "run", outputs.parent / "whole"), outputs.parent / "image.png"
     lines = [*COMMANDS, "compare", "doctor --run run"]
 

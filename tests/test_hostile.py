@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,9 +87,9 @@ def quick(monkeypatch):
     """Nothing takes long, or waits for visitors; figures are made but not drawn."""
     from matplotlib.figure import Figure
 
-    from cifar import analysis, demo, predict
+    from cifar import analysis, demo, export
 
-    monkeypatch.setattr(predict, "_program", reached)
+    monkeypatch.setattr(export, "_program", reached)
     monkeypatch.setattr(demo, "build", show_demo)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
     monkeypatch.setattr(analysis, "CORRUPTIONS", {"noise": (0.1,)})
@@ -162,6 +163,7 @@ LINKS = (
     *(f"{file}.partial" for file in FILES[::3]),
     "figures",
     "checkpoints",
+    "model",
     "model.pt2",
     "model.pt2.partial",
 )
@@ -169,9 +171,10 @@ LINKS = (
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if not name.startswith(("compare", "predict", "demo"))])
 def test_nothing_is_written_through_a_link_in_a_run(outputs, tmp_path, monkeypatch, command):
-    from cifar import predict
+    from cifar import export
 
-    monkeypatch.setattr(predict, "_program", lambda predictor: None)
+    monkeypatch.setattr(export, "_program", lambda predictor: None)
+    monkeypatch.setitem(sys.modules, "onnx", None)  # so that nothing is converted
     monkeypatch.setattr("torch.export.save", lambda program, file, **_: file.write(b"exported"))
     run, outside = Run(outputs / "run"), tmp_path / "outside"
     run.update(status="killed")

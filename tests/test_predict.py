@@ -30,7 +30,7 @@ def stand_in(classes, threshold=0.5) -> SimpleNamespace:
     """What `write` and `show_predictions` need of a predictor."""
     return SimpleNamespace(
         classes=tuple(classes),
-        run=SimpleNamespace(path=Path("my-run"), dataset=SimpleNamespace(name="pets")),
+        run=SimpleNamespace(path=Path("my-run"), dataset=SimpleNamespace(name="pets"), is_shipped=False),
         threshold=threshold,
         is_probably_none=lambda probabilities: bool(probabilities.max() < threshold),
     )

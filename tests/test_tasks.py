@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import tasks
-from cifar import analysis, bench, demo, evaluate, predict, trainer, visualize
+from cifar import analysis, bench, demo, evaluate, export, trainer, visualize
 from cifar.config import FIELDS, PROJECT, flag
 from cifar.errors import UserError
 from commands import INVOKE, MAIN, invoke, main, run
@@ -248,7 +248,7 @@ def reached(*arguments, **options):
 @pytest.fixture
 def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
     """A working directory with odd files and a run, where slow functions only say that they were reached."""
-    slow = ((trainer, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (predict, "export"), (demo, "build"))
+    slow = ((trainer, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (export, "export"), (demo, "build"))
     for module, name in (*slow, (bench, "compare"), (bench, "plan_epochs")):
         monkeypatch.setattr(module, name, reached)
     shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")

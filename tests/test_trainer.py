@@ -216,9 +216,9 @@ def test_resumed_processes_draw_different_dropout(training, monkeypatch):
     ],
 )
 def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, settings, expected, monkeypatch):
-    monkeypatch.setattr(train.device, "describe", lambda hardware: "Xeon")
+    monkeypatch.setattr(trainer.device, "describe", lambda hardware: "Xeon")
     settings = {"dataset": "cifar10", "precision": "float32", "hard_epochs": 0, "small_epochs": 0} | settings
     if "epochs" not in settings:
         del settings["hard_epochs"], settings["small_epochs"]
-    said = train.forecast(Config.create(settings), torch.device("cpu"), seconds)
+    said = trainer.forecast(Config.create(settings), torch.device("cpu"), seconds)
     assert (expected in said) if "reaches" in expected else (said == expected)

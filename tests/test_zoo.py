@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar import checkpoint, evaluate, model, predict, zoo
+import cifar
+from cifar import checkpoint, config, evaluate, model, predict, zoo
 from cifar.errors import UserError
+from commands import invoke, main
 
 
 def network_of(name: str, classes: int, size: int) -> nn.Sequential:
@@ -90,26 +92,38 @@ def chain(num_classes):
 
 @pytest.fixture
 def user_directory(tmp_path, monkeypatch):
-    """A working directory outside the project, with a user's network, which the command line names."""
+    """A working directory outside the project, with a user's network, which the user names."""
     (tmp_path / "my_network.py").write_text(NETWORK)
     (tmp_path / "my_parts.py").write_text(PARTS)
     (tmp_path / "broken_network.py").write_text("import no_such_package")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "my_network:build"])
+    config.allow_model("my_network:build")
 
 
 @pytest.mark.usefixtures("user_directory")
-def test_a_users_network_is_imported_only_if_the_command_line_names_it(make_run, digits, monkeypatch, tmp_path):
+def test_a_users_network_is_imported_only_if_the_user_names_it_and_not_only_a_file(make_run, digits, tmp_path):
     run = make_run(recipe="plain", model="my_network:build", val_size=1200)
+    evaluate.evaluate(run, digits, "cpu")
     (tmp_path / "my_network.py").write_text("raise SystemExit")
     sys.modules.pop("my_network")
-    for words in ([], ["--run", "my_network:build"], ["--model", "my_network"], ["--model=my_network:build2"]):
-        monkeypatch.setattr(sys, "argv", ["invoke", *words])
-        with pytest.raises(UserError, match=r"trust it, add --model my_network:build$"):
-            evaluate.load_network(run, digits.classes)
+    config._allowed.clear()
+    (tmp_path / "settings.toml").write_text('model = "my_network:build"')
+    image, at, file = str(tmp_path / "x.png"), ("--run", str(run.path)), str(tmp_path / "settings.toml")
+    for command in (
+        lambda: invoke("predict", image, *at),
+        lambda: invoke("predict", image, "my_network:build", *at),
+        lambda: main("--config", file, "--dataset", "digits"),
+        lambda: main("--config", str(run.path)),
+    ):
+        assert "trust it, add --model my_network:build (in Python model=)" in command()[2]
+    for call in (lambda: cifar.load(run), lambda: cifar.train(config=file, dataset="digits")):
+        with pytest.raises(UserError, match="trust it"):
+            call()
+    with pytest.raises(UserError, match="leave out --model"):
+        cifar.load(run, model="my_network:build2")
     assert "my_network" not in sys.modules
     assert run.resume_command.endswith(" --model my_network:build")
-    monkeypatch.setattr(sys, "argv", ["invoke", "predict", "--model=my_network:build"])
+    run.allow_model("my_network:build")
     with pytest.raises(SystemExit):
         evaluate.load_network(run, digits.classes)
 
@@ -142,8 +156,8 @@ def test_a_users_network_is_trained_evaluated_and_predicts(make_run, digits):
     ],
 )
 @pytest.mark.usefixtures("user_directory")
-def test_a_users_network_that_cannot_be_used_is_an_error_in_one_sentence(name, sentence, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["main.py", f"--model={name}"])
+def test_a_users_network_that_cannot_be_used_is_an_error_in_one_sentence(name, sentence):
+    config.allow_model(name)
     with pytest.raises(UserError, match=sentence) as caught:
         model.build(name, 10, 32)
     assert "\n" not in str(caught.value)

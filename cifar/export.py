@@ -1,0 +1,219 @@
+"""A run's network as files for others: .pt2 and .onnx, a folder for the Hugging Face Hub, weights in float16."""
+
+import contextlib
+import html
+import importlib.util
+import inspect
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader
+from torch import Tensor, nn
+
+from cifar import checkpoint, console, evaluate, files, model, runs
+from cifar.config import LOCATIONS, Config
+from cifar.datasets import Dataset
+from cifar.errors import UserError, describe, display_path
+from cifar.predict import Predictor
+from cifar.runs import Run
+
+ABOUT = "about.json"  # in the .pt2 file, and a key of the .onnx file's metadata
+_TEMPLATES = Path(__file__).parent / "templates"
+_RECORDED = {  # of run.json, in weights for others
+    *("status", "start", "end", "seconds", "commit", "dirty", "versions", "device", "hardware", "precision", "threads"),
+    *("processes", "seed", "dataset", "model"),
+}
+_HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+
+
+class _Exported(nn.Module):
+    """uint8 RGB images (N, 3, image_size, image_size) -> calibrated probabilities, float32 (N, classes)."""
+
+    def __init__(self, network: nn.Module, temperature: float):
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.network(images.to(torch.float32) / 255) / self.temperature).softmax(1)
+
+
+def export(run: Run, path: Path) -> list[Path]:
+    """Export the run's network to `path`, a .pt2 file, and beside it to .onnx and a folder for the Hugging Face Hub.
+
+    The last two only if the packages that they need are installed. Returns what was written. Raises UserError if the
+    run has not been evaluated or torch.export does not support its network.
+    """
+    predictor = Predictor(run, "cpu")
+    predictor.network.to(memory_format=torch.contiguous_format).requires_grad_(False)
+    return [*_write_programs(predictor, path), *_write_hub_folder(predictor, path.with_suffix(""))]
+
+
+def _write_programs(predictor: Predictor, path: Path) -> list[Path]:
+    """Write `path`, and the .onnx file if ONNX is installed.
+
+    Both compute in float32 and take any number of images. Both hold, as JSON, the classes in the order of the
+    columns, the image size, and the confidence below which an image is probably none of the classes.
+    """
+    about = json.dumps({"run": predictor.run.path.name, **_facts(predictor)})
+    program = _program(predictor)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={ABOUT: about})
+    with files.atomic_write(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.getbuffer())
+    if not _are_installed("onnx", "onnxscript"):
+        return [path]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # torch's own, about its future versions
+        converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
+    converted.model.metadata_props[ABOUT] = about
+    with files.atomic_write(path.with_suffix(".onnx")) as partial:
+        converted.save(str(partial))
+    return [path, path.with_suffix(".onnx")]
+
+
+def _are_installed(*packages: str) -> bool:
+    return all(map(importlib.util.find_spec, packages))
+
+
+def _facts(predictor: Predictor) -> dict[str, Any]:
+    """Return what a user of the probabilities must know."""
+    return {"classes": predictor.classes, "image_size": predictor.image_size, "threshold": predictor.threshold}
+
+
+def _program(predictor: Predictor) -> torch.export.ExportedProgram:
+    # torch.export warns of channels-last weights, and fails on code that runs only where gradients are needed.
+    network = _Exported(predictor.network, predictor.temperature).eval()
+    images = torch.zeros(2, 3, predictor.image_size, predictor.image_size, dtype=torch.uint8)
+    try:
+        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+    except Exception as error:  # a user's network may do whatever torch.export does not support
+        raise UserError(f"torch.export fails for {predictor.run.path.name}: {describe(error)}") from None
+
+
+def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
+    """Write the folder, if safetensors is installed: weights, config.json, code that loads them, and a model card."""
+    if not _are_installed("safetensors"):
+        return []
+    from safetensors.torch import save
+
+    if folder.is_symlink():
+        raise UserError(f"remove the symbolic link {display_path(folder)}: an export writes to its own folder only")
+    architecture = predictor.run.config.model
+    facts = {"architecture": architecture, **_facts(predictor), "temperature": predictor.temperature}
+    contents = {
+        "model.safetensors": save(
+            {name: tensor.contiguous() for name, tensor in predictor.network.state_dict().items()}
+        ),
+        "config.json": json.dumps(facts, indent=2).encode() + b"\n",
+        "model.py": _source(architecture).encode(),
+        "load.py": (_TEMPLATES / "hub_load.py.txt").read_bytes(),
+        "README.md": _card(predictor).encode(errors="backslashreplace"),
+    }
+    for name, content in contents.items():
+        with files.atomic_write(folder / name) as partial:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+    return [folder]
+
+
+def _source(architecture: str) -> str:
+    """Return a module with `build`: the networks of `model` on torch's own layers, or a call of this package."""
+    if architecture not in model.NETWORKS:
+        allow = (
+            f"from cifar.config import allow_model\n\nallow_model({architecture!r})\n" if ":" in architecture else ""
+        )
+        return f"from cifar.model import build  # noqa: F401\n{allow}"
+    networks = inspect.getsource(model)
+    networks = networks[networks.index("WHITENING_SIZE =") : networks.index("def require(")]
+    parts = [(_TEMPLATES / "hub_layers.py.txt").read_text(encoding="utf-8"), networks]
+    parts += [inspect.getsource(part) for part in (model._chain, model.Normalize)]
+    build = "    return _chain(normalize=Normalize(), **NETWORKS[architecture](classes, image_size))\n"
+    parts.append(f"def build(architecture: str, classes: int, image_size: int) -> nn.Sequential:\n{build}")
+    return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _card(predictor: Predictor) -> str:
+    """Return the model card, made from what the run has saved."""
+    run, architecture = predictor.run, predictor.run.config.model
+    metrics, record, corruptions = run.metrics, run.record, run.read_if_present("corruptions.json")
+    packages = ["PyTorch", "safetensors"]
+    if architecture not in model.NETWORKS:
+        packages += ["this project's package `cifar`"]
+    if ":" in architecture:
+        packages += [f"the module `{architecture.partition(':')[0]}`"]
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": lambda value, digits=2: f"{value:.{digits}%}", "cell": _cell}
+    return environment.get_template("hub_card.md").render(
+        name=run.path.name,
+        title=f"{run.config.title} on {console.printable(metrics.dataset)}",
+        architecture=architecture,
+        parameters=sum(parameter.numel() for parameter in predictor.network.parameters()),
+        multiply_adds=record.model.multiply_adds if record.model else None,
+        image_size=predictor.image_size,
+        threshold=predictor.threshold,
+        packages=packages,
+        load=(_TEMPLATES / "hub_load.py.txt").read_text(encoding="utf-8").strip(),
+        hub_dataset=_HUB_DATASETS.get(metrics.dataset),
+        metrics=metrics,
+        calibration=metrics.calibration,
+        most_confused=next(iter(metrics.most_confused), None),
+        corruptions=corruptions,
+        severities=len(next(iter(corruptions.corruptions.values()))) if corruptions else 0,
+        config=run.config,
+        record=record,
+        epochs=len(run.history()) or run.config.epochs,
+    )
+
+
+def _cell(text: str) -> str:
+    """Return a name as Markdown shows it, also within a table."""
+    return html.escape(console.printable(text)).replace("|", "&#124;")
+
+
+def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) -> Run:
+    """Write the run into a folder as those in cifar/weights are: weights in float16, and metrics measured with them.
+
+    metrics.json has the accuracies of the run itself too. Raises UserError if the run has not been evaluated or the
+    folder cannot be written.
+    """
+    made, original = Run(folder.resolve()), run.metrics
+    _, content = evaluate.load_network(run, dataset.classes)
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()
+    }
+    with files.writing(folder):
+        made.checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run.path / runs.HISTORY, made.path / runs.HISTORY)
+    defaults = {name: Config.model_fields[name].default for name in LOCATIONS}  # another machine has other folders
+    made.write(runs.CONFIG, run.config.model_dump() | defaults)
+    made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
+    kept = {key: content[key] for key in ("model", "image_size", "epoch")}
+    checkpoint.save(made.checkpoints / "best.pt", classes=tuple(content["classes"]), weights=weights, **kept)
+    measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
+    float32 = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
+    made.write(runs.METRICS, {**measured, "float32": float32})
+    return made
+
+
+def show_export(written: Sequence[Path]) -> None:
+    """Print what `export` has written, and how to use it."""
+    for file in written:
+        size = sum(part.stat().st_size for part in (file.iterdir() if file.is_dir() else [file]))
+        console.say(f"{display_path(file)}, {size / 1e6:.1f} MB")
+    loaded = f"torch.export.load('{display_path(written[0])}').module()"
+    console.say(f"{loaded} takes uint8 RGB images and returns calibrated probabilities")
+    if not any(file.suffix == ".onnx" for file in written):
+        console.say("no .onnx file was written: that needs two more packages, `pip install onnx onnxscript`")
+    if written[-1].is_dir():
+        console.say(
+            f"{display_path(written[-1])} can be uploaded to the Hugging Face Hub as it is; README.md is its card"
+        )
+    else:
+        console.say("no folder for the Hugging Face Hub was written: that needs `pip install safetensors`")

@@ -1,0 +1,279 @@
+"""The Python interface, torch.hub, and the network that comes with the package."""
+
+import importlib.util
+import io
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cifar
+from cifar import checkpoint, console, datasets, evaluate, export, runs
+from cifar.config import PROJECT
+from cifar.demo import Demo
+from cifar.errors import UserError
+from cifar.predict import Predictor
+from cifar.runs import Run
+from commands import invoke, run
+
+FAST = runs.SHIPPED / "fast"
+QUICK = {"recipe": "mlp", "dataset": "digits", "epochs": 1, "device": "cpu"}
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def fast() -> Predictor:
+    return cifar.load("fast", device="cpu")
+
+
+TRUNCATED = as_png(Image.effect_noise((64, 64), 50))[:-999]
+
+
+def photo(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 4), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def test_import_loads_nothing_slow_and_prints_nothing():
+    code = "import sys, cifar; print(sorted({'torch', 'numpy', 'rich', 'pydantic'} & sys.modules.keys()))"
+    assert run("-c", code) == (0, "[]\n", "")
+
+
+# The network that comes with the package.
+
+
+def test_the_shipped_weights_are_small_float16_and_name_no_place_of_another_machine():
+    files = [path for path in FAST.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+    weights = checkpoint.load(FAST / "checkpoints" / "best.pt")["weights"]
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float16}
+    texts = [path.read_text(encoding="utf-8") for path in files if path.suffix in (".json", ".jsonl")]
+    assert not [text for text in texts if '"/' in text]
+
+
+def test_the_shipped_metrics_are_at_94_percent_with_tta_and_as_the_float32_run_measured():
+    metrics = Run(FAST).metrics
+    assert metrics.accuracy_tta > 0.935
+    for name in ("accuracy", "accuracy_tta"):
+        assert abs(metrics.float32[name] - getattr(metrics, name)) <= 0.002
+
+
+def test_the_shipped_network_measures_what_its_metrics_say(fast, real_cifar10):
+    images, labels = real_cifar10.test.images[:1000], real_cifar10.test.labels[:1000].numpy()
+    predicted = fast.probabilities(images).argmax(1)
+    assert abs((predicted == labels).mean() - fast.run.metrics.accuracy) < 0.03
+
+
+def test_it_predicts_where_there_is_no_run_and_says_so(tmp_path, evaluated_run):
+    photo().save(tmp_path / "photo.jpg")
+    words = ("predict", str(tmp_path / "photo.jpg"), "--output-dir")
+    code, out, err = invoke(*words, str(tmp_path / "outputs"))
+    assert (code, err) == (0, "")
+    assert out.startswith("predictions of fast, which comes with this program, trained on cifar10\n")
+    assert "predictions of evaluated" not in out
+    assert invoke(*words, str(evaluated_run.path.parent))[1].startswith(f"predictions of {evaluated_run.path.name}, ")
+    assert invoke(*words, str(evaluated_run.path.parent), "--run", "fast")[1].startswith("predictions of fast, ")
+
+
+def test_the_demo_offers_it_after_ones_own_runs(tmp_path, evaluated_run, capsys):
+    demo = Demo(None, str(tmp_path), "nowhere", "cpu")
+    assert demo.default == "fast"
+    assert f"no evaluated run in {tmp_path}: fast, which comes with this program, answers" in capsys.readouterr().out
+    ((title, name),) = demo.choices()
+    assert (title.startswith("fast on cifar10, 93."), title.endswith("comes with this program"), name) == (
+        True,
+        True,
+        "fast",
+    )
+    both = Demo(None, str(evaluated_run.path.parent), "nowhere", "cpu")
+    assert [name for _, name in both.choices()] == [evaluated_run.path.name, "fast"]
+    assert both.default == evaluated_run.path.name
+
+
+@pytest.mark.parametrize("task", ["evaluate", "visualize"])
+def test_it_is_not_changed(task, tmp_path, monkeypatch, digits):
+    monkeypatch.setattr(datasets, "of_run", lambda *_: digits)
+    before = {path: path.stat().st_mtime_ns for path in FAST.rglob("*")}
+    code, out, err = invoke(task, "--run", "fast", "--output-dir", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert "error: fast comes with this program and stays as it is: copy " in err
+    assert {path: path.stat().st_mtime_ns for path in FAST.rglob("*")} == before
+
+
+def test_weights_for_others_are_a_run_measured_again_in_float16(evaluated_run, digits, tmp_path):
+    made = export.write_weights(evaluated_run, digits, tmp_path / "new" / "weights", "cpu")
+    assert made.metrics.float32 == {
+        "run": evaluated_run.path.name,
+        "accuracy": evaluated_run.metrics.accuracy,
+        "accuracy_tta": evaluated_run.metrics.accuracy_tta,
+    }
+    again = evaluate.measure(made, digits, "cpu").metrics
+    assert (again.accuracy, again.calibration) == (made.metrics.accuracy, made.metrics.calibration)
+    full, half = (checkpoint.load(one.checkpoints / "best.pt")["weights"] for one in (evaluated_run, made))
+    for name, tensor in half.items():
+        torch.testing.assert_close(tensor, full[name].to(tensor.dtype), rtol=0, atol=0)
+    assert [made.config.output_dir, made.config.data_dir, made.record.command] == ["outputs", "data", None]
+    assert made.history() == evaluated_run.history()
+
+
+# load
+
+
+def test_files_bytes_pillows_images_arrays_and_tensors_get_the_same_prediction(fast, tmp_path):
+    image = photo()
+    image.save(tmp_path / "photo.png")
+    array = np.asarray(image)
+    sources = [
+        str(tmp_path / "photo.png"),
+        tmp_path / "photo.png",
+        (tmp_path / "photo.png").read_bytes(),
+        image,
+        array,
+        array / 255,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        torch.from_numpy(array / np.float32(255)).permute(2, 0, 1),
+    ]
+    predictions = fast.predict(sources)
+    for prediction in predictions:
+        np.testing.assert_allclose(prediction.probabilities, predictions[0].probabilities, atol=1e-6)
+    (alone,) = fast.predict(image)
+    assert (alone.label, alone.confidence) == alone.top(1)[0] == predictions[0].top(10)[0]
+    assert alone.top(10) == sorted(zip(fast.classes, alone.probabilities), key=lambda pair: -pair[1])
+    batch = np.stack([array, array])
+    assert [one.label for one in fast.predict(batch)] == [alone.label] * 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
+def test_pillows_images_of_every_mode_are_read_as_their_files_are(fast, mode):
+    image = photo("L" if mode in ("I", "I;16", "F") else "RGB" if mode == "LAB" else mode)
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image
+    image = image.convert(mode) if mode in ("I", "F") else image
+    file, has_png = io.BytesIO(), mode in ("1", "L", "LA", "P", "RGBA", "I;16")
+    (image.convert("RGB") if mode in ("YCbCr", "HSV") else image).save(file, "PNG" if has_png else "TIFF")
+    (as_image, as_file) = fast.predict([image, file.getvalue()])
+    np.testing.assert_allclose(as_image.probabilities, as_file.probabilities, atol=1e-6)
+
+
+def test_a_rotated_and_a_transparent_image_in_memory_are_read_as_a_person_sees_them(fast, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo().save(tmp_path / "rotated.jpg", exif=exif)
+    palette = photo().quantize(16)
+    palette.save(tmp_path / "transparent.png", transparency=palette.getpixel((0, 0)))
+    for name in ("rotated.jpg", "transparent.png"):
+        as_image, as_file = fast.predict([Image.open(tmp_path / name), tmp_path / name])
+        np.testing.assert_allclose(as_image.probabilities, as_file.probabilities, atol=0.02)  # JPEG may be drafted
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (5, "int is no image"),
+        (Image.open(io.BytesIO(TRUNCATED)), "Pillow cannot read the image: OSError: image file is truncated"),
+        (np.zeros((3, 32, 32), np.uint8), r"shape \(3, 32, 32\) is no image: arrays are \(H, W, 3\), tensors"),
+        (np.full((32, 32, 3), 200.0), "float from 0 to 1, not float64"),
+        (np.full((32, 32, 3), np.nan), "float from 0 to 1"),
+        (np.zeros((0, 32, 3), np.uint8), "is no image"),
+        (torch.zeros(3, 32, 32, dtype=torch.int64), "not int64"),
+    ],
+)
+def test_what_is_no_image_is_one_sentence(fast, image, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fast.predict([image])
+
+
+def test_mistakes_are_user_errors(fast, make_run, tmp_path):
+    with pytest.raises(UserError, match="there is no run named 'nowhere'"):
+        cifar.load("nowhere", output_dir=str(tmp_path))
+    with pytest.raises(UserError, match="has not been evaluated"):
+        cifar.load(make_run())
+    with pytest.raises(UserError, match="unknown device 'tpu'"):
+        cifar.load("fast", device="tpu")
+    with pytest.raises(UserError, match=r"takes torch.uint8 \(N, 3, 32, 32\), not torch.float32 \(1, 3, 32, 32\)"):
+        fast.probabilities(torch.zeros(1, 3, 32, 32))
+    (missing,) = fast.predict(tmp_path / "missing.png")
+    assert missing.error == "the file cannot be read: No such file or directory"
+    with pytest.raises(UserError, match=r"missing.png cannot be read: the file"):
+        _ = missing.label
+
+
+# train
+
+
+def test_train_does_what_the_command_does_in_silence_also_in_a_thread(tmp_path, capfd):
+    made = []
+    options = QUICK | {"output_dir": str(tmp_path)}
+    thread = threading.Thread(target=lambda: made.append(cifar.train(**options)))
+    thread.start()
+    thread.join()
+    assert capfd.readouterr() == ("", "")
+    assert not console.out.quiet
+    (trained,) = made
+    assert (trained.status(), trained.metrics.dataset, trained.config.epochs) == ("completed", "digits", 1)
+    assert (trained.path / "report.html").exists()
+    assert cifar.load(trained).classes == cifar.load(trained.path.name, output_dir=str(tmp_path)).classes
+    (tmp_path / "settings.toml").write_text("lr = 1e-3")
+    with pytest.raises(UserError, match="--val-size 9999 does not fit"):
+        cifar.train(**options, config=str(tmp_path / "settings.toml"), val_size=9999, verbose=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs"),
+        ({"recipe": "fats"}, "unknown recipe 'fats': did you mean fast"),
+        ({"seeds": 3}, "makes one run"),
+        ({"model": "no_such.network:build"}, "cannot import no_such.network:build"),
+    ],
+)
+def test_a_wrong_setting_is_a_user_error_before_any_directory_is_made(tmp_path, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cifar.train(output_dir=str(tmp_path), dataset="digits", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+# torch.hub
+
+HUB = """
+import sys, torch
+network = torch.hub.load(sys.argv[1], "fast", source="local").eval()
+torch.save(network(torch.load(sys.argv[2]) / 255), sys.argv[2])
+assert torch.hub.load(sys.argv[1], "fast", source="local", pretrained=False).head.out_features == 10
+"""
+
+
+def test_torch_hub_loads_the_network_from_any_folder_by_the_packages_that_it_lists(fast, tmp_path):
+    images = torch.stack([torch.from_numpy(np.array(photo(size=(32, 32)))).permute(2, 0, 1)] * 2)
+    torch.save(images, tmp_path / "images.pt")
+    assert run("-c", HUB, str(PROJECT), str(tmp_path / "images.pt"), cwd=tmp_path) == (0, "", "")
+    logits = torch.load(tmp_path / "images.pt")
+    fast.precision = "float32"
+    probabilities = (logits / fast.temperature).softmax(1).detach()
+    np.testing.assert_allclose(probabilities, fast.probabilities(images), atol=1e-5)
+
+
+# The notebook.
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    if not importlib.util.find_spec("ipykernel"):
+        pytest.skip("ipykernel is not installed")
+    notebook = nbformat.read(PROJECT / "docs" / "quickstart.ipynb", as_version=4)
+    environment = {"PYTHONPATH": str(PROJECT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | environment)
+    printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert "Traceback" not in printed
+    assert "\\u001b" not in printed  # neither colors nor lines that are redrawn
