@@ -125,6 +125,9 @@ class Config(BaseModel):
     output_dir: str = Field("outputs", description="folder that receives a directory per run")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     precision: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 if supported")
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="also log the training to a tracker, whose package must be installed"
+    )
     seed: int = Field(0, ge=0, le=_MAX_SEED, description="random seed of split, weights, order and augmentation")
     seeds: int = Field(1, ge=1, description="number of runs: seed, seed + 1 and so on; the same command resumes them")
     val_size: int | None = Field(

@@ -17,6 +17,7 @@ from cifar import (
     model,
     report,
     runs,
+    tracking,
     trainer,
     visualize,
 )
@@ -48,6 +49,7 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
     """Find the dataset and adapt the settings to it; returns a note, too, that must not be overlooked."""
     device.choose(config.device)
     model.require(config.model)
+    tracking.require(config.track)
     if device.rank() == 0:
         runs.check_writable(config.output_dir)
         found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
@@ -144,6 +146,7 @@ def run_stages(run: Run, dataset: Dataset) -> None:
             evaluation = evaluate.evaluate(run, dataset, run.config.device)
             analysis.write(run, dataset, evaluation)
         report.show_metrics(evaluation.metrics)
+        tracking.log_metrics(run, evaluation.metrics)
         with run.stage("visualize"):
             visualize.visualize(run, dataset)
         with run.stage("report"):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import console, data, device, evaluate, model, optim
+from cifar import console, data, device, evaluate, model, optim, tracking
 from cifar.checkpoint import Checkpointer
 from cifar.config import RECIPES, Config
 from cifar.datasets import Dataset
@@ -46,7 +46,7 @@ def fit(run: Run, dataset: Dataset) -> None:
         progress.resume(training.epoch, training.step)
     ddp_network = device.distribute(network)  # averages gradients if there are several processes
 
-    with progress, console.deferred_interrupt() as received_signal:
+    with tracking.tracking(run) as track, progress, console.deferred_interrupt() as received_signal:
         while not training.has_finished(config.epochs, config.patience):
             network.train()
             for batch in batches.epoch(training.epoch, skip=training.step):
@@ -59,6 +59,7 @@ def fit(run: Run, dataset: Dataset) -> None:
             is_best = training.end_epoch(record.val_accuracy)
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
+            track(record.model_dump(), record.epoch)
             checkpoints.save_if_due(received_signal())  # a signal during validation
 
 
