@@ -184,7 +184,7 @@ def spoil(path: Path, rng: np.random.Generator) -> str:
             torch.save({**CONTENT, "format": 1, "weights": _Command(path.parent / "executed")}, path)
             return kind
         case "shape" | "type" | "nan":
-            odd = {"shape": torch.zeros(3), "type": weights[name].half(), "nan": weights[name] * float("nan")}[kind]
+            odd = {"shape": torch.zeros(3), "type": weights[name].double(), "nan": weights[name] * float("nan")}[kind]
             rewrite(path, weights={**weights, name: odd})
             return kind
         case "bomb":
