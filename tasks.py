@@ -84,13 +84,14 @@ def list_tasks(_context):
 
 
 @command()
-def data(dataset=None, data_dir=None, image_size=None, mirror=None):
+def data(dataset=None, data_dir=None, labels=None, image_size=None, mirror=None):
     """Download the dataset if it is not on the disk, verify it, and describe it."""
-    config = Config.create({"dataset": dataset, "data_dir": data_dir, "image_size": image_size, "mirror": mirror})
+    given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "image_size": image_size, "mirror": mirror}
+    config = Config.create(given)
 
     from cifar import datasets
 
-    found, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    found, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     console.banner(note)
     datasets.show_dataset(found)
 
@@ -262,10 +263,10 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
 
 
 @command(run="report on this run instead: how it ended, problems, and what to try")
-def doctor(run=None, dataset=None, data_dir=None, mirror=None, device=None, output_dir=None, port="7860"):
+def doctor(run=None, dataset=None, data_dir=None, labels=None, mirror=None, device=None, output_dir=None, port="7860"):
     """Check the environment and suggest fixes."""
-    given = {"dataset": dataset, "data_dir": data_dir, "mirror": mirror, "device": device, "output_dir": output_dir}
-    config = Config.create(given)
+    given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "mirror": mirror}
+    config = Config.create({**given, "device": device, "output_dir": output_dir})
 
     from cifar import doctor
 
@@ -276,9 +277,9 @@ def doctor(run=None, dataset=None, data_dir=None, mirror=None, device=None, outp
 
 
 @command()
-def bench(dataset=None, data_dir=None, image_size=None, device=None, output_dir=None):
+def bench(dataset=None, data_dir=None, labels=None, image_size=None, device=None, output_dir=None):
     """Compare the training speed with that of a DataLoader."""
-    given = {"dataset": dataset, "data_dir": data_dir, "image_size": image_size}
+    given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "image_size": image_size}
     config = Config.create({**given, "device": device, "output_dir": output_dir})
 
     from cifar import bench

@@ -45,9 +45,9 @@ def run(config: Config) -> None:
 
     Of the settings it uses dataset, device, precision and locations; the recipes have the others.
     """
-    settings = config.model_dump(include={*LOCATIONS, "dataset", "image_size", "device", "precision"})
+    settings = config.model_dump(include={*LOCATIONS, "dataset", "labels", "image_size", "device", "precision"})
     runs.check_writable(config.output_dir)
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     console.banner(note)
     fast, *others = (
         datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
@@ -65,7 +65,7 @@ def run(config: Config) -> None:
 
 def _run_seconds(config: Config, dataset: datasets.Dataset) -> float:
     """Estimate how long `run` takes, from the time of a few images."""
-    step = image_seconds(config, dataset, dataset.train.images.shape[-1], 0.1) * config.batch_size
+    step = image_seconds(config, dataset, dataset.train.image_size, 0.1) * config.batch_size
     profiles = 2 * (2 * max(step, _SECONDS) + 3 * step)
     return 2 * _SECONDS + profiles + 2 * _ROUNDS * (1 + len(_WORKERS)) * (2 * _SECONDS + 1)  # 1: to start the workers
 
@@ -169,7 +169,7 @@ def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, 
 
     config: resolved.
     """
-    full_size = dataset.train.images.shape[-1]
+    full_size = dataset.train.image_size
     seconds = min(_SECONDS / 2, _TIMED_FRACTION * 60 * config.minutes)
     sizes = {full_size, config.small_size} if config.small_epochs else {full_size}
     per_image = {size: image_seconds(config, dataset, size, seconds) for size in sizes}
@@ -188,7 +188,7 @@ def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
     config: resolved, of `simple` or `convnet`. Returns the means of some rounds, the DataLoader's by its number of
     workers, and the ratio to its fastest.
     """
-    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    hardware, full_size = device.choose(config.device), dataset.train.image_size
     speeds: dict[int | None, list[float]] = defaultdict(list)
     for workers in (None, *_WORKERS) * _ROUNDS:
         is_ours = workers is None
@@ -206,8 +206,9 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
     network = trainer.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
     network.normalize = nn.Identity()  # the images come normalized
     optimizer = optim.build(network, config, data.Batches(dataset.train, config, hardware).steps_per_epoch)
-    images = map(Image.fromarray, dataset.train.images.permute(0, 2, 3, 1).numpy())
-    samples = list(zip(images, dataset.train.labels.tolist()))
+    split = next(dataset.train.chunks())  # all need not fit into memory
+    images = map(Image.fromarray, split.images.permute(0, 2, 3, 1).numpy())
+    samples = list(zip(images, split.labels.tolist()))
     loader = DataLoader(
         samples,
         config.batch_size,
@@ -226,7 +227,7 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
 
 def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
     """Return torchvision's transforms, from a Pillow image to a normalized tensor, that `simple` or `convnet` needs."""
-    steps = [transforms.RandomCrop(split.images.shape[-1], padding=config.crop)]
+    steps = [transforms.RandomCrop(split.image_size, padding=config.crop)]
     if config.flip != "none":
         steps.append(transforms.RandomHorizontalFlip())
     if config.jitter:
@@ -256,7 +257,7 @@ def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
 
     config: resolved. Returns, per image size, the seconds of a step, its FLOP, and its operators.
     """
-    hardware, full_size = device.choose(config.device), dataset.train.images.shape[-1]
+    hardware, full_size = device.choose(config.device), dataset.train.image_size
     precision = device.resolve_precision(config.precision, hardware)
     sizes = [full_size, config.small_size] if config.small_epochs else [full_size]
     return {

@@ -23,7 +23,7 @@ FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
 _MAX_BYTES = 16_000_000_000  # of a file: twice torchvision's largest network with Adam's state
 _MAX_PICKLED_BYTES = 4_000_000  # of the part that is not tensors
-_MAX_IMAGE_SIZE = 128  # pixels
+_MAX_IMAGE_SIZE = 384  # pixels
 _MAX_CLASSES = 10_000
 _SAVE_SECONDS = 50.0  # between checkpoints within an epoch; leaves a minute time for a step and the writing
 
@@ -93,7 +93,7 @@ class Checkpointer:
 
     def _outputs(self) -> Tensor:
         """Compute the logits of a few images, from which changed code of the network is noticed when it resumes."""
-        network, images = self.training.network, self.dataset.train.images[:8].to(self.training.device)
+        network, images = self.training.network, self.dataset.train[:8].images.to(self.training.device)
         was_training = network.training
         with torch.no_grad():
             logits = network.eval()(images / 255)
@@ -104,7 +104,7 @@ class Checkpointer:
         return {
             "model": self.run.config.model,
             "classes": self.dataset.classes,
-            "image_size": self.dataset.train.images.shape[-1],
+            "image_size": self.dataset.train.image_size,
             "epoch": self.training.epoch - 1,
             "weights": self.training.network.state_dict(),
         }

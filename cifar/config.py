@@ -95,6 +95,7 @@ _MAX_SEED = 2**32 - 1
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
 _REQUIRED = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")  # in a run's config.json
+_SMALL, _CROP_SCALE = 64, 0.35  # pixels; above them, images get random resized crops, as fastai's Imagenette baselines
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
 _WORDINGS = {  # by pydantic's type of error, or its first word
@@ -120,7 +121,8 @@ class Config(BaseModel):
         description=f"{', '.join(DATASETS)}, or {IMAGE_FOLDER}; auto: CIFAR-10, or digits if it cannot be downloaded",
     )
     data_dir: str = Field("data", description="folder or .tar.gz with CIFAR-10 or CIFAR-100; or set CIFAR_DATA_DIR")
-    image_size: int = Field(32, ge=32, le=128, description="size in pixels to which the images of a folder are scaled")
+    labels: str | None = Field(None, description="CSV file with columns path and label, perhaps split, for a folder")
+    image_size: int = Field(32, ge=32, le=384, description="size in pixels to which the images of a folder are scaled")
     mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
     output_dir: str = Field("outputs", description="folder that receives a directory per run")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
@@ -147,6 +149,13 @@ class Config(BaseModel):
     patience: int = Field(ge=0, description="epochs without a better validation accuracy before stopping; 0: never")
     crop: int = Field(ge=0, le=31, description="random-crop padding, in pixels")
     crop_mode: Literal["reflect", "zeros"] = Field(description="what fills the padding of random crops")
+    crop_scale: float | None = Field(
+        None,
+        ge=0.01,
+        le=1,
+        description="random resized crops: least fraction of the area; 1: random crops instead; default 1, or 0.35 "
+        "above 64x64 pixels",
+    )
     flip: Literal["none", "random", "alternating"] = Field(description="horizontal flips, random or every other epoch")
     cutout: int = Field(ge=0, description="Cutout size, in pixels; at most half the image size")
     jitter: float = Field(ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
@@ -219,7 +228,8 @@ class Config(BaseModel):
         is_unused = {
             "momentum": self.optimizer == "adam",
             "patience": not self.val_size,
-            "crop_mode": not self.crop,
+            "crop": (self.crop_scale or 1) < 1,
+            "crop_mode": not self.crop or (self.crop_scale or 1) < 1,
             "small_size": not self.small_epochs,
             "hard_share": not self.hard_epochs,
         }
@@ -342,14 +352,17 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
 
     Raises UserError if the image size is wrong, or if training or validation would have fewer images than classes.
     """
-    images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.images.shape[-1]
+    images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.image_size
     size = f"{image_size}x{image_size}"
     if config.image_size != image_size:
         raise UserError(f"--image-size is for folders of images; those of {dataset.name} are {size}: leave it out")
     # Without early stopping, validation chooses an epoch and a temperature, for which 2,000 images suffice.
     default = max(classes, images // 10 if config.patience else min(images // 10, 2000))
-    val_size = default if config.val_size is None else config.val_size
-    if val_size and not classes <= val_size <= images - classes:
+    own_val = dataset.train.own_val
+    val_size = (own_val or default) if config.val_size is None else config.val_size
+    if own_val and val_size != own_val:
+        raise UserError(f"leave out --val-size {val_size}: {dataset.name} has {own_val:,} validation images of its own")
+    if val_size and not own_val and not classes <= val_size <= images - classes:
         raise UserError(
             f"--val-size {val_size} does not fit: {dataset.name} has {images:,} training images in {classes:,} "
             f"classes; use 0, or {classes} to {images - classes}"
@@ -369,6 +382,8 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
         for name, (value, reason) in changes.items()
     ]
     resolved = {"dataset": dataset.key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
+    resolved["crop_scale"] = config.crop_scale or (1.0 if image_size <= _SMALL else _CROP_SCALE)
+    resolved["labels"] = config.labels and os.path.abspath(config.labels)
     return config.replace(**resolved | {name: value for name, (value, _) in changes.items()}), sentences
 
 

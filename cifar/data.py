@@ -1,4 +1,4 @@
-"""Images in memory as uint8 tensors: the split into training and validation, augmentation, and batches.
+"""Images as uint8 tensors: the split into training and validation, augmentation, and batches.
 
 scikit-learn is imported where it is used: it takes a second, and the demo would wait for it.
 """
@@ -7,6 +7,8 @@ import collections
 import functools
 import hashlib
 import itertools
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,51 +20,108 @@ from torch import Tensor
 from cifar import device
 
 _AUGMENTED_TOGETHER = 2000  # images that are cropped and flipped at once: batch by batch, small batches cost twice
+_AUGMENTED_PIXELS = 2000 * 128**2  # and their pixels at most, which take 100 MB
+_CHUNK_PIXELS = 10_000 * 32**2  # of the images of `Split.chunks`, which take 30 MB
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images. images: uint8 (N, 3, H, W); labels: int64 (N,)."""
+    """Labelled images, in memory or in a file of any size, of which only what is asked for is read."""
 
-    images: Tensor
-    labels: Tensor
+    source: Tensor  # uint8 (M, 3, H, W)
+    labels: Tensor  # int64 (N,)
+    rows: Tensor | None = None  # int64 (N,): which images of the source belong to the split; None: all, in their order
+    own_val: int = 0  # number of the last images that the dataset itself keeps for validation
+    mapping: mmap.mmap | None = None  # the file of the source, if it is in one
+    digest: str | None = None  # the SHA-256, if it is known
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index) -> "Split":
-        return Split(self.images[index], self.labels[index])
+    def __getitem__(self, index: slice | Tensor) -> "Split":
+        """Return some of the images, none of which is copied."""
+        rows = torch.arange(len(self), device=self.source.device) if self.rows is None else self.rows
+        return Split(self.source, self.labels[index], rows[index], mapping=self.mapping)
+
+    @property
+    def images(self) -> Tensor:
+        """All images, uint8 (N, 3, H, W): copied, unless they are the whole source."""
+        return self.source if self.rows is None else self.source.index_select(0, self.rows)
+
+    @property
+    def image_size(self) -> int:
+        """The width of the images, in pixels."""
+        return self.source.shape[-1]
+
+    def to(self, hardware: torch.device) -> "Split":
+        """Return the split with its images on the device; itself if that is the CPU, or has no room for them."""
+        if hardware.type == "cpu" or self.source.nbytes > device.free_memory(hardware) / 2:
+            return self
+        rows = None if self.rows is None else self.rows.to(hardware)
+        return Split(self.source.to(hardware), self.labels.to(hardware), rows)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Copy the images at these indices (B,) into memory: uint8 (B, 3, H, W)."""
+        indices = indices if self.rows is None else self.rows[indices]
+        images = self.source.index_select(0, indices)  # twenty times as fast as indexing with brackets
+        if self.mapping and hasattr(mmap, "MADV_DONTNEED"):  # Windows needs none
+            self.mapping.madvise(mmap.MADV_DONTNEED)  # or what was read would count as this program's memory
+        return images
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Let the system read the images at these indices (B,) from their file, if they are in one, in the meantime."""
+        if self.mapping and hasattr(mmap, "MADV_WILLNEED"):
+            size = math.prod(self.source.shape[1:])
+            for row in (indices if self.rows is None else self.rows[indices.to(self.rows.device)]).tolist():
+                start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
+                self.mapping.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
+
+    def chunks(self) -> Iterator["Split"]:
+        """Yield the split in parts that fit into memory, whose images are in memory."""
+        count = max(1, _CHUNK_PIXELS // math.prod(self.source.shape[-2:]))
+        for indices in torch.arange(len(self)).split(count):
+            yield Split(self.gather(indices), self.labels[indices])
 
     def sha256(self) -> str:
         """Return the SHA-256 of the images' bytes followed by the labels', which is computed once."""
-        return self._sha256
+        return self.digest or self._sha256
 
     @functools.cached_property
     def _sha256(self) -> str:
-        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest = hashlib.sha256()
+        for part in self.chunks():
+            digest.update(part.images.numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Compute mean and standard deviation of each channel over all pixels, in 0..1: two tensors (3,).
+        """Return mean and standard deviation of each channel over all pixels, in 0..1: two tensors (3,), computed once.
 
         Not the mean of each image's standard deviation, which is where the (0.2023, ...) that circulates comes from.
         """
+        return self._mean_and_std
+
+    @functools.cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         counts = torch.zeros(3, 256, dtype=torch.int64)
-        for images in self.images.split(5000):  # bincount takes eight bytes for each value
-            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        for part in self.chunks():
+            channels = part.images.unbind(1)
+            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels])
         fractions, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
         mean, mean_square = fractions @ values, fractions @ values.square()
         return mean.float(), (mean_square - mean.square()).sqrt().float()
 
 
 def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:
-    """Split into training and validation: `val_size` images drawn by the seed, stratified by class."""
+    """Split into training and validation: `val_size` images drawn by the seed, stratified by class.
+
+    Of a dataset that has validation images of its own, it is these, and val_size is their number.
+    """
     from sklearn.model_selection import train_test_split
 
-    if val_size == 0:
-        return split, split[:0]
+    if val_size in (0, split.own_val):
+        return split[: len(split) - val_size], split[len(split) - val_size :]
     train, val = train_test_split(
         torch.arange(len(split)).numpy(), test_size=val_size, stratify=split.labels.numpy(), random_state=seed
     )
@@ -87,8 +146,9 @@ class Batches:
 
     def __init__(self, split: Split, config, hardware: torch.device):
         """config: a config.Config. All random numbers come from a generator that its seed starts."""
-        self.config, self.generator = config, torch.Generator(hardware).manual_seed(config.seed)
-        self.images, self.labels = split.images.to(hardware), split.labels.to(hardware)
+        self.config, self.device = config, hardware
+        self.generator = torch.Generator(hardware).manual_seed(config.seed)
+        self.split, self.labels = split.to(hardware), split.labels.to(hardware)
         self.mean = split.mean_and_std()[0].to(hardware) if config.cutout else None
         # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then flipped in every other epoch.
         self.first_flip = self._coins(len(split))
@@ -110,7 +170,7 @@ class Batches:
     @property
     def image_sizes(self) -> list[int]:
         """The size of each epoch's images, in pixels (progressive resizing)."""
-        small, full = self.config.small_epochs, self.images.shape[-1]
+        small, full = self.config.small_epochs, self.split.image_size
         return [self.config.small_size] * small + [full] * (self.config.epochs - small)
 
     def epoch(self, epoch: int, image_size: int | None = None, skip: int = 0) -> Iterator[Batch]:
@@ -125,7 +185,7 @@ class Batches:
         order = order[self.selected[order]]
         batches = self._augmented(order, epoch, image_size or self.image_sizes[epoch - 1])
         # Batches are skipped by augmenting them again, which must not use up torch's global random numbers.
-        with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             collections.deque(itertools.islice(batches, skip), maxlen=0)
         yield from batches
         self.rng_state = self.generator.get_state()
@@ -157,12 +217,16 @@ class Batches:
 
     def _augmented(self, order: Tensor, epoch: int, image_size: int) -> Iterator[Batch]:
         config, batch_size = self.config, self.config.batch_size
-        together = batch_size * max(1, _AUGMENTED_TOGETHER // batch_size)
+        most = min(_AUGMENTED_TOGETHER, _AUGMENTED_PIXELS // self.split.image_size**2)
+        together = batch_size * max(1, most // batch_size)
         rank_slice = device.rank_slice(batch_size)  # random numbers are drawn for the whole batch by every process
         rank_size = rank_slice.stop - rank_slice.start
-        is_full_size = image_size == self.images.shape[-1]
+        is_full_size = image_size == self.split.image_size
         layout = torch.channels_last if is_full_size else torch.contiguous_format  # `resize` is twice as fast on this
-        for indices in order[: len(order) // batch_size * batch_size].split(together):
+        groups = order[: len(order) // batch_size * batch_size].split(together)
+        for indices, following in itertools.zip_longest(groups, groups[1:]):
+            if following is not None:
+                self.split.prefetch(following)
             in_rank = torch.arange(len(indices), device=indices.device).view(-1, batch_size)[:, rank_slice].flatten()
             augmented = self._cropped_and_flipped(indices, in_rank, epoch).split(rank_size)
             labels_by_batch = self.labels[indices[in_rank]].split(rank_size)
@@ -178,9 +242,13 @@ class Batches:
 
     def _cropped_and_flipped(self, indices: Tensor, in_rank: Tensor, epoch: int) -> Tensor:
         """Crop and flip the images of some batches; returns those at `in_rank`, uint8."""
-        offsets = random_offsets(len(indices), self.config.crop, self.generator)
-        images = self.images.index_select(0, indices[in_rank])  # twenty times as fast as indexing with brackets
-        images = random_crop(images, offsets[:, in_rank], self.config.crop, self.config.crop_mode)
+        images = self.split.gather(indices[in_rank].to(self.split.source.device)).to(self.device)
+        if (self.config.crop_scale or 1) < 1:
+            boxes = random_boxes(len(indices), images.shape[-1], self.config.crop_scale, self.generator)
+            images = resized_crop(images, boxes[:, in_rank])
+        else:
+            offsets = random_offsets(len(indices), self.config.crop, self.generator)
+            images = random_crop(images, offsets[:, in_rank], self.config.crop, self.config.crop_mode)
         if self.config.flip == "none":
             return images
         if self.config.flip == "alternating":
@@ -215,6 +283,35 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int, mode: str) -> Ten
     padded = pad_border(images, padding, mode)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 2 padding + 1, 2 padding + 1, H, W), no copy
     return windows[torch.arange(len(images), device=images.device), :, offsets[0], offsets[1]]
+
+
+def random_boxes(count: int, size: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Draw boxes in square images of `size` pixels: top, left, height and width, (4, count).
+
+    Their area is from `scale` to 1 times the image's, and their width from 3/4 to 4/3 times their height, drawn up to
+    ten times until the box fits, as by torchvision's RandomResizedCrop (Szegedy et al. 2014, arXiv:1409.4842).
+    """
+    area, aspect, *corner = torch.rand(4, 10, count, generator=generator, device=generator.device)
+    side = size * (scale + (1 - scale) * area).sqrt()
+    root = (math.log(3 / 4) / 2 * (1 - 2 * aspect)).exp()  # of the ratio, whose logarithm is uniform
+    shapes = torch.stack([side / root, side * root]).round()  # (2, 10, count)
+    fits = shapes.amax(0) <= size
+    first = fits.to(torch.uint8).argmax(0)  # of the attempts
+    shape = shapes.gather(1, first.expand(2, 1, -1))[:, 0].clamp(min=1).where(fits.any(0), size)
+    corner = (torch.stack(corner)[:, 0] * (size - shape + 1)).floor()
+    return torch.cat([corner, shape]).long()
+
+
+def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Cut a box (4, N), of `random_boxes`, out of each uint8 image (N, 3, H, W), and resize it to the image's size."""
+    options = {"size": images.shape[-2:], "mode": "bilinear", "antialias": True}
+    sources = images if images.device.type == "cpu" else images.float()  # others cannot resize integers
+    crops = [
+        F.interpolate(image[None, :, top : top + height, left : left + width], **options)
+        for image, (top, left, height, width) in zip(sources, boxes.T.tolist())
+    ]
+    resized = torch.cat(crops)
+    return resized if resized.dtype == torch.uint8 else resized.round_().to(torch.uint8)
 
 
 def pad_border(images: Tensor, padding: int, mode: str) -> Tensor:

@@ -65,13 +65,18 @@ class Dataset:
         return self.read("test")
 
 
-def find(name: str, data_dir: str, image_size: int = 32, mirror: str | None = None) -> tuple[Dataset, str | None]:
+def find(
+    name: str, data_dir: str, image_size: int = 32, mirror: str | None = None, labels: str | None = None
+) -> tuple[Dataset, str | None]:
     """Find a dataset, or download it; returns it with a note that the user must not overlook, or None.
 
     name: one of DATASETS, or the path of a folder of images. data_dir: a folder that holds the dataset or receives it
     (see `download.ensure`), and that receives a cache of decoded images. image_size: of a folder's images, in pixels.
-    mirror: see `download.addresses`. Raises UserError if the dataset is neither on disk nor can be downloaded.
+    mirror: see `download.addresses`. labels: a CSV file, see `folder.load`. Raises UserError if the dataset is neither
+    on disk nor can be downloaded.
     """
+    if labels and name in DATASETS:
+        raise UserError(f"--labels is for a folder of images: leave it out, or name the folder instead of {name}")
     if name == "auto":
         try:
             return _cifar("cifar10", Path(data_dir), mirror), None
@@ -81,7 +86,7 @@ def find(name: str, data_dir: str, image_size: int = 32, mirror: str | None = No
         return _cifar(name, Path(data_dir), mirror), None
     if name == "digits":
         return _digits(), None
-    return _folder(name, Path(data_dir), image_size)
+    return _folder(name, Path(data_dir), image_size, labels)
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:
@@ -92,14 +97,14 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def check(name: str) -> str:
+def check(name: str, labels: str | None = None) -> str:
     """Describe a dataset in a few words, without downloading or decoding it.
 
     Raises UserError as `find` does, unless only decoding shows what is wrong.
     """
     if name in DATASETS:
         return name
-    found = folder.list_images(_folder_root(name))
+    found = folder.list_images(_folder_root(name), _labels_file(labels))
     return f"a folder of {len(found.classes):,} classes, {len(found.files):,} files"
 
 
@@ -118,7 +123,7 @@ def of_run(run: Run, data_dir: str | None) -> Dataset:
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
-    dataset, _ = _folder(place, Path(recorded), config.image_size)
+    dataset, _ = _folder(place, Path(recorded), config.image_size, config.labels)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "
@@ -151,7 +156,7 @@ def show_dataset(dataset: Dataset) -> None:
     columns = {
         "split": list(splits),
         "images": [f"{len(split):,}" for split in splits.values()],
-        "size": ["{}x{}".format(*split.images.shape[-2:]) for split in splits.values()],
+        "size": [f"{split.image_size}x{split.image_size}" for split in splits.values()],
         "classes": [str(len(dataset.classes)) for _ in splits],
         "SHA-256": [split.sha256()[:16] for split in splits.values()],
     }
@@ -211,13 +216,13 @@ def _read_digits(part: str) -> Split:
     return Split(images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[indices]).long())
 
 
-def _folder(name: str, data_dir: Path, image_size: int) -> tuple[Dataset, str | None]:
+def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> tuple[Dataset, str | None]:
     root = _folder_root(name)
     # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
     is_shared = str(data_dir) == os.environ.get("CIFAR_DATA_DIR") or data_dir.resolve().is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = PROJECT / "data"
-    images = folder.load(root, image_size, data_dir)
+    images = folder.load(root, image_size, data_dir, _labels_file(labels))
     dataset = Dataset(
         key=str(root),
         classes=images.classes,
@@ -227,6 +232,10 @@ def _folder(name: str, data_dir: Path, image_size: int) -> tuple[Dataset, str | 
         test_files=images.test_files,
     )
     return dataset, images.note
+
+
+def _labels_file(labels: str | None) -> Path | None:
+    return Path(os.path.expanduser(labels)).resolve() if labels else None
 
 
 def _folder_root(name: str) -> Path:

@@ -164,7 +164,11 @@ def _show(predictor: Predictor, image: Tensor) -> tuple[str, dict[str, float], s
     confidences = {row["label"]: row["confidence"] for row in answer["confidences"]}
     note = ""
     if answer["probably_none"]:
-        note = _note("unsure", f"Probably none of the classes: the confidence is below {answer['threshold']:.1%}.")
+        note = _note(
+            "unsure",
+            f"Probably none of the classes: the confidence is below {answer['threshold']:.1%}, as it is for hardly any "
+            "of the validation images, which show one of them.",
+        )
     return note, confidences, _inputs(image, saliency, answer["label"])
 
 
@@ -231,7 +235,8 @@ def _inputs(image: Tensor, saliency: Tensor, label: str) -> str:
     for caption, shown in zip(captions, (pixels, analysis.overlay(pixels, saliency.numpy()))):
         Image.fromarray(shown).save(file := io.BytesIO(), "PNG")
         figures += f"<figure>{_embed(file.getvalue(), caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-    return f'<div class="inputs">{figures}</div>'
+    kind = "inputs" if len(pixels) > 64 else "inputs small"
+    return f'<div class="{kind}">{figures}</div>'
 
 
 def _embed(png: bytes, alt: str) -> str:

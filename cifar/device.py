@@ -135,6 +135,11 @@ def memory() -> tuple[float, float]:
     return total, max(0, min(total, free))
 
 
+def free_memory(device: torch.device) -> float:
+    """Return how many bytes of the device's memory are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()[1]
+
+
 # Several processes, started by torchrun. Each runs the same program on its slice of every batch; rank 0 alone writes
 # and prints. With one process the functions below change nothing.
 

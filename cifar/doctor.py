@@ -193,7 +193,7 @@ def _dataset(config: Config) -> Iterator[Finding]:
     if not archive:
         from cifar import datasets
 
-        yield Finding("dataset", "ok", datasets.check(config.dataset))
+        yield Finding("dataset", "ok", datasets.check(config.dataset, config.labels))
     elif folder := download.find(archive, path):
         download.verify(archive, folder)
         yield Finding("dataset", "ok", f"in {folder}; each file has its published MD5")

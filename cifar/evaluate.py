@@ -51,7 +51,7 @@ def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[st
         return {"val_loss": None, "val_accuracy": None}
     device.broadcast_buffers(network)
     own = val_set[device.rank_slice(len(val_set))]
-    logits = infer(network, own.images, precision=precision)
+    logits = infer_split(network, own, precision=precision)
     sums = [F.cross_entropy(logits, own.labels, reduction="sum"), (logits.argmax(1) == own.labels).sum()]
     totals = torch.stack([value.double() for value in sums]).to(next(network.parameters()).device)
     loss, accuracy = (device.all_reduce(totals) / len(val_set)).tolist()
@@ -74,6 +74,12 @@ def infer(network: nn.Module, images: Tensor, *, precision: str, advance: Advanc
             logits.append(network(data.to_float(batch.to(hardware))).float())
             advance(len(batch))
     return torch.cat(logits).cpu()[: len(images)]
+
+
+def infer_split(network: nn.Module, split: data.Split, **options: Any) -> Tensor:
+    """Compute the logits of a split of any size, as `infer`."""
+    own = [infer(network, part.images, **options) for part in split.chunks()]
+    return torch.cat(own) if own else infer(network, split.images, **options)
 
 
 def infer_tta(
@@ -141,10 +147,11 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
     _, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
     with console.counting_bar("evaluating", len(val_set) + 2 * len(labels)) as advance:
         options = {"precision": precision, "advance": advance}
-        val_logits = infer(network, val_set.images, **options).numpy()
+        val_logits = infer_split(network, val_set, **options).numpy()
         calibration = metrics.calibrate(val_logits, val_set.labels.numpy())
         options |= {"flips": config.flip != "none", "temperature": calibration["temperature"]}
-        logits, logits_tta = (result.numpy() for result in infer_tta(network, dataset.test.images, **options))
+        parts = [infer_tta(network, part.images, **options) for part in dataset.test.chunks()]
+        logits, logits_tta = (torch.cat(results).numpy() for results in zip(*parts))
     temperature = calibration["temperature"]
     probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
     measured = Metrics(

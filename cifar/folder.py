@@ -1,9 +1,10 @@
 """A folder of the user's images as a dataset: listed by class, split, decoded, and cached."""
 
+import csv
 import hashlib
-import json
 import os
 import stat
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import PIL
 import torch
 from torch import Tensor
 
-from cifar import console, device
+from cifar import cache, console
 from cifar.data import Split
 from cifar.errors import UserError, listing
-from cifar.files import atomic_write, open_regular, writing
+from cifar.files import writing
 from cifar.images import decode_all
 
 _DECODED_TOGETHER = 500  # images
+_ORDER = ("train", "val", "test")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 # What systems leave in folders, in lower case.
@@ -31,14 +32,16 @@ _LITTER = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "$rec
 _IMAGES = ("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 _IMAGES += (".ppm", ".pgm", ".pbm", ".pnm", ".ico")
 _CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
-_LEAST = {"train": 2, "test": 1, "": 3}  # images of a class; one of those in train is for validation
 # Below, a note warns. With 9 test images, one is 11 points of the accuracy of its class.
 _TOO_FEW = {"train": (20, "to learn"), "test": (10, "to measure")}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of a folder. Test images are sorted by their names, training images by their hashes."""
+    """The images of a folder. Training images are sorted by their hashes, those of val/ and test images by their names.
+
+    The images of val/ are the last ones of `train`, which says how many they are.
+    """
 
     classes: tuple[str, ...]
     train: Split
@@ -53,7 +56,7 @@ class _File:
     size: int  # bytes
     changed: int  # in nanoseconds
     label: int
-    part: str  # train, test, or "" while the folder is not split
+    part: str  # train, val, test, or "" while the folder is not split
     digest: bytes = b""  # SHA-256, once it has been read
 
 
@@ -65,33 +68,32 @@ class Found(NamedTuple):
     notes: list[str]  # sentences about what is left out
 
 
-def load(root: Path, size: int, cache_dir: Path) -> ImageFolder:
-    """Load the images of root/train/CLASS/ and root/test/CLASS/, or of root/CLASS/, at any depth below these.
+def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> ImageFolder:
+    """Load the images of root/train/CLASS/, root/val/CLASS/ and root/test/CLASS/, or of root/CLASS/, at any depth.
 
     size: pixels; images are decoded and cropped to squares as by `images.decode`. cache_dir: keeps them decoded.
-    Classes are named by their folders, and sorted. Without train/ and test/, the fifth of each class with the lowest
-    SHA-256 is the test split: the same images for every seed and whatever their names are, so that it stays sealed over
-    many runs, and copies of an image in one class are on the same side.
+    labels: a CSV file that says which images there are and of which class, instead of the folders.
+    Classes are named by their folders, and sorted. Without test images, the fifth of each class with the lowest SHA-256
+    is the test split: the same images for every seed and whatever their names are, so that it stays sealed over many
+    runs, and copies of an image in one class are on the same side.
     Raises UserError if there are not two classes, too few images of one, too many files that cannot be read, or more
-    images than fit into memory.
+    images than fit onto the disk.
     """
-    found = list_images(root)
-    _require_memory(root, len(found.files), size)
-    cache = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256(root)[:12]}-{size}.npz"
-    fingerprint = _sha256([5, size, PIL.__version__, found])  # 5: of the decoder's rules and the cache's format
-    if images := _read_cache(cache, fingerprint, root, found, size):
+    found = list_images(root, labels)
+    place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
+    fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
+    if images := _read_cache(place, fingerprint, found, size):
         return images
-    files, pixels, note = _read(root, found, size)
-    _write_cache(cache, fingerprint, files, pixels, note)
-    return _assemble(found.classes, files, pixels, note)
-
-
-def _assemble(classes: tuple[str, ...], files: list[_File], pixels: Tensor, note: str | None) -> ImageFolder:
-    """Make the dataset of its files, those of train first, and their pixels (N, 3, size, size)."""
-    everything = Split(pixels, torch.tensor([file.label for file in files]))
-    test_files = tuple(file.name for file in files if file.part == "test")
-    start = len(files) - len(test_files)
-    return ImageFolder(classes, everything[:start], everything[start:], test_files, note)
+    try:
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except UserError as error:
+        console.say(f"the images cannot be cached, and will be decoded again by the next run: {error}")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # stays mapped after its end
+            return _write_cache(Path(temporary), fingerprint, root, found, size)
+    with cache.locked(place):
+        return _read_cache(place, fingerprint, found, size) or _write_cache(place, fingerprint, root, found, size)
 
 
 def _sha256(content: object) -> str:
@@ -101,38 +103,47 @@ def _sha256(content: object) -> str:
 # Listing
 
 
-def list_images(root: Path) -> Found:
+def list_images(root: Path, labels: Path | None = None) -> Found:
     """List the classes and their images. Raises UserError if there are not two classes with enough images each."""
     try:
-        return _list(root)
+        return _list_table(root, labels) if labels else _list(root)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
 
 
 def _list(root: Path) -> Found:
     parts = _find_splits(root)
-    first, last = parts.get("train", root), parts.get("test", root)
+    first = parts.get("train", root)
     classes = _folders(first)
     _require_classes(root, first, classes)
-    if different := sorted(set(classes) ^ set(_folders(last))):
-        raise UserError(f"{root} needs each class in train and in test: only one of the two has {listing(different)}")
+    for folder in parts.values():
+        if folder != first and (unknown := sorted(set(_folders(folder)) - set(classes))):
+            raise UserError(f"{folder} has classes that {first} lacks, so they cannot be learned: {listing(unknown)}")
     passed: dict[str, list[str]] = defaultdict(list)
     files = [
         _File(name, status.st_size, status.st_mtime_ns, label, part)
         for part, folder in parts.items()
         for label, class_name in enumerate(classes)
+        if folder == first or os.path.isdir(folder / class_name)
         for name, status in _walk(root, folder / class_name, passed)
     ]
-    for folder in sorted({root, first, last}):
+    for folder in sorted({root, *parts.values()}):
         for entry in _entries(folder):
             if not os.path.exists(entry):
                 passed["broken link"].append(entry.name)
             elif os.path.isfile(entry) and _suffix(entry.name) in _IMAGES[1:]:
                 passed["loose image"].append(entry.name)
     notes = [_count(passed)] if passed else []
-    if "test" in parts and (beside := sorted(set(_folders(root)) - {first.name, last.name})):
-        notes.append(f"{listing(beside)} beside train and test: ignored; validation images are taken from train.")
-    _require_enough(root, classes, files, tuple(parts), notes)
+    if parts.keys() != {""} and (beside := sorted(set(_folders(root)) - {folder.name for folder in parts.values()})):
+        notes.append(f"{listing(beside)} beside {first.name}: ignored.")
+    return _found(root, classes, files, notes)
+
+
+def _found(root: Path, classes: Sequence[str], files: list[_File], notes: list[str]) -> Found:
+    """Check that there are enough images, and sort them by their names."""
+    _require_enough(root, classes, files, notes)
+    if "train" in (parts := {file.part for file in files}) and "test" not in parts:
+        notes.append("Without test images of their own, a fifth of the training images is the test split.")
     return Found(tuple(classes), sorted(files, key=lambda file: file.name), notes)
 
 
@@ -147,21 +158,27 @@ def find_images(root: Path) -> tuple[list[Path], str]:
 
 
 def _find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train and test, in any usual spelling; {"": root} if the images are not split."""
+    """Return the folders of train and perhaps val and test, in any usual spelling; {"": root} if there are none."""
     spelled: dict[str, list[str]] = defaultdict(list)
     for name in _folders(root):
-        spelled[_SPLITS.get(name.lower(), "")].append(name)
-    train, test, val = spelled["train"], spelled["test"], spelled["val"]
-    if len(train) == len(test) == 1:
-        return {"train": root / train[0], "test": root / test[0]}
-    if splits := [name for name in (*train, *test, *val) if _folders(root / name)]:  # without, it is a class
-        can_rename = train and val and not test
-        hint = f", so rename {val[0]} to test (validation images are taken from train)" if can_rename else ""
+        if part := _SPLITS.get(name.lower()):
+            spelled[part].append(name)
+    parts = {part: root / names[0] for part, names in spelled.items()}
+    with_classes = [name for names in spelled.values() for name in names if _folders(root / name)]
+    if not with_classes:  # a class may be called train
+        return {"": root}
+    if "train" not in parts or any(len(names) > 1 for names in spelled.values()):
         raise UserError(
-            f"{root} has {listing(splits)}, but needs exactly one train and one test folder{hint}; without a test "
-            f"folder, use {root / splits[0]}: a fifth of it becomes the test split"
+            f"{root} has {listing(with_classes)}, but needs exactly one train folder and at most one val and one test; "
+            f"to use the images of one alone, use {root / with_classes[0]}: a fifth of it becomes the test split"
         )
-    return {"": root}
+    for path in parts.values():
+        if not _folders(path):
+            raise UserError(
+                f"{path} has no folders of classes, as {with_classes[0]} has: move its images into such folders or, if "
+                f"their classes are not known, move it out of {root}"
+            )
+    return parts
 
 
 def _require_classes(root: Path, folder: Path, classes: list[str]) -> None:
@@ -243,58 +260,96 @@ def _count(passed: dict[str, list[str]]) -> str:
     return f"Skipped: {'; '.join(kinds)}."
 
 
-def _require_enough(
-    root: Path, classes: Sequence[str], files: list[_File], parts: Sequence[str], notes: Sequence[str] = ()
-) -> None:
-    """Raise UserError if a class has not one image to train on, one to validate with and one to test."""
-    counts = Counter((file.part, file.label) for file in files)
-    few = [name for label, name in enumerate(classes) if any(counts[part, label] < _LEAST[part] for part in parts)]
+def _require_enough(root: Path, classes: Sequence[str], files: list[_File], notes: Sequence[str] = ()) -> None:
+    """Raise UserError if a class has not one image to train on, one to validate with and one to test.
+
+    Where the folder says which images are for validation or to test, it may lack some of a class, but not all.
+    """
+    parts = {file.part for file in files}
+    least = {"train": 1 if "val" in parts else 2, "test": 0 if "test" in parts else 1}
+    counts = Counter(file.label for file in files if file.part in ("train", ""))
+    few = [name for label, name in enumerate(classes) if counts[label] < sum(least.values())]
     if few:
-        needed = "each class needs at least 2 training images and 1 test image, all different"
+        needed = f"each class needs at least {least['train']} training image{'s' * (least['train'] > 1)}"
+        needed += " and 1 test image, all different" if least["test"] else ", all different"
         raise UserError(". ".join([f"{root} has too few images of {listing(few)}: {needed}", *notes]))
 
 
-def _require_memory(root: Path, count: int, size: int) -> None:
-    """Raise UserError if so many images of that size, and a copy of those to train on, do not fit into memory."""
-    needed, free = 2 * count * 3 * size**2, device.memory()[1]
-    if needed > free:
-        advice = "use fewer images" + (", or a smaller --image-size" if size > 32 else "")
+# A table of labels
+
+
+def _list_table(root: Path, table: Path) -> Found:
+    """List the images that a CSV file names, with their labels; those that are missing are counted."""
+    rows = list(_read_table(root, table))
+    classes = sorted({label for _, label, _ in rows})
+    if len(classes) < 2:
+        raise UserError(f"{table} needs at least two different labels: it has {listing(classes) or 'none'}")
+    labels = {name: label for label, name in enumerate(classes)}
+    files: dict[str, _File] = {}
+    missing = []
+    for name, label, part in rows:
+        if (other := files.get(name)) and (other.label, other.part) != (labels[label], part):
+            raise UserError(f"{table} names {name} twice, with different labels or splits")
+        try:
+            status = os.stat(root / name)
+            files[name] = _File(name, status.st_size, status.st_mtime_ns, labels[label], part)
+        except (OSError, ValueError):  # a name that no file can have
+            missing.append(name)
+    if len(missing) > len(rows) / 100:
         raise UserError(
-            f"{root} has {count:,} images, which at {size}x{size} pixels need {needed / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are available: {advice}"
+            f"{len(missing):,} of {len(rows):,} files that {table} names cannot be found in {root} (at most 1% may be "
+            f"missing): {listing(missing)}"
         )
+    notes = [f"{len(missing):,} of {len(rows):,} files are missing: {listing(missing)}."] if missing else []
+    parts = {file.part for file in files.values()}
+    if "" in parts and len(parts) > 1:
+        raise UserError(f"{table} must give a split to each image or to none: {listing(sorted(parts - {''}))}")
+    return _found(root, classes, list(files.values()), notes)
+
+
+def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the path of each image, relative to the root and with /, its label, and its split or ""."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, restval="", restkey="")
+            columns = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
+            if not {"path", "label"} <= set(columns):
+                raise UserError(
+                    f"the first line of {table} must name the columns path and label, and may name split: it has "
+                    f"{listing(columns, 10) or 'none'}"
+                )
+            for row in rows:
+                values = [row.get(column, "").strip() for column in ("path", "label", "split")]
+                path, label, part = os.path.normpath(os.path.join(root, values[0])), values[1], values[2].lower()
+                if not values[0] or not label:
+                    raise UserError(f"line {rows.line_num} of {table} has no path or no label")
+                if not Path(path).is_relative_to(root):
+                    raise UserError(f"line {rows.line_num} of {table} names {values[0]}, which is not in {root}")
+                if part and part not in _SPLITS:
+                    raise UserError(f"line {rows.line_num} of {table}: the split is train, val or test, not {part}")
+                yield Path(path).relative_to(root).as_posix(), label, _SPLITS.get(part, "")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is not a CSV file in UTF-8: {error}") from None
 
 
 # Splitting and decoding
 
 
-def _read(root: Path, found: Found, size: int) -> tuple[list[_File], Tensor, str | None]:
-    """Return the files, those of train first, their pixels (N, 3, size, size), and what the user must not overlook."""
-    files = _split(root, found.files)
-    pixels, errors = _decode(root, files, size)
-    notes = list(found.notes)
-    if errors:
-        notes.append(_unreadable(errors, len(files)))
-        pixels = pixels[[file not in errors for file in files]]
-        files = [file for file in files if file not in errors]
-    _require_enough(root, found.classes, files, ("train", "test"), notes)
-    notes += [*_copies(files), *_small_classes(found.classes, files)]
-    return files, pixels, " ".join(notes) or None
-
-
 def _split(root: Path, files: list[_File]) -> list[_File]:
-    """Hash the files, choose those to test on unless they are split already, and sort them."""
+    """Hash the files, choose those to test on unless they are split already, and sort them: train, val, test."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: _digest(root / file.name), files)
         files = [replace(file, digest=digest) for file, digest in zip(files, digests)]
-    if not files[0].part:
+    parts = {part: [file for file in files if file.part in (part, "" if part == "train" else part)] for part in _ORDER}
+    if not parts["test"]:
         by_label = defaultdict(list)
-        for file in files:
+        for file in parts["train"]:
             by_label[file.label].append(file.digest)
         last = {label: sorted(own)[max(1, round(len(own) / 5)) - 1] for label, own in by_label.items()}
-        files = [replace(file, part="test" if file.digest <= last[file.label] else "train") for file in files]
-    train, test = ([file for file in files if file.part == part] for part in ("train", "test"))
-    return sorted(train, key=lambda file: (file.digest, file.name)) + test
+        parts["test"] = [file for file in parts["train"] if file.digest <= last[file.label]]
+        parts["train"] = [file for file in parts["train"] if file.digest > last[file.label]]
+    parts["train"].sort(key=lambda file: (file.digest, file.name))
+    return [replace(file, part=part) for part, own in parts.items() for file in own]
 
 
 def _digest(path: Path) -> bytes:
@@ -305,91 +360,109 @@ def _digest(path: Path) -> bytes:
         return b""
 
 
-def _decode(root: Path, files: list[_File], size: int) -> tuple[Tensor, dict[_File, UserError]]:
-    """Return the images (N, 3, size, size), and the errors of files that are not images, whose pixels are arbitrary."""
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    errors = {}
+def _decode(
+    root: Path, files: list[_File], size: int, errors: dict[_File, UserError]
+) -> Iterator[tuple[_File, Tensor]]:
+    """Yield the files that are images with their pixels, (3, size, size); adds the errors of the others to `errors`.
+
+    Raises UserError as soon as there are too many of these.
+    """
     console.say(f"decoding {len(files):,} images of {root}")
     with console.counting_bar("images", len(files)) as advance:
         for start in range(0, len(files), _DECODED_TOGETHER):
             batch = files[start : start + _DECODED_TOGETHER]
-            for index, image in enumerate(decode_all([root / file.name for file in batch], size), start):
+            for file, image in zip(batch, decode_all([root / file.name for file in batch], size)):
                 if isinstance(image, UserError):
-                    errors[files[index]] = image
+                    errors[file] = image
                 else:
-                    images[index] = image
+                    yield file, image
+            if len(errors) > len(files) / 100:
+                names = _name_errors(errors)
+                failed = f"{len(errors):,} of {start + len(batch):,} files"
+                raise UserError(f"cannot read {failed} as images (at most 1% may fail): fix or delete {names}")
             advance(len(batch))
-    return images, errors
 
 
-def _unreadable(errors: dict[_File, UserError], count: int) -> str:
-    """Name the files that are not images. Raises UserError if they are over 1% of `count`."""
-    names = listing(sorted(f"{file.name} ({error})" for file, error in errors.items()))
-    failed = f"{len(errors):,} of {count:,} files"
-    if len(errors) > count / 100:
-        raise UserError(f"cannot read {failed} as images (at most 1% may fail): fix or delete {names}")
-    return f"{failed} could not be read as images and were left out: {names}."
+def _name_errors(errors: dict[_File, UserError]) -> str:
+    return listing(sorted(f"{file.name} ({error})" for file, error in errors.items()))
 
 
 def _copies(files: list[_File]) -> Iterator[str]:
-    """Report images that are in two classes, in train and test, or twice in one of these."""
+    """Report images that are in two classes, in two splits, or twice in one of these."""
     originals: dict[bytes, _File] = {}
-    classes, splits, others = [], [], []
+    classes, others, splits = [], [], {"val": [], "test": []}
     for file in files:
         original = originals.setdefault(file.digest, file)
-        kind = classes if file.label != original.label else splits if file.part != original.part else others
+        kind = classes if file.label != original.label else splits[file.part] if file.part != original.part else others
         if file is not original:
             kind.append(f"{file.name} is {original.name}")
     if classes:
         yield f"In two classes: {len(classes):,} of {len(files):,} images ({listing(classes)})."
-    if splits:
-        count = (
-            f"{len(splits):,} of {sum(file.part == 'test' for file in files):,} test images are also training images"
-        )
-        yield f"{count}, so the test accuracy is too high: {listing(splits)}."
+    for part, pairs in splits.items():
+        if pairs:
+            count = f"{len(pairs):,} of {sum(file.part == part for file in files):,} {part} images are in another split"
+            yield f"{count} too, so the {part} accuracy is too high: {listing(pairs)}."
     if others:
         yield f"Duplicates, which count twice: {len(others):,} of {len(files):,} images ({listing(others)})."
 
 
 def _small_classes(classes: Sequence[str], files: list[_File]) -> Iterator[str]:
-    """Report classes with so few images that what is learned or measured of them says little."""
+    """Report classes with so few images that what is learned or measured of them says little, or nothing."""
+    counts = Counter((file.part, file.label) for file in files)
+    for part in {file.part: None for file in files}:
+        if missing := [name for label, name in enumerate(classes) if not counts[part, label]]:
+            yield f"Classes without images in {part}, where nothing is measured of them: {listing(missing)}."
     for part, (least, purpose) in _TOO_FEW.items():
-        counts = Counter(file.label for file in files if file.part == part)
-        few = sorted((counts[label], name) for label, name in enumerate(classes) if counts[label] < least)
-        if few:
+        own = [(counts[part, label], name) for label, name in enumerate(classes)]
+        if few := sorted((count, name) for count, name in own if 0 < count < least):
             names = listing([f"{name}: {count}" for count, name in few])
             yield f"Too few images {purpose} well, fewer than {least} in {part}: {names}."
 
 
-# The cache: one .npz file for each folder and image size. It holds only arrays: reading it cannot run code.
+# The cache
 
 
-def _read_cache(cache: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder | None:
-    """Read the images back; None if there is no cache, a file has changed since it was written, or it is damaged."""
+def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> ImageFolder | None:
+    """Map the images; None if there is no cache, a file has changed since it was written, or it is damaged."""
     by_name = {file.name: file for file in found.files}
     try:
-        with open_regular(cache) as opened, np.load(opened, allow_pickle=False) as arrays:  # compares checksums
-            if sum(array.file_size for array in arrays.zip.infolist()) > len(by_name) * (3 * size**2 + 10_000) + 10_000:
-                return None  # far more than these images would take, once unpacked
-            about, pixels = json.loads(arrays["about"].tobytes()), arrays["pixels"]
-        files = [replace(by_name.pop(name), part=part) for part in ("train", "test") for name in about[part]]
-        is_complete = len(by_name) <= len(found.files) / 100 and pixels.shape == (len(files), 3, size, size)
-        _require_enough(root, found.classes, files, ("train", "test"))
-        if about["fingerprint"] == fingerprint and is_complete and pixels.dtype == np.uint8:
-            return _assemble(found.classes, files, torch.from_numpy(pixels), about["note"] and str(about["note"]))
-    except Exception:  # numpy and zipfile raise exceptions of any type for damaged files
+        about = cache.read_about(place)
+        if about["fingerprint"] != fingerprint:
+            return None
+        files = {part: [by_name.pop(name) for name in about[part]] for part in cache.PARTS}
+        train, test = (cache.read(place, part, _labels(own), size, about) for part, own in files.items())
+        if len(by_name) <= len(found.files) / 100 and 0 <= about["own_val"] < len(train):
+            train, names = replace(train, own_val=about["own_val"]), tuple(file.name for file in files["test"])
+            return ImageFolder(found.classes, train, test, names, about["note"] and str(about["note"]))
+    except Exception:  # a damaged file can make anything fail
         pass
     return None
 
 
-def _write_cache(cache: Path, fingerprint: str, files: list[_File], pixels: Tensor, note: str | None) -> None:
-    """Save the images, or say that it is not possible."""
-    names = {part: [file.name for file in files if file.part == part] for part in ("train", "test")}
-    about = json.dumps({"fingerprint": fingerprint, "note": note, **names}).encode()
-    try:
-        with writing(cache):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(cache) as partial, partial.open("wb") as file:
-            np.savez(file, about=np.frombuffer(about, np.uint8), pixels=pixels.numpy())
-    except UserError as error:
-        console.say(f"the images cannot be cached, and will be decoded again by the next run: {error}")
+def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder:
+    """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
+    images = f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels,"
+    cache.require_room(place, images, 3 * size**2 * len(found.files))
+    files, errors = _split(root, found.files), {}
+    decoded = _decode(root, files, size, errors)
+    digests = cache.write(place, (("test" if file.part == "test" else "train", image) for file, image in decoded))
+    notes = list(found.notes)
+    if errors:
+        failed = f"{len(errors):,} of {len(files):,} files could not be read as images and were left out"
+        notes.append(f"{failed}: {_name_errors(errors)}.")
+    files = [file for file in files if file not in errors]
+    _require_enough(root, found.classes, files, notes)
+    if files[-1].part != "test":
+        raise UserError(f"{root} has no test image that can be read: {' '.join(notes)}")
+    notes += [*_copies(files), *_small_classes(found.classes, files)]
+    test = [file for file in files if file.part == "test"]
+    parts = {"train": files[: len(files) - len(test)], "test": test}
+    about = {part: [file.name for file in own] for part, own in parts.items()}
+    about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
+    about |= {"own_val": sum(file.part == "val" for file in files)}
+    cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
+    return _read_cache(place, fingerprint, found, size)
+
+
+def _labels(files: Sequence[_File]) -> Tensor:
+    return torch.tensor([file.label for file in files])

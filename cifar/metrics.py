@@ -67,14 +67,14 @@ def wilson_interval(correct: int, total: int) -> list[float]:
     return [float(end) for end in binomtest(correct, total).proportion_ci(method="wilson")]
 
 
-def most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """List the ten largest counts off the diagonal of a confusion matrix, largest first, without zeros."""
+def most_confused(matrix: np.ndarray, classes: Sequence[str], most: int = 10) -> list[dict[str, Any]]:
+    """List the largest counts off the diagonal of a confusion matrix, at most so many, largest first, without zeros."""
     pairs = [
         {"true": classes[row], "predicted": classes[column], "count": int(matrix[row, column])}
         for row, column in np.argwhere(matrix)
         if row != column
     ]
-    return sorted(pairs, key=lambda pair: pair["count"], reverse=True)[:10]
+    return sorted(pairs, key=lambda pair: pair["count"], reverse=True)[:most]
 
 
 def ranking_scores(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -208,28 +208,31 @@ class Normalize(nn.Module):
 
 
 @torch.no_grad()
-def set_input_statistics(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> None:
+def set_input_statistics(network: nn.Module, images: Iterable[Tensor], mean: Tensor, std: Tensor) -> None:
     """Set a network's normalization, and its whitening convolution if it has one, from the training images.
 
-    images: float (N, 3, H, W) in 0..1, some thousands; mean, std: (3,), of all training images, in 0..1. A constant
-    channel is divided by 1.
+    images: float (N, 3, H, W) in 0..1, some thousands, in chunks; mean, std: (3,), of all training images, in 0..1. A
+    constant channel is divided by 1.
     """
     network.normalize.mean.copy_(mean.view(1, 3, 1, 1))
     network.normalize.std.copy_(std.where(std > 0, 1).view(1, 3, 1, 1))
     if hasattr(network, "whiten"):
-        network.whiten.weight.copy_(whitening_filters(network.normalize(images), WHITENING_SIZE))
+        network.whiten.weight.copy_(whitening_filters(map(network.normalize, images), WHITENING_SIZE))
 
 
-def whitening_filters(images: Tensor, size: int) -> Tensor:
+def whitening_filters(images: Iterable[Tensor], size: int) -> Tensor:
     """Compute filters whose responses to image patches are uncorrelated and of equal variance, each also negated.
 
     Directions in which the patches vary by less than about 5e-4 get weaker responses than the others. Those in which
     they do not vary, such as the colors of grey images, would respond to rounding errors alone: the others take their
     places too.
-    images: (N, 3, H, W), normalized. Returns (2 * 3 * size**2, 3, size, size).
+    images: (N, 3, H, W), normalized, in chunks. Returns (2 * 3 * size**2, 3, size, size).
     """
-    patches = F.unfold(images, size).transpose(1, 2).reshape(-1, 3 * size**2)
-    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    products, count = 0, 0
+    for chunk in images:
+        patches = F.unfold(chunk, size).transpose(1, 2).reshape(-1, 3 * size**2)
+        products, count = products + patches.T @ patches, count + len(patches)
+    variances, directions = torch.linalg.eigh(products / count)
     varying = max(1, int((variances > 5e-6).sum()))  # of the variances, which ascend
     chosen = torch.arange(len(variances)) % varying + len(variances) - varying
     filters = (directions / (variances + 5e-4).sqrt()).T[chosen].reshape(-1, 3, size, size)

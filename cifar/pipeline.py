@@ -52,10 +52,10 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
     tracking.require(config.track)
     if device.rank() == 0:
         runs.check_writable(config.output_dir)
-        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     device.broadcast_object(None)  # the others wait for a download
     if device.rank():
-        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror)
+        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     dataset, note = found
     console.banner(note)
     for line in datasets.summary_lines(dataset):
@@ -66,7 +66,7 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
 def create_run(config: Config, dataset: Dataset) -> Run:
     """Make the run's directory, with its settings and what is known before training."""
     hardware = device.choose(config.device)
-    image_size = dataset.train.images.shape[-1]
+    image_size = dataset.train.image_size
     network = model.build(config.model, len(dataset.classes), image_size)
     layers = model.layers(network, image_size)
     return runs.create(

@@ -14,12 +14,15 @@ from cifar import analysis, console, evaluate, images, visualize
 from cifar.config import FIELDS, help_text
 from cifar.datasets import Dataset
 from cifar.errors import display_path
+from cifar.metrics import most_confused
 from cifar.records import Analysis, Metrics
 from cifar.runs import Run, damaged
 from cifar.visualize import FIGURES
 
 _MAX_FIGURE = 4000  # pixels of a side: none of our own is larger
 _LISTED_CLASSES = 20  # that a terminal shows
+_CONFUSIONS = 100  # that the page lists
+_SMALL = 64  # pixels; larger images are photos, whose thumbnails are larger and smooth
 
 
 def write(run: Run, dataset: Dataset) -> Path:
@@ -42,11 +45,18 @@ def write(run: Run, dataset: Dataset) -> Path:
         unused=config.unused,
         settings=[(field, getattr(config, field) if field in saved else None, help_text(field)) for field in FIELDS],
         problems=evaluate.learning_problems(run),
+        confusions=_confusions(results["metrics"]) if results["metrics"] else [],
+        has_photos=config.image_size > _SMALL,
         figures=_embed_figures(run, visualize.drawable(results)),
         images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},
     )
     run.write_text("report.html", page)
     return run.path / "report.html"
+
+
+def _confusions(metrics: Metrics) -> list[dict[str, Any]]:
+    """List the most frequent confusions, more than metrics.json does."""
+    return most_confused(np.array(metrics.confusion_matrix), list(metrics.per_class), _CONFUSIONS)
 
 
 def _percent(fraction: float | None, decimals: int = 2) -> str:
@@ -81,8 +91,10 @@ def _embed_images(run: Run, content: Analysis, dataset: Dataset, size: int) -> d
 
 def _thumbnail(image: np.ndarray) -> str:
     thumbnail = Image.fromarray(image)
-    thumbnail.thumbnail((64, 64))
-    return _data_url(thumbnail, "PNG")
+    if max(thumbnail.size) <= _SMALL:
+        return _data_url(thumbnail, "PNG")
+    thumbnail.thumbnail((192, 192))  # twice as many pixels as it is wide on the page, for screens that have them
+    return _data_url(thumbnail, "WEBP", quality=80)
 
 
 def _data_url(image: Image.Image, file_format: str, **options: Any) -> str:

@@ -98,8 +98,8 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
     Seeds torch's global generator, from which the weights and, later, dropout are drawn.
     """
     torch.manual_seed(config.seed)
-    network = model.build(config.model, classes, train_set.images.shape[-1])
-    images = data.to_float(train_set.images[:_WHITENING_IMAGES])
+    network = model.build(config.model, classes, train_set.image_size)
+    images = (data.to_float(part.images) for part in train_set[:_WHITENING_IMAGES].chunks())
     model.set_input_statistics(network, images, *train_set.mean_and_std())
     if device.rank():  # so that dropout differs between processes
         torch.manual_seed(config.seed + device.rank())
@@ -114,7 +114,7 @@ class Training:
 
     def __init__(self, network: nn.Module, optimizer: optim.ScheduledOptimizer, batches: data.Batches):
         self.network, self.optimizer, self.batches = network, optimizer, batches
-        self.device = batches.images.device
+        self.device = batches.device
         self.best_epoch, self.best_score = 0, -math.inf
         self.started = time.perf_counter()
         self._start_epoch(1)

@@ -11,8 +11,9 @@ from cifar.data import Split
 from cifar.errors import UsageError, UserError
 
 
-def dataset(name: str, images: int, classes: int, size: int = 32, can_flip: bool = True) -> SimpleNamespace:
-    train = Split(torch.empty(images, 3, size, size, device="meta"), torch.empty(images, device="meta"))
+def dataset(name: str, images: int, classes: int, size: int = 32, can_flip: bool = True, own_val: int = 0):
+    pixels = torch.empty(images, 3, size, size, device="meta")
+    train = Split(pixels, torch.empty(images, device="meta"), own_val=own_val)
     return SimpleNamespace(
         key=f"/my/{name}", name=name, train=train, classes=tuple(map(str, range(classes))), can_flip=can_flip
     )
@@ -123,7 +124,7 @@ def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_on
     defaults = "default 12 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30)"
     assert config.help_text("epochs") == f"passes over the training images; {defaults}"
     without_default = {name for name in config.FIELDS if "default" not in config.help_text(name)}
-    assert without_default == {"mirror", "minutes"}
+    assert without_default == {"labels", "mirror", "minutes"}
 
 
 # Settings files.
@@ -188,6 +189,21 @@ def test_large_images_come_in_smaller_batches():
     resolved, sentences = resolve(Config(image_size=128), dataset("pets", 20_000, 2, size=128))
     assert (resolved.dataset, resolved.batch_size, resolved.small_size) == ("/my/pets", 125, 96)  # 2000 / 4^2
     assert sentences == ["--batch-size 125 instead of 1000: a step of 128x128 images needs too much memory"]
+
+
+def test_images_above_64_pixels_get_random_resized_crops_unless_it_is_said_otherwise():
+    for size, scale in ((32, 1), (64, 1), (65, 0.35), (384, 0.35)):
+        assert resolve(Config(image_size=size), dataset("pets", 20_000, 2, size=size))[0].crop_scale == scale
+    config = resolve(Config(image_size=96, crop_scale=1), dataset("pets", 20_000, 2, size=96))[0]
+    assert (config.crop_scale, "crop" in config.unused) == (1, False)
+    assert {"crop", "crop_mode"} <= config.replace(crop_scale=0.9).unused
+
+
+def test_validation_images_of_the_dataset_itself_are_used():
+    own = dataset("pets", 200, 3, own_val=40)
+    assert resolve(Config(), own)[0].val_size == resolve(Config(val_size=40), own)[0].val_size == 40
+    with pytest.raises(UserError, match="leave out --val-size 20: pets has 40 validation images of its own"):
+        resolve(Config(val_size=20), own)
 
 
 @pytest.mark.parametrize("fitted", [DIGITS, PETS], ids=["digits", "pets"])

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
@@ -72,6 +73,13 @@ def test_no_validation_leaves_all_images_to_training(digits):
     assert (len(train), len(val)) == (1437, 0)
 
 
+def test_a_dataset_with_validation_images_of_its_own_is_split_there(digits):
+    split = data.Split(digits.train.images, digits.train.labels, own_val=37)
+    train, val = data.train_val_split(split, 37, seed=0)
+    assert (train.rows.tolist(), val.rows.tolist()) == (list(range(1400)), list(range(1400, 1437)))
+    assert len(data.train_val_split(split, 0, seed=0)[1]) == 0
+
+
 # Augmenting
 
 
@@ -91,6 +99,38 @@ def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
 def test_a_crop_wider_than_the_image_is_refused():
     with pytest.raises(ValueError, match="padding 8 must be from 0 to 7"):
         data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
+
+
+def test_random_boxes_have_the_distribution_of_torchvisions():
+    boxes = data.random_boxes(4000, 100, 0.2, generator()).double()
+    transform = RandomResizedCrop(100, scale=(0.2, 1))
+    torch.manual_seed(0)
+    parameters = [transform.make_params([torch.empty(3, 100, 100)]) for _ in range(4000)]
+    expected = torch.tensor([[p[name] for p in parameters] for name in ("top", "left", "height", "width")]).double()
+    top, left, height, width = boxes
+    assert ((top >= 0) & (left >= 0) & (top + height <= 100) & (left + width <= 100)).all()
+    assert (height * width / 100**2).min() > 0.19
+    for ours, theirs in zip([*boxes, height / width], [*expected, expected[2] / expected[3]]):
+        levels = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+        torch.testing.assert_close(ours.quantile(levels), theirs.quantile(levels), atol=3, rtol=0.04)
+
+
+def test_a_resized_crop_is_torchvisions():
+    images = random_images(3, size=40)
+    boxes = torch.tensor([[0, 5, 12], [0, 7, 3], [40, 20, 9], [40, 15, 30]])
+    for crop, image, box in zip(data.resized_crop(images, boxes), images, boxes.T.tolist()):
+        expected = reference.resized_crop(image, *box, size=[40, 40], antialias=True)
+        assert crop.equal(expected)
+
+
+def test_with_a_crop_scale_training_images_are_resized_crops_and_validation_images_whole():
+    split = data.Split(random_images(20, size=64), torch.arange(20))
+    batches = make_batches(split, crop_scale=0.3)
+    for batch in batches.epoch(1):
+        whole = data.to_float(split.images[batch.indices])
+        assert batch.images.shape == whole.shape
+        assert (batch.images != whole).flatten(1).any(1).sum() >= 9
+        assert batch.images.mean((1, 2, 3)).sub(whole.mean((1, 2, 3))).abs().max() < 0.1  # of the same image
 
 
 def test_horizontal_flip_changes_the_given_images_alone():
@@ -217,20 +257,22 @@ def test_the_first_epochs_are_small():
 SETTINGS = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9}
 
 
-def test_batches_follow_their_generator_alone():
+@pytest.mark.parametrize("crop_scale", [None, 0.5])
+def test_batches_follow_their_generator_alone(crop_scale):
     split = data.Split(random_images(100, size=32), torch.arange(100))
 
     def everything(seed):
         torch.manual_seed(np.random.default_rng().integers(2**31).item())
-        return images_of(make_batches(split, seed, **SETTINGS), 1)
+        return images_of(make_batches(split, seed, crop_scale=crop_scale, **SETTINGS), 1)
 
     assert torch.equal(everything(1), everything(1))
     assert not torch.equal(everything(1), everything(2))
 
 
-def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left():
+@pytest.mark.parametrize("crop_scale", [None, 0.5])
+def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left(crop_scale):
     split = data.Split(random_images(100, size=32), torch.arange(100))
-    settings = {**SETTINGS, "epochs": 4, "hard_epochs": 1, "hard_share": 0.5}
+    settings = {**SETTINGS, "crop_scale": crop_scale, "epochs": 4, "hard_epochs": 1, "hard_share": 0.5}
 
     def train_on(batches, epoch, steps=99, skip=0):
         shown = []

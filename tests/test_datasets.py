@@ -115,7 +115,8 @@ def test_what_is_not_a_dataset_is_refused_by_a_run_and_a_check(name):
 def image_folder(digits, tmp_path) -> Path:
     """150 training and 150 test images of digits, in folders that have their labels as names."""
     for part in ("train", "test"):
-        for number, (image, label) in enumerate(zip(*vars(getattr(digits, part)[:150]).values())):
+        split = getattr(digits, part)[:150]
+        for number, (image, label) in enumerate(zip(split.images, split.labels)):
             path = tmp_path / "my digits" / part / str(int(label)) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
@@ -136,7 +137,7 @@ def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, imag
 
 
 def test_a_folder_is_described_without_decoding_it(image_folder, monkeypatch):
-    monkeypatch.setattr(folder, "_read", None)
+    monkeypatch.setattr(folder, "_write_cache", None)
     assert datasets.check(str(image_folder)) == "a folder of 10 classes, 300 files"
     assert datasets.check("digits") == "digits"
     for label in range(1, 10):

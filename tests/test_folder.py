@@ -1,7 +1,8 @@
-import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar import device, folder
+from cifar import cache, data, folder
+from cifar.config import PROJECT
+from cifar.data import Split
 from cifar.errors import UserError
 from cifar.folder import ImageFolder
 from cifar.images import decode
@@ -151,52 +154,87 @@ CHANGES = {
 def test_images_are_decoded_again_only_after_a_change(root, change, monkeypatch):
     first = load(root)
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_read", None)
+        patch.setattr(folder, "_write_cache", None)
         assert content(load(root)) == content(first)
         CHANGES[change](root)
-        with pytest.raises(TypeError):  # _read is called
+        with pytest.raises(TypeError):  # _write_cache is called
             load(root)
     changed = load(root)
     shutil.rmtree(root.parent / "cache")
     assert content(load(root)) == content(changed)
 
 
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 DAMAGES = {
     "truncated": lambda whole: whole[: len(whole) // 2],
     "empty": lambda _: b"",
-    "a pickle": lambda _: b"\x80\x04.",
-    "a flipped pixel": lambda whole: whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :],
+    "longer": lambda whole: whole * 2,
 }
-# Of a file without damage: the pixels and the JSON beside them -> others.
+# Of about.json without damage -> another.
 FORGERIES = {
-    "another size": lambda pixels, about: (pixels[..., :16], about),
-    "another type": lambda pixels, about: (pixels.astype(np.float32), about),
-    "fewer images": lambda pixels, about: (pixels[:-1], about),
-    "half of the files": lambda pixels, about: (pixels[20:], about | {"train": about["train"][20:]}),
-    "a file twice": lambda pixels, about: (pixels, about | {"train": about["train"][:1] * 40}),
-    "a foreign file": lambda pixels, about: (pixels, about | {"test": ["../../etc/passwd", *about["test"][1:]]}),
-    "no test split": lambda pixels, about: (pixels, about | {"train": about["train"] + about["test"], "test": []}),
-    "no JSON object": lambda pixels, about: (pixels, 5),
-    "a bomb": lambda pixels, about: (np.zeros(20_000_000, np.uint8), about),
+    "half of the files": lambda about: about | {"train": about["train"][20:]},
+    "a file twice": lambda about: about | {"train": about["train"][:1] * 40},
+    "files in another order": lambda about: about | {"train": about["train"][::-1]},
+    "a foreign file": lambda about: about | {"test": ["../../etc/passwd", *about["test"][1:]]},
+    "no test split": lambda about: about | {"train": about["train"] + about["test"], "test": []},
+    "all for validation": lambda about: about | {"own_val": 40},
+    "no JSON object": lambda about: 5,
 }
 
 
-def forge(whole: bytes, change) -> bytes:
-    with np.load(io.BytesIO(whole)) as arrays:
-        pixels, about = change(arrays["pixels"], json.loads(arrays["about"].tobytes()))
-    forged = io.BytesIO()
-    np.savez_compressed(forged, pixels=pixels, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-    return forged.getvalue()
-
-
-@pytest.mark.parametrize("damage", [*DAMAGES, *FORGERIES])
+@pytest.mark.parametrize("damage", [*DAMAGES, *FORGERIES, "a flipped bit", "a missing file"])
 def test_a_damaged_or_forged_cache_is_not_used_but_replaced(root, damage):
-    first = load(root)
-    (cache,) = (root.parent / "cache" / ".decoded").iterdir()
-    whole = cache.read_bytes()
-    cache.write_bytes(DAMAGES[damage](whole) if damage in DAMAGES else forge(whole, FORGERIES[damage]))
-    assert content(load(root)) == content(first)
-    assert cache.read_bytes() == whole
+    first = content(load(root))
+    (place,) = (root.parent / "cache" / ".decoded").iterdir()
+    pixels, about = place / "train.pixels", place / "about.json"
+    whole = pixels.read_bytes()
+    for file in (pixels, about):
+        damaged = file.with_suffix(".damaged")  # a mapped file is replaced, and not changed
+        if damage in FORGERIES:
+            damaged.write_text(json.dumps(FORGERIES[damage](json.loads(about.read_text()))))
+        elif damage == "a missing file":
+            file.unlink()
+        else:
+            damaged.write_bytes(DAMAGES.get(damage, flip)(file.read_bytes()))
+        if damaged.exists():
+            damaged.replace(about if damage in FORGERIES else file)
+        assert content(load(root)) == first
+        assert pixels.read_bytes() == whole
+
+
+def test_the_pixels_of_a_large_cache_are_compared_only_if_the_file_has_changed(root, monkeypatch):
+    monkeypatch.setattr(cache, "_ALWAYS_HASHED", 0)
+    first = content(load(root))
+    (place,) = (root.parent / "cache" / ".decoded").iterdir()
+    file = place / "train.pixels"
+    with monkeypatch.context() as patch:
+        patch.setattr(Split, "chunks", None)
+        load(root)
+    status = file.stat()
+    file.with_suffix(".other").write_bytes(flip(file.read_bytes()))
+    file.with_suffix(".other").replace(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert content(load(root)) == first
+
+
+def test_images_of_which_the_file_is_deleted_stay_readable(root):
+    images = load(root)
+    before = images.test.images.clone()
+    shutil.rmtree(root.parent / "cache")
+    assert images.test.images.equal(before)
+
+
+def test_two_processes_decode_one_folder_once(root):
+    script = "import sys, pathlib as p, cifar.folder as f; f.load(p.Path(sys.argv[1]), 32, p.Path(sys.argv[2]))"
+    (root.parent / "cache" / ".decoded").mkdir(parents=True)
+    command = [sys.executable, "-c", script, str(root), str(root.parent / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
+    said = "".join(process.communicate()[0] for process in processes)
+    assert said.count("decoding 60 images") == 1
 
 
 def test_without_a_writable_cache_the_images_are_read_anyway(root, capsys):
@@ -227,7 +265,7 @@ def test_up_to_one_percent_of_files_may_be_unreadable_and_they_are_named(tmp_pat
 def test_an_image_in_train_and_test_is_reported_with_both_names(root):
     shutil.copy(root / "test" / "dog" / "2-001.png", root / "train" / "dog" / "copy.png")
     assert load(root).note == (
-        "1 of 20 test images are also training images, so the test accuracy is too high: "
+        "1 of 20 test images are in another split too, so the test accuracy is too high: "
         "test/dog/2-001.png is train/dog/copy.png."
     )
 
@@ -256,17 +294,144 @@ def test_classes_with_too_few_images_to_learn_or_to_measure_are_reported(root):
     )
 
 
-def test_more_images_than_memory_are_refused_before_any_is_opened(root, monkeypatch):
-    monkeypatch.setattr(device, "memory", lambda: (1e9, 2 * 60 * 3 * 64**2))
+def test_more_images_than_the_disk_holds_are_refused_before_any_is_opened(root, monkeypatch):
+    usage = shutil.disk_usage(root)._replace(free=60 * 3 * 64**2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert len(load(root, 64).train) == 40
     monkeypatch.setattr(folder, "_digest", None)
-    with pytest.raises(UserError, match=r"60 images, which at 65x65 pixels need 0\.0 GB of .* smaller --image-size$"):
+    with pytest.raises(
+        UserError, match=r"60 images of .*pets need, at 65x65 pixels, 0\.0 GB on the disk of .*cache/\.dec"
+    ):
         load(root, 65)
 
 
-def test_a_folder_beside_train_and_test_is_reported_as_ignored(root):
+# Validation images
+
+
+def test_a_folder_val_holds_the_validation_images(root):
+    fill(root / "Valid" / "cat", 3, seed=50)
+    fill(root / "Valid" / "dog", 4, seed=51)
+    images = load(root)
+    assert images.note is None
+    assert (len(images.train), images.train.own_val, len(images.test)) == (47, 7, 20)
+    train, val = data.train_val_split(images.train, 7, seed=3)
+    assert val.labels.bincount().tolist() == [3, 4]
+    assert pixels(val) == {decode(file, 32).numpy().tobytes() for file in (root / "Valid").rglob("*.png")}
+    assert not pixels(val) & pixels(train)
+    assert content(load(root)) == content(images)
+
+
+def test_beside_train_and_val_the_test_split_is_a_fifth_of_train(root):
+    (root / "test").rename(root / "val")
+    images = load(root)
+    assert images.train.own_val == 20
+    assert images.test.labels.bincount().tolist() == [4, 4]
+    assert "Without test images of their own, a fifth of the training images is the test split." in images.note
+    assert {name.split("/")[0] for name in images.test_files} == {"train"}
+
+
+def test_another_folder_beside_train_is_reported_as_ignored(root):
+    fill(root / "old" / "cat", 3, seed=50)
+    assert load(root).note == "old beside train: ignored."
+
+
+def test_a_class_that_test_or_val_lacks_is_kept_and_named(root):
+    shutil.rmtree(root / "test" / "cat")
     fill(root / "val" / "cat", 3, seed=50)
-    assert load(root).note == "val beside train and test: ignored; validation images are taken from train."
+    images = load(root)
+    assert images.classes == ("cat", "dog")
+    assert images.test.labels.unique().tolist() == [1]
+    for part, name in (("val", "dog"), ("test", "cat")):
+        assert f"Classes without images in {part}, where nothing is measured of them: {name}." in images.note
+
+
+# A table of labels
+
+
+def write_table(root: Path, lines: list[str]) -> Path:
+    table = root / "labels.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    return table
+
+
+def rows(root: Path, split=False) -> list[str]:
+    """The images of `root` with labels that are not their folders' names, and perhaps their splits."""
+    files = sorted(file.relative_to(root) for file in root.rglob("*.png"))
+    return [f'{file},"a {file.parts[1]}, so"' + f",{file.parts[0]}" * split for file in files]
+
+
+def test_a_table_gives_the_labels_and_perhaps_the_splits(root):
+    expected = load(root)
+    table = write_table(root, ["Path, LABEL,split", *rows(root, split=True)])
+    images = folder.load(root, 32, root.parent / "cache", table)
+    assert images.classes == ("a cat, so", "a dog, so")
+    assert content(images)[1:] == content(expected)[1:]
+    table = write_table(root, ["label,path", *(",".join(row.split(",", 1)[::-1]) for row in rows(root))])
+    images = folder.load(root, 32, root.parent / "cache", table)
+    assert images.train.labels.bincount().tolist() == images.test.labels.bincount().mul(4).tolist() == [24, 24]
+
+
+TABLES = {
+    "other columns": (lambda rows: ["file,class"], "must name the columns path and label, and .*: it has file, class$"),
+    "empty": (lambda rows: [], "must name the columns path and label, .* it has none$"),
+    "one label": (lambda rows: ["path,label", rows[0]], "needs at least two different labels: it has a cat, so$"),
+    "no label": (lambda rows: ["path,label", "a.png,"], "^line 2 of .*labels.csv has no path or no label$"),
+    "two labels": (lambda rows: ["path,label", *rows, rows[0][:20] + "x"], "names .*png twice, with different labels"),
+    "outside": (lambda rows: ["path,label", "../a.png,x"], r"line 2 of .* names \.\./a\.png, which is not in "),
+    "missing": (
+        lambda rows: ["path,label", *rows, "gone.png,x"],
+        "^1 of 61 files that .* cannot be found in .*gone.png$",
+    ),
+    "another split": (lambda rows: ["path,label,split", "a.png,x,old"], "the split is train, val or test, not old$"),
+    "some splits": (
+        lambda rows: ["path,label,split", rows[0] + ",test", *rows[1:]],
+        "must give a split to each image or to none: test$",
+    ),
+    "latin 1": (lambda rows: ["path,label", *rows, "\udce9"], "is not a CSV file in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_cannot_be_used_is_refused_in_one_sentence(root, kind):
+    make, sentence = TABLES[kind]
+    table = write_table(root, [])
+    lines = make(rows(root))
+    table.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=sentence):
+        folder.load(root, 32, root.parent / "cache", table)
+
+
+def test_a_missing_table_is_named(root):
+    with pytest.raises(UserError, match=r"^cannot read .*none\.csv: No such file or directory$"):
+        folder.load(root, 32, root.parent / "cache", root / "none.csv")
+
+
+# Images of all kinds
+
+
+def test_images_of_all_kinds_and_sizes_are_in_one_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "all" / "b").mkdir(parents=True)
+    fill(tmp_path / "all" / "a", 5, seed=1)
+    for number, (mode, size, suffix) in enumerate(
+        [
+            ("L", 8, "png"),
+            ("RGBA", 300, "PNG"),
+            ("CMYK", 90, "JPG"),
+            ("P", 33, "gif"),
+            ("1", 64, "Tiff"),
+            ("LA", 9, "png"),
+        ]
+    ):
+        image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).convert(mode)
+        image.save(tmp_path / "all" / "b" / f"{number}.{suffix}")
+    Image.new("L", (8000, 6000), 9).save(tmp_path / "all" / "b" / "large.jpeg")
+    images = load(tmp_path / "all")
+    assert len(images.train) + len(images.test) == 12
+    assert images.note == (
+        "Too few images to learn well, fewer than 20 in train: a: 4, b: 6. "
+        "Too few images to measure well, fewer than 10 in test: a: 1, b: 1."
+    )
 
 
 # What cannot be used
@@ -293,13 +458,13 @@ BROKEN = {
         lambda root: shutil.rmtree(root / "train" / "dog"),
         "train has only one class, cat: at least two are needed$",
     ),
-    "one folder of classes": (
-        lambda root: shutil.rmtree(root / "test"),
-        "pets has train, but needs exactly one train and one test folder; without a test folder, use .*pets/train: a",
+    "no folder of training images": (
+        lambda root: shutil.rmtree(root / "train"),
+        "pets has test, but needs exactly one train folder and .* alone, use .*pets/test: a fifth of it becomes",
     ),
     "two spellings": (
         lambda root: fill(root / "Training" / "cat", 3, seed=80),
-        "pets has Training, train, test, but needs exactly one train",
+        "pets has Training, train, test, but needs exactly one train folder",
     ),
     "splits with unknown names": (
         lambda root: [(root / part).rename(root / name) for part, name in (("train", "a"), ("test", "b"))],
@@ -312,24 +477,25 @@ BROKEN = {
     ),
     "too few to train": (
         lambda root: [file.unlink() for file in sorted((root / "train" / "dog").iterdir())[1:]],
-        "too few images of dog: each class needs at least 2 training images and 1 test image",
+        "too few images of dog: each class needs at least 2 training images, all different",
     ),
-    "a class only in train": (
-        lambda root: shutil.rmtree(root / "test" / "cat"),
-        "pets needs each class in train and in test: only one of the two has cat",
+    "test images without classes": (
+        lambda root: [shutil.rmtree(root / "test"), fill(root / "test", 3, seed=9)],
+        "pets/test has no folders of classes, as train has: move its images into such folders or, if their classes are",
     ),
-    "too few to test": (
-        lambda root: [file.unlink() for file in (root / "test" / "cat").iterdir()],
-        "too few images of cat: each class",
+    "no test image that can be read": (
+        lambda root: [
+            shutil.rmtree(root / "test"),
+            fill(root / "train" / "cat", 100, seed=9),
+            (root / "test" / "cat").mkdir(parents=True),
+            (root / "test" / "cat" / "1.png").write_text("no"),
+        ],
+        "pets has no test image that can be read: 1 of 141 files could not be read as images",
     ),
     "too few without a split": (too_few_without_a_split, "too few images of bear: each class needs at least 2"),
-    "no test split": (
-        lambda root: (root / "test").rename(root / "Val"),
-        r"pets has train, Val, but needs .*, so rename Val to test \(validation images are taken from train\)",
-    ),
     "a class only in test": (
         lambda root: fill(root / "test" / "eel", 2, seed=70),
-        "pets needs each class in train and in test: only one of the two has eel",
+        "pets/test has classes that .*pets/train lacks, so they cannot be learned: eel$",
     ),
     "too many other files": (
         lambda root: [(root / "train" / "cat" / f"{number}.gif").write_text("no") for number in range(4)],

@@ -1,0 +1,107 @@
+"""Decoded images on the disk: a file of pixels for each split, mapped into memory by any number of processes.
+
+They are written once, and checked before they are used. about.json, which describes them, is written last.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar import console, files
+from cifar.data import Split
+from cifar.errors import UserError
+from cifar.files import atomic_write, open_regular, writing
+
+PARTS = ("train", "test")
+_ABOUT = "about.json"
+# Bytes of a file whose pixels are always compared with their hash, which takes half a second. Those of a larger file
+# are if its time of change is not the one recorded.
+_ALWAYS_HASHED = 1e9
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Keep other processes from writing to the cache at the same time."""
+    with writing(place):
+        file = (place / "lock").open("ab")
+    with file:
+        if not files.lock(file):
+            console.say("another process is decoding these images: waiting for it")
+            while not files.lock(file):
+                time.sleep(0.2)
+        yield
+
+
+def write(place: Path, images: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Write each image to the file of its part; returns a SHA-256 for each part, which `seal` takes.
+
+    None of the files appears before all images have been written. Raises UserError if they cannot be.
+    """
+    digests = {part: hashlib.sha256() for part in PARTS}
+    with contextlib.ExitStack() as stack:
+        partial = {part: stack.enter_context(atomic_write(_pixels(place, part))) for part in PARTS}
+        opened = {part: stack.enter_context(path.open("wb")) for part, path in partial.items()}
+        for part, image in images:
+            pixels = image.contiguous().numpy()
+            opened[part].write(pixels)
+            digests[part].update(pixels)
+    return digests
+
+
+def seal(place: Path, digests: dict[str, Any], labels: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Describe the files that `write` has written, so that `read` accepts them; about: what else to keep, as JSON."""
+    for part, digest in digests.items():
+        digest.update(labels[part].numpy())
+        status = _pixels(place, part).stat()
+        about |= {f"{part}_sha256": digest.hexdigest(), f"{part}_changed": status.st_mtime_ns}
+    with atomic_write(place / _ABOUT) as partial:
+        partial.write_text(json.dumps(about), encoding="utf-8")
+
+
+def read_about(place: Path) -> dict[str, Any]:
+    """Read what `seal` has kept. Raises UserError or ValueError if it is missing or damaged."""
+    return files.parse_json(files.read(place / _ABOUT))
+
+
+def read(place: Path, part: str, labels: Tensor, size: int, about: dict[str, Any]) -> Split:
+    """Map the images of a part into memory. Raises ValueError, KeyError or OSError if they changed since `seal`."""
+    shape = (len(labels), 3, size, size)
+    with open_regular(_pixels(place, part)) as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        changed = _pixels(place, part).stat().st_mtime_ns
+    if len(mapping) != math.prod(shape):
+        raise ValueError("the file has another size")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch cannot write to it
+        source = torch.frombuffer(mapping, dtype=torch.uint8).view(shape)
+    split = Split(source, labels, mapping=mapping)
+    is_hashed = len(mapping) <= _ALWAYS_HASHED or changed != about[f"{part}_changed"]
+    if is_hashed and split.sha256() != about[f"{part}_sha256"]:
+        raise ValueError("the pixels have changed")
+    return replace(split, digest=about[f"{part}_sha256"])
+
+
+def require_room(place: Path, what: str, needed: float) -> None:
+    """Raise UserError if so many bytes cannot be written there; what: is written, as the sentence's subject."""
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{what} {needed / 1e9:.1f} GB on the disk of {place.parent}, which has {free / 1e9:.1f} GB free: make "
+            "room, name another place with --data-dir, or use fewer images or a smaller --image-size"
+        )
+
+
+def _pixels(place: Path, part: str) -> Path:
+    return place / f"{part}.pixels"
