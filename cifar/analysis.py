@@ -3,6 +3,7 @@
 scikit-learn, pandas and torchvision are imported inside the functions that use them: they take seconds.
 """
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -187,18 +188,19 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
     order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
     split = dataset.test[order[:_MAX_CORRUPTED]]
 
-    def measure(corrupted: Tensor) -> dict[str, float]:
-        logits = evaluate.infer(network, corrupted, precision=precision)
+    def measure(change: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        parts = [evaluate.infer(network, change(part.images), precision=precision) for part in split.chunks()]
+        logits = torch.cat(parts)
         error = metrics.reliability(logits.numpy() / temperature, split.labels.numpy())["expected_calibration_error"]
         return {"accuracy": metrics.accuracy(logits, split.labels), "expected_calibration_error": error}
 
     table: dict[str, list[dict[str, float]]] = {kind: [] for kind in CORRUPTIONS}
     for kind, amounts in CORRUPTIONS.items():
         for severity, amount in enumerate(amounts, start=1):
-            measured = measure(corrupt(split.images, kind, amount, seed))
+            measured = measure(functools.partial(corrupt, kind=kind, amount=amount, seed=seed))
             table[kind].append({"severity": severity, "amount": amount, **measured})
             advance(1)
-    clean, cells = measure(split.images), list(chain(*table.values()))
+    clean, cells = measure(lambda images: images), list(chain(*table.values()))
     mean = {key: float(np.mean([cell[key] for cell in cells])) for key in clean}
     content = {"dataset": dataset.name, "split": "test", "n": len(split), "seed": seed, "temperature": temperature}
     run.write("corruptions.json", content | {"clean": clean, "mean": mean, "corruptions": table})

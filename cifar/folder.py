@@ -50,8 +50,7 @@ class ImageFolder:
     note: str | None  # what the user must not overlook
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     name: str  # relative to the root, with /
     size: int  # bytes
     changed: int  # in nanoseconds
@@ -210,7 +209,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    start = name.rfind(".")
+    return name[start:].lower() if start >= 0 else ""
 
 
 def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tuple[str, os.stat_result]]:
@@ -339,7 +339,7 @@ def _split(root: Path, files: list[_File]) -> list[_File]:
     """Hash the files, choose those to test on unless they are split already, and sort them: train, val, test."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: _digest(root / file.name), files)
-        files = [replace(file, digest=digest) for file, digest in zip(files, digests)]
+        files = [file._replace(digest=digest) for file, digest in zip(files, digests)]
     parts = {part: [file for file in files if file.part in (part, "" if part == "train" else part)] for part in _ORDER}
     if not parts["test"]:
         by_label = defaultdict(list)
@@ -349,7 +349,7 @@ def _split(root: Path, files: list[_File]) -> list[_File]:
         parts["test"] = [file for file in parts["train"] if file.digest <= last[file.label]]
         parts["train"] = [file for file in parts["train"] if file.digest > last[file.label]]
     parts["train"].sort(key=lambda file: (file.digest, file.name))
-    return [replace(file, part=part) for part, own in parts.items() for file in own]
+    return [file._replace(part=part) for part, own in parts.items() for file in own]
 
 
 def _digest(path: Path) -> bytes:

@@ -33,7 +33,9 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     numbers = range(len(classes))
     predicted = logits.argmax(1)
     # By number, since a class may be called "accuracy", which is a key of the report.
-    report = classification_report(labels, predicted, labels=numbers, output_dict=True, zero_division=0)
+    options = {"output_dict": True, "zero_division": 0}
+    report = classification_report(labels, predicted, labels=numbers, **options)
+    averages = classification_report(labels, predicted, labels=np.unique(labels), **options)  # of classes with images
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
     return {
@@ -44,8 +46,8 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "interval_95_tta": wilson_interval(correct_tta, len(labels)),
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
         "per_class": {name: _scores(report[str(number)]) for number, name in enumerate(classes)},
-        "macro_average": _scores(report["macro avg"]),
-        "weighted_average": _scores(report["weighted avg"]),
+        "macro_average": _scores(averages["macro avg"]),
+        "weighted_average": _scores(averages["weighted avg"]),
         "most_confused": most_confused(matrix, classes),
         "confusion_matrix": matrix.tolist(),
     }

@@ -17,11 +17,13 @@ from cifar.errors import display_path
 from cifar.metrics import most_confused
 from cifar.records import Analysis, Metrics
 from cifar.runs import Run, damaged
+from cifar.style import label
 from cifar.visualize import FIGURES
 
 _MAX_FIGURE = 4000  # pixels of a side: none of our own is larger
 _LISTED_CLASSES = 20  # that a terminal shows
 _CONFUSIONS = 100  # that the page lists
+_NAME = 60  # characters of a class or file below an image, of which the middle is left out
 _SMALL = 64  # pixels; larger images are photos, whose thumbnails are larger and smooth
 
 
@@ -33,7 +35,7 @@ def write(run: Run, dataset: Dataset) -> Path:
     """
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = _percent
+    environment.filters |= {"percent": _percent, "short": lambda name: label(name, _NAME)}
     record, config, results = run.record, run.config, visualize.read_results(run, dataset)
     saved = run.read("config.json")  # lacks settings that are newer than the run
     page = environment.get_template("report.html").render(

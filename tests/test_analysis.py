@@ -199,7 +199,7 @@ def test_many_images_are_sampled_by_the_seed(evaluated_run, digits, tmp_path, mo
     monkeypatch.setattr(analysis, "_MAX_CORRUPTED", 100)
     monkeypatch.setattr(analysis, "CORRUPTIONS", {"darkness": (0.5,)})
     samples, advances, corrupt = [], [], analysis.corrupt
-    monkeypatch.setattr(analysis, "corrupt", lambda images, *how: samples.append(images) or corrupt(images, *how))
+    monkeypatch.setattr(analysis, "corrupt", lambda images, **how: samples.append(images) or corrupt(images, **how))
     for seed in (0, 0, 1):
         run.write("config.json", run.config.replace(seed=seed))
         assert analysis.measure_corruptions(run, digits, "cpu", advances.append).n == 100

@@ -148,3 +148,11 @@ def test_the_interval_of_a_mean_ends_at_the_bounds_of_the_values():
     # Student's t of 1 degree of freedom is 12.7062: 0.95 +- 0.64 goes beyond 1.
     assert metrics.mean_and_spread([0.9, 1.0], 0, 1)["interval_95"] == pytest.approx([0.95 - 12.7062 * 0.05, 1])
     assert metrics.mean_and_spread([1.0, 1.0])["interval_95"] == [1, 1]
+
+
+def test_a_class_without_images_counts_in_no_average():
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 2, 1]]
+    measured = metrics.measure(logits, logits, np.array([0, 0, 1, 1]), ("a", "b", "none"))
+    assert measured["per_class"]["none"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert measured["macro_average"]["recall"] == 0.75
+    assert measured["macro_average"]["f1"] == pytest.approx((1 + 2 / 3) / 2)
