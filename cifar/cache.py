@@ -22,7 +22,7 @@ from torch import Tensor
 from cifar import console, files
 from cifar.data import Split
 from cifar.errors import UserError
-from cifar.files import atomic_write, open_regular, writing
+from cifar.files import atomic_write, open_regular
 
 PARTS = ("train", "test")
 _ABOUT = "about.json"
@@ -34,9 +34,7 @@ _ALWAYS_HASHED = 1e9
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[None]:
     """Keep other processes from writing to the cache at the same time."""
-    with writing(place):
-        file = (place / "lock").open("ab")
-    with file:
+    with files.open_lock(place / "lock", create=True) as file:
         if not files.lock(file):
             console.say("another process is decoding these images: waiting for it")
             while not files.lock(file):
