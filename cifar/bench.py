@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
 from cifar import console, data, datasets, device, files, optim, runs, trainer
-from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs
+from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, max_warmup_epochs
 from cifar.errors import UserError, display_path
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
@@ -92,12 +92,13 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
     network = trainer.new_network(config, dataset.train, len(dataset.classes))
     network.to(hardware, memory_format=torch.channels_last).train()
-    batches = data.Batches(dataset.train, config, hardware)
+    batches = data.Batches(dataset.train, config, hardware, len(dataset.classes))
+    criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     while True:
         for batch in batches.epoch(1, image_size):
             optimizer.set_step(config.epochs * len(batches) // 2)
-            trainer.train_step(network, optimizer, batch, config.label_smoothing, config.precision)
+            trainer.train_step(network, optimizer, batch, criterion, config.precision)
             yield network
 
 
@@ -141,7 +142,9 @@ def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
     console.say(f"{epochs} epochs fit into {config.minutes:g} minutes: {', '.join(parts)}")
-    return config.replace(epochs=epochs, small_epochs=small, hard_epochs=hard, minutes=None)
+    warmup = min(config.warmup_epochs, max_warmup_epochs(epochs))
+    plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
+    return config.replace(**plan, minutes=None)
 
 
 def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], ending: float) -> tuple[int, int, int]:
@@ -205,7 +208,8 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
     hardware = device.choose(config.device)
     network = trainer.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
     network.normalize = nn.Identity()  # the images come normalized
-    optimizer = optim.build(network, config, data.Batches(dataset.train, config, hardware).steps_per_epoch)
+    batches = data.Batches(dataset.train, config, hardware, len(dataset.classes))
+    optimizer = optim.build(network, config, batches.steps_per_epoch)
     split = next(dataset.train.chunks())  # all need not fit into memory
     images = map(Image.fromarray, split.images.permute(0, 2, 3, 1).numpy())
     samples = list(zip(images, split.labels.tolist()))

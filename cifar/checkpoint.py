@@ -81,14 +81,14 @@ class Checkpointer:
         if device.rank() == 0:
             self.run.append_history(record)
             if is_best:
-                save(self.best, **self._content())
+                save(self.best, **self._content(self.training.kept))
         self._save_last()
 
     def _save_last(self) -> None:
         if device.rank() == 0:
             state, outputs = self.training.state_dict(), self._outputs()
             training = {"requirements": self.requirements, "state": state, "outputs": outputs}
-            save(self.last, **self._content(), training=training, previous=self.previous)
+            save(self.last, **self._content(self.training.network), training=training, previous=self.previous)
         self.saved_at = time.monotonic()
 
     def _outputs(self) -> Tensor:
@@ -100,13 +100,13 @@ class Checkpointer:
         network.train(was_training)
         return logits.float().cpu()
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, network: nn.Module) -> dict[str, Any]:
         return {
             "model": self.run.config.model,
             "classes": self.dataset.classes,
             "image_size": self.dataset.train.image_size,
             "epoch": self.training.epoch - 1,
-            "weights": self.training.network.state_dict(),
+            "weights": network.state_dict(),
         }
 
     def _restore(self, path: Path) -> None:

@@ -140,13 +140,32 @@ class Config(BaseModel):
     epochs: int = Field(ge=1, le=MAX_EPOCHS, description="passes over the training images")
     minutes: float | None = Field(None, gt=0, le=1e6, description="training time, in minutes; chooses --epochs to fit")
     batch_size: int = Field(ge=2, description="images per step; reduced for small datasets and for large images")
-    optimizer: Literal["muon", "adam", "sgd"] = Field(description="optimizer")
+    optimizer: Literal["muon", "adam", "adamw", "sgd"] = Field(description="optimizer")
     lr: float = Field(ge=0, description="peak learning rate; with muon, that of the convolutions")
     momentum: float = Field(ge=0, le=1, description="momentum of muon and sgd")
     weight_decay: float = Field(ge=0, description="weight decay; with muon, that of head and biases, in each step")
-    schedule: Literal["linear", "cosine"] = Field(description="decay of the learning rate to zero, step by step")
+    schedule: Literal["linear", "cosine", "exponential", "step"] = Field(
+        description="decay of the learning rate: linear and cosine to zero, the others by --decay-rate"
+    )
+    decay_rate: float = Field(
+        0.1, gt=0, le=1, description="factor of the learning rate in --decay-epochs, at once (step) or exponentially"
+    )
+    decay_epochs: float | None = Field(
+        None, gt=0, le=MAX_EPOCHS, description="epochs from one step to the next; default a third of the epochs"
+    )
+    warmup_epochs: int = Field(0, ge=0, description="first epochs, in which the learning rate rises to its peak")
+    clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient (clipping); 0: unlimited")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of the weights that is validated and kept; 0: none"
+    )
     label_smoothing: float = Field(ge=0, le=1, description="fraction of the target spread over all classes")
-    patience: int = Field(ge=0, description="epochs without a better validation accuracy before stopping; 0: never")
+    balance: Literal["none", "loss", "sampling"] = Field(
+        "none", description="for classes of unequal size: weights in the loss, or draws of all classes alike"
+    )
+    patience: int = Field(ge=0, description="epochs without improvement on validation before stopping; 0: never")
+    early_stopping: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="what must improve on validation, and which epoch is kept: the best in it"
+    )
     crop: int = Field(ge=0, le=31, description="random-crop padding, in pixels")
     crop_mode: Literal["reflect", "zeros"] = Field(description="what fills the padding of random crops")
     crop_scale: float | None = Field(
@@ -159,6 +178,13 @@ class Config(BaseModel):
     flip: Literal["none", "random", "alternating"] = Field(description="horizontal flips, random or every other epoch")
     cutout: int = Field(ge=0, description="Cutout size, in pixels; at most half the image size")
     jitter: float = Field(ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
+        "none", description="random operations on each training image, torchvision's at their default strength"
+    )
+    mixup: float = Field(0.0, ge=0, description="mixup: alpha of the Beta distribution, such as 0.2; 0: none")
+    cutmix: float = Field(
+        0.0, ge=0, description="CutMix: alpha, such as 1; with mixup too, each batch gets one of them; 0: none"
+    )
     small_epochs: int = Field(ge=0, description="progressive resizing: number of initial epochs at --small-size")
     small_size: int | None = Field(None, ge=9, description="image size in --small-epochs; default three quarters")
     hard_epochs: int = Field(ge=0, description="hard-example mining: number of final epochs on the hardest images")
@@ -226,8 +252,11 @@ class Config(BaseModel):
     def unused(self) -> set[str]:
         """The settings that have no effect beside the others."""
         is_unused = {
-            "momentum": self.optimizer == "adam",
+            "momentum": self.optimizer in ("adam", "adamw"),
+            "decay_rate": self.schedule not in ("exponential", "step"),
+            "decay_epochs": self.schedule not in ("exponential", "step"),
             "patience": not self.val_size,
+            "early_stopping": not self.val_size,
             "crop": (self.crop_scale or 1) < 1,
             "crop_mode": not self.crop or (self.crop_scale or 1) < 1,
             "small_size": not self.small_epochs,
@@ -260,6 +289,11 @@ def max_small_epochs(epochs: int) -> int:
     return epochs * 2 // 3
 
 
+def max_warmup_epochs(epochs: int) -> int:
+    """Return in how many of the epochs the learning rate may rise."""
+    return epochs // 2
+
+
 def max_hard_epochs(epochs: int) -> int:
     """Return how many of the epochs may leave out easy images: all must be learned first."""
     return epochs // 4
@@ -282,12 +316,11 @@ def help_text(name: str) -> str:
     parts = [field.description]
     if choices := _choices(name):
         parts.append(f"one of {', '.join(choices)}")
-    if name in _FAST:
-        default = _FAST[name]
-        others = [f"{recipe}: {values[name]}" for recipe, values in RECIPES.items() if values[name] != default]
+    default = _FAST.get(name, None if field.is_required() else field.default)
+    if default is not None:
+        by_recipe = {recipe: values.get(name, default) for recipe, values in RECIPES.items()}
+        others = [f"{recipe}: {value}" for recipe, value in by_recipe.items() if value != default]
         parts.append(f"default {default}" + (f" ({', '.join(others)})" if others else ""))
-    elif field.default is not None:
-        parts.append(f"default {field.default}")
     return "; ".join(parts)
 
 
@@ -369,6 +402,7 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
         )
     limits = {
         "small_epochs": (max_small_epochs(config.epochs), "at most two thirds of the epochs may use small images"),
+        "warmup_epochs": (max_warmup_epochs(config.epochs), "the learning rate may rise in half of the epochs at most"),
         "hard_epochs": (max_hard_epochs(config.epochs), "at most a quarter of the epochs may leave out easy images"),
         "batch_size": _batch_limit(config.batch_size, images - val_size, image_size, processes),
         "small_size": (image_size, f"the images are {size}"),

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# Schedules: progress through the training, 0..1 -> the fraction of the peak learning rate, 0 at the end.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+# Schedules, counted from the end of the warm-up: progress through the training, 0..1; periods of --decay-epochs that
+# have passed; --decay-rate -> the fraction of the peak learning rate.
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "linear": lambda progress, periods, rate: 1 - progress,
+    "cosine": lambda progress, periods, rate: 0.5 * (1 + math.cos(math.pi * progress)),
+    "exponential": lambda progress, periods, rate: rate**periods,
+    "step": lambda progress, periods, rate: rate ** math.floor(periods),
 }
 
 # The learning rates of what Muon does not train, for batches of 2,000 (Jordan 2024, where the loss is a sum over them:
@@ -38,13 +42,18 @@ def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
 
 def _adam(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     optimizer = torch.optim.Adam(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps_per_epoch))
+    return ScheduledOptimizer([optimizer], config, steps_per_epoch)
+
+
+def _adamw(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
+    optimizer = torch.optim.AdamW(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return ScheduledOptimizer([optimizer], config, steps_per_epoch)
 
 
 def _sgd(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     optimizer = torch.optim.SGD(_trainable(network), **settings, fused=True)
-    return ScheduledOptimizer(config.schedule, [optimizer], sum(steps_per_epoch))
+    return ScheduledOptimizer([optimizer], config, steps_per_epoch)
 
 
 def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
@@ -61,7 +70,7 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
             "params": whiten_bias,
             "lr": _BIAS_LR * scale,
             "schedule": "linear",
-            "schedule_steps": sum(steps_per_epoch[:_WHITEN_BIAS_EPOCHS]),
+            "schedule_steps": sum(steps_per_epoch[config.warmup_epochs :][:_WHITEN_BIAS_EPOCHS]),
         },
     ]
     for group in groups:  # SGD multiplies the weight decay by the learning rate; here it is a fraction of the weight
@@ -69,30 +78,44 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     muon = Muon(matrices, config.lr, config.momentum, dtype)
     sgd = torch.optim.SGD(groups, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
-    return ScheduledOptimizer(config.schedule, [muon, sgd], sum(steps_per_epoch))
+    return ScheduledOptimizer([muon, sgd], config, steps_per_epoch)
 
 
-OPTIMIZERS: dict[str, Callable[..., "ScheduledOptimizer"]] = {"muon": _muon, "adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[..., "ScheduledOptimizer"]] = {
+    "muon": _muon,
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
 
 
 def _trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
+def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
+    """Return the exponential moving average (EMA) of a network's weights and buffers; None for a decay of zero."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
 class ScheduledOptimizer:
     """Optimizers and their learning-rate schedule behind one `step`.
 
-    A parameter group may have its own `schedule` and `schedule_steps`. When its learning rate has reached zero,
-    its parameters are frozen, which spares their gradients. The learning rates are a function of the steps done
-    (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
+    The learning rates rise linearly in the warm-up and then follow the schedule.
+    A parameter group may have its own `schedule` and `schedule_steps`, from the end of the warm-up. When its learning
+    rate has reached zero, its parameters are frozen, which spares their gradients. The learning rates are a function of
+    the steps done (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
     """
 
-    def __init__(self, schedule: str, optimizers: list[torch.optim.Optimizer], steps: int):
-        self.optimizers = optimizers
+    def __init__(self, optimizers: list[torch.optim.Optimizer], config, steps_per_epoch: Sequence[int]):
+        self.optimizers, self.config = optimizers, config
+        steps = sum(steps_per_epoch)
+        self.warmup_steps = sum(steps_per_epoch[: config.warmup_epochs])
+        self.decay_steps = steps / config.epochs * (config.decay_epochs or config.epochs / 3)
         for group in self.groups:
             group["initial_lr"] = group["lr"]
-            group.setdefault("schedule", schedule)
-            group.setdefault("schedule_steps", steps)
+            group.setdefault("schedule", config.schedule)
+            group.setdefault("schedule_steps", steps - self.warmup_steps)
         self.set_step(0)
 
     @property
@@ -106,7 +129,10 @@ class ScheduledOptimizer:
         return self.groups[0]["lr"]
 
     def step(self) -> None:
-        """Apply the gradients, clear them, and go to the next step's learning rates."""
+        """Clip the gradients, apply and clear them, and go to the next step's learning rates."""
+        if self.config.clip_grad:
+            parameters = [parameter for group in self.groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -115,9 +141,12 @@ class ScheduledOptimizer:
     def set_step(self, steps: int) -> None:
         """Set the learning rates to those after so many steps."""
         self.steps = steps
+        warmup = min(1.0, (steps + 1) / (self.warmup_steps + 1))
+        decaying = max(0, steps - self.warmup_steps)
         for group in self.groups:
-            progress = min(1.0, steps / group["schedule_steps"])
-            group["lr"] = group["initial_lr"] * SCHEDULES[group["schedule"]](progress)
+            progress, periods = min(1.0, decaying / group["schedule_steps"]), decaying / self.decay_steps
+            fraction = SCHEDULES[group["schedule"]](progress, periods, self.config.decay_rate)
+            group["lr"] = group["initial_lr"] * warmup * fraction
             has_ended = group["lr"] == 0 < group["initial_lr"]
             for parameter in group["params"]:
                 parameter.requires_grad_(not has_ended)

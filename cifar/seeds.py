@@ -13,7 +13,8 @@ from cifar.errors import UserError, display_path
 from cifar.records import Summary
 from cifar.runs import Run
 
-_PLANNED = ("epochs", "small_epochs", "hard_epochs", "minutes")  # settings that a budget of minutes chooses
+# Settings that a budget of minutes chooses.
+_PLANNED = ("epochs", "small_epochs", "hard_epochs", "warmup_epochs", "minutes")
 _METRICS = {  # of compare.headline: title, format and largest possible value
     "accuracy": ("accuracy", ".2%", 1),
     "accuracy_tta": ("accuracy (TTA)", ".2%", 1),

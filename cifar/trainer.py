@@ -26,8 +26,8 @@ _SHORTER = {0.2: "88%", 0.5: "93%"}
 def fit(run: Run, dataset: Dataset) -> None:
     """Train the run's network on the dataset's training split alone; writes history.jsonl, last.pt and best.pt.
 
-    If the run has a checkpoint, the training resumes from it. best.pt has the highest validation accuracy, the earlier
-    one of equals; without validation, the last epoch's weights.
+    If the run has a checkpoint, the training resumes from it. best.pt has the weights of the epoch that was best on
+    validation, the earlier one of equals; without validation, of the last. With `ema` they are the averaged ones.
     Raises UserError, with epoch and step, when the loss is no longer finite; Interrupted, after the current step has
     ended and is saved, for Ctrl-C and SIGTERM.
     """
@@ -36,7 +36,8 @@ def fit(run: Run, dataset: Dataset) -> None:
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
     network = new_network(config, train_set, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
-    batches = data.Batches(train_set, config, hardware)
+    batches = data.Batches(train_set, config, hardware, len(dataset.classes))
+    criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     training = Training(network, optimizer, batches)
     checkpoints = Checkpointer(run, training, dataset)
@@ -50,13 +51,13 @@ def fit(run: Run, dataset: Dataset) -> None:
         while not training.has_finished(config.epochs, config.patience):
             network.train()
             for batch in batches.epoch(training.epoch, skip=training.step):
-                losses, correct = train_step(ddp_network, optimizer, batch, config.label_smoothing, config.precision)
+                losses, correct = train_step(ddp_network, optimizer, batch, criterion, config.precision)
                 training.record_step(batch, losses, correct)
                 if progress.is_due():
                     progress.step(training.epoch, training.step, **training.running_means())
                 checkpoints.save_if_due(received_signal())
-            record = EpochRecord(**training.summary(), **evaluate.validate(network, val_set, config.precision))
-            is_best = training.end_epoch(record.val_accuracy)
+            record = EpochRecord(**training.summary(), **evaluate.validate(training.kept, val_set, config.precision))
+            is_best = training.end_epoch(_score(record, config.early_stopping))
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
             track(record.model_dump(), record.epoch)
@@ -64,19 +65,20 @@ def fit(run: Run, dataset: Dataset) -> None:
 
 
 def train_step(
-    network: nn.Module, optimizer: optim.ScheduledOptimizer, batch: data.Batch, label_smoothing: float, precision: str
+    network: nn.Module, optimizer: optim.ScheduledOptimizer, batch: data.Batch, criterion: nn.Module, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward, update.
 
-    Returns each image's cross-entropy without label smoothing, float32 (B,), and whether it was classified correctly,
-    bool (B,). Both stay on the device, so that no step waits for it.
+    criterion: from logits (B, classes) and targets to the loss.
+    Returns each image's cross-entropy without smoothing and weights, float32 (B,), and whether it was classified
+    correctly, bool (B,). Both stay on the device, so that no step waits for it.
     """
     with device.autocast(batch.images.device, precision):
         logits = network(batch.images)
     logits = logits.float()
-    F.cross_entropy(logits, batch.targets, label_smoothing=label_smoothing).backward()
+    criterion(logits, batch.targets).backward()
     optimizer.step()
-    losses = F.cross_entropy(logits.detach(), batch.labels, reduction="none")
+    losses = F.cross_entropy(logits.detach(), batch.targets, reduction="none")
     return losses, logits.argmax(1) == batch.labels
 
 
@@ -90,6 +92,13 @@ def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
         return sentence
     offers = [f"--minutes {math.ceil(part * seconds / 60)} reaches {reached}" for part, reached in _SHORTER.items()]
     return f"{sentence} and reach about 94%; {', '.join(offers)}"
+
+
+def _score(record: EpochRecord, criterion: str) -> float | None:
+    """Return what the best epoch has most of: validation accuracy, or the negative loss; None without validation."""
+    if record.val_loss is None:
+        return None
+    return record.val_accuracy if criterion == "accuracy" else -record.val_loss
 
 
 def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Module:
@@ -115,9 +124,15 @@ class Training:
     def __init__(self, network: nn.Module, optimizer: optim.ScheduledOptimizer, batches: data.Batches):
         self.network, self.optimizer, self.batches = network, optimizer, batches
         self.device = batches.device
+        self.averaged = optim.averaged(network, batches.config.ema)
         self.best_epoch, self.best_score = 0, -math.inf
         self.started = time.perf_counter()
         self._start_epoch(1)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one, if there is one."""
+        return self.network if self.averaged is None else self.averaged.module
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch, self.step, self.lr = epoch, 0, self.optimizer.lr
@@ -126,7 +141,9 @@ class Training:
         self.epoch_started = time.perf_counter()
 
     def record_step(self, batch: data.Batch, losses: Tensor, correct: Tensor) -> None:
-        """Add the results of a step, gathered from all processes, to those of the epoch."""
+        """Add the results of a step, gathered from all processes, to those of the epoch, and average the weights."""
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
         results = torch.stack([losses, correct.to(losses.dtype)])
         losses, correct = device.gather_slices(results, len(batch.indices))
         self.batches.record_losses(batch.indices, losses)
@@ -161,12 +178,12 @@ class Training:
             "seconds": round(seconds, 3),
         }
 
-    def end_epoch(self, val_accuracy: float | None) -> bool:
-        """Go to the next epoch; returns whether this one is the best so far or, without validation, the last."""
+    def end_epoch(self, score: float | None) -> bool:
+        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last."""
         self.check_finite()
-        is_best = val_accuracy is None or val_accuracy > self.best_score
+        is_best = score is None or score > self.best_score
         if is_best:
-            self.best_epoch, self.best_score = self.epoch, -math.inf if val_accuracy is None else val_accuracy
+            self.best_epoch, self.best_score = self.epoch, -math.inf if score is None else score
         self._start_epoch(self.epoch + 1)
         return is_best
 
@@ -202,6 +219,7 @@ class Training:
             "epoch_seconds": time.perf_counter() - self.epoch_started,
             "losses": self.losses,
             "correct": self.correct,
+            "averaged": self.averaged and self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
             "rng_state": device.random_module(self.device).get_rng_state(),
@@ -217,6 +235,8 @@ class Training:
             raise ValueError("the optimizer is at another step")
         self.optimizer.load_state_dict(optimizer)
         self.batches.load_state_dict(state["batches"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.epoch, self.step, self.lr = epoch, step, state["lr"]
         self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
         self.started = time.perf_counter() - state["seconds"]

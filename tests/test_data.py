@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import RandomResizedCrop
+from sklearn.utils.class_weight import compute_class_weight
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
@@ -20,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def make_batches(split: data.Split, seed: int = 0, **settings) -> data.Batches:
     none = {"crop": 0, "crop_mode": "reflect", "flip": "none"}
     config = Config(**{"recipe": "convnet", "epochs": 4, "batch_size": 10, "seed": seed, **none, **settings})
-    return data.Batches(split, config, torch.device("cpu"))
+    return data.Batches(split, config, torch.device("cpu"), len(split))
 
 
 def test_the_hash_changes_with_one_pixel_or_label():
@@ -103,7 +104,7 @@ def test_a_crop_wider_than_the_image_is_refused():
 
 def test_random_boxes_have_the_distribution_of_torchvisions():
     boxes = data.random_boxes(4000, 100, 0.2, generator()).double()
-    transform = RandomResizedCrop(100, scale=(0.2, 1))
+    transform = transforms.RandomResizedCrop(100, scale=(0.2, 1))
     torch.manual_seed(0)
     parameters = [transform.make_params([torch.empty(3, 100, 100)]) for _ in range(4000)]
     expected = torch.tensor([[p[name] for p in parameters] for name in ("top", "left", "height", "width")]).double()
@@ -203,6 +204,62 @@ def test_batches_cut_out_with_the_mean_color_of_the_training_images():
         assert ((batch.images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("randaugment", transforms.RandAugment), ("trivialaugment", transforms.TrivialAugmentWide)],
+)
+def test_automatic_augmentation_is_torchvisions_drawn_by_the_seeds_alone(name, reference):
+    images, seeds = random_images(40, size=32), torch.arange(20).repeat_interleave(2)
+    torch.manual_seed(5)
+    augmented = data.auto_augment(images, seeds, name)
+    after = torch.rand(1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pair = slice(2 * seed, 2 * seed + 2)
+        assert torch.equal(augmented[pair], reference()(images[pair]))
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after)
+    assert 10 < sum((image != before).any() for image, before in zip(augmented, images)) <= 40
+
+
+def test_batches_augment_few_neighbours_alike_with_new_operations_in_each_epoch():
+    image = random_images(1, size=32)
+    split = data.Split(image.expand(80, -1, -1, -1).contiguous(), torch.arange(80))
+    batches = make_batches(split, auto_augment="trivialaugment", batch_size=40)
+    epochs = [torch.cat([batch.images for batch in batches.epoch(epoch)]) for epoch in (1, 2)]
+    kinds = [len({image.numpy().tobytes() for image in shown}) for shown in epochs]
+    assert min(kinds) > 12
+    assert not torch.equal(*epochs)
+
+
+def test_mixup_adds_each_image_to_the_one_before_in_the_proportion_of_the_targets():
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    mixed, targets = data.mix(images, labels, 4, mixup=1.0, cutmix=0.0, seed=3)
+    share = targets[1, 1]
+    assert 0.02 < share < 0.98
+    expected = [[share, 0, 0, 0], [1 - share, share, 0, 0], [0, 1 - share, share, 0], [share, 0, 1 - share, 0]]
+    expected[0][0] = 1.0  # the image before the first is the last, of the same class
+    torch.testing.assert_close(targets, torch.tensor(expected))
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+
+
+def test_cutmix_pastes_a_rectangle_of_the_image_before_whose_area_is_its_share_of_the_targets():
+    images, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
+    mixed, targets = data.mix(images, labels, 3, mixup=0.0, cutmix=1.0, seed=3)
+    pasted = (mixed != images).any(1)
+    assert 2 < pasted[0].sum() < 254
+    assert torch.equal(mixed, torch.where(pasted[:, None], images.roll(1, 0), images))
+    assert torch.equal(pasted[0], pasted[1])
+    torch.testing.assert_close(targets, torch.eye(3) + pasted[0].sum() / 256 * (torch.eye(3).roll(1, 0) - torch.eye(3)))
+
+
+def test_mixup_and_cutmix_together_take_turns():
+    images, labels = torch.rand(2, 3, 16, 16), torch.arange(2)
+    mixed = [data.mix(images, labels, 2, mixup=1.0, cutmix=1.0, seed=seed)[0] for seed in range(40)]
+    pasted = [bool(((one == images) | (one == images.flip(0))).all()) for one in mixed]
+    assert 8 < sum(pasted) < 32
+
+
 def test_resize_averages_as_pillow_does():
     images = random_images(3, size=32)
     resized = data.resize(data.to_float(images), 24)
@@ -249,12 +306,31 @@ def test_the_last_epochs_take_the_images_of_the_highest_loss():
     assert set(shown) == {*never_seen, *hardest}
 
 
+def test_class_weights_are_those_that_scikit_learn_calls_balanced():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    np.testing.assert_allclose(data.class_weights(labels, 3), expected, rtol=1e-6)
+
+
+def test_balanced_sampling_draws_all_classes_alike_also_of_the_hardest_images():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    batches = make_batches(data.Split(random_images(1000), labels), balance="sampling", hard_epochs=1, hard_share=0.5)
+    shown = torch.cat([batch.labels for batch in batches.epoch(1)])
+    assert len(shown) == 1000
+    assert (shown.bincount() - 333).abs().max() < 75  # five standard deviations
+    batches.image_losses = torch.arange(1000).flip(0).float()  # the hardest are all of the first class
+    hard = torch.cat([batch.indices for batch in batches.epoch(4)])
+    assert len(hard) == 500
+    assert hard.max() < 500
+
+
 def test_the_first_epochs_are_small():
     batches = make_batches(data.Split(random_images(20, size=32), torch.arange(20)), small_epochs=1, small_size=24)
     assert [images_of(batches, epoch).shape[-1] for epoch in (1, 2)] == [24, 32]
 
 
-SETTINGS = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9}
+SETTINGS = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9, "auto_augment": "randaugment"}
+SETTINGS |= {"mixup": 0.5, "cutmix": 1.0}
 
 
 @pytest.mark.parametrize("crop_scale", [None, 0.5])

@@ -67,11 +67,12 @@ def one_step(file: Path) -> None:
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    batches = data.Batches(split, config, torch.device("cpu"))
+    batches = data.Batches(split, config, torch.device("cpu"), 10)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     training = trainer.Training(network, optimizer, batches)
     (batch,) = batches.epoch(1)
-    losses, correct = trainer.train_step(device.distribute(network), optimizer, batch, 0.1, "float32")
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    losses, correct = trainer.train_step(device.distribute(network), optimizer, batch, criterion, "float32")
     training.record_step(batch, losses, correct)
     values = {"losses": batches.image_losses, "loss": training.losses, "correct": training.correct}
     validation = {name: torch.tensor(value) for name, value in evaluate.validate(network, split, "float32").items()}

@@ -18,9 +18,9 @@ def settings(optimizer: str, **changes) -> config.Config:
     return config.Config(recipe=recipe, optimizer=optimizer, **{**common, **changes})
 
 
-def learning_rates(schedule: str, steps: int) -> list[float]:
+def learning_rates(steps: int, **changes) -> list[float]:
     network = model.build("convnet", 10, 32)
-    optimizer = optim.build(network, settings("sgd", schedule=schedule), STEPS)
+    optimizer = optim.build(network, settings("sgd", epochs=len(STEPS), **changes), STEPS)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.lr)
@@ -35,10 +35,54 @@ def learning_rates(schedule: str, steps: int) -> list[float]:
     [
         ("linear", lambda step: 0.1 * (1 - step / 20)),
         ("cosine", lambda step: 0.05 * (1 + math.cos(math.pi * step / 20))),
+        ("exponential", lambda step: 0.1 * 0.5 ** (step / 10)),
+        ("step", lambda step: 0.1 if step < 10 else 0.05),
     ],
 )
 def test_the_learning_rate_follows_its_schedule_step_by_step(schedule, expected):
-    np.testing.assert_allclose(learning_rates(schedule, 20), [expected(step) for step in range(20)])
+    seen = learning_rates(20, schedule=schedule, decay_rate=0.5, decay_epochs=2)
+    np.testing.assert_allclose(seen, [expected(step) for step in range(20)])
+
+
+def test_the_steps_are_at_thirds_of_the_training_unless_they_are_given():
+    seen = learning_rates(20, schedule="step")
+    np.testing.assert_allclose(seen, [0.1] * 7 + [0.01] * 7 + [0.001] * 6)  # 20 / 3 is 6.7, twice that 13.3
+
+
+def test_the_warm_up_is_that_of_torchs_schedulers():
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    rising = torch.optim.lr_scheduler.LinearLR(reference, start_factor=1 / 6, total_iters=5)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=15)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(reference, [rising, falling], milestones=[5])
+    expected = []
+    for _ in range(20):
+        expected.append(reference.param_groups[0]["lr"])
+        reference.step()
+        scheduler.step()
+    np.testing.assert_allclose(learning_rates(20, schedule="cosine", warmup_epochs=1), expected)
+
+
+def test_gradients_are_clipped_to_their_common_norm():
+    network = nn.Linear(2, 1)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = optim.build(network, settings("sgd", momentum=0.0, clip_grad=1.0), STEPS)
+    network.weight.grad, network.bias.grad = torch.tensor([[2.0, 4.0]]), torch.tensor([4.0])  # of norm 6
+    optimizer.step()
+    steps = [old - new.detach() for old, new in zip(before, network.parameters())]
+    torch.testing.assert_close(steps[0], torch.tensor([[0.2, 0.4]]) / 6)
+    torch.testing.assert_close(steps[1], torch.tensor([0.4]) / 6)
+
+
+def test_the_average_starts_at_the_first_weights_and_follows_them_by_its_decay():
+    network = nn.BatchNorm1d(1)
+    average = optim.averaged(network, 0.75)
+    for value, expected in ((1.0, 1.0), (5.0, 2.0), (6.0, 3.0)):  # a quarter of the way each time
+        nn.init.constant_(network.weight, value)
+        network.running_mean.fill_(10 * value)
+        average.update_parameters(network)
+        assert average.module.weight.item() == pytest.approx(expected)
+        assert average.module.running_mean.item() == pytest.approx(10 * expected)
+    assert optim.averaged(network, 0.0) is None
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
@@ -118,13 +162,14 @@ def test_all_learning_rates_reach_zero_with_the_training_however_short_it_is():
     assert max(group["lr"] for group in optimizer.groups) == 0
 
 
-def test_adam_is_torchs_with_the_given_learning_rate_and_weight_decay():
+@pytest.mark.parametrize(("name", "reference"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_is_torchs_with_the_given_learning_rate_and_weight_decay(name, reference):
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
     twin = nn.Linear(3, 2)
     twin.load_state_dict(network.state_dict())
-    optimizer = optim.build(network, settings("adam", weight_decay=0.1), STEPS)
-    reference = torch.optim.Adam(twin.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = optim.build(network, settings(name, weight_decay=0.1), STEPS)
+    reference = reference(twin.parameters(), lr=0.1, weight_decay=0.1)
     for layer, step in ((network, optimizer.step), (twin, reference.step)):
         layer(torch.ones(1, 3)).square().sum().backward()
         step()

@@ -15,6 +15,7 @@ import torch
 from cifar import checkpoint, data, datasets, files, pipeline, runs, trainer
 from cifar.errors import UserError, display_path
 from cifar.runs import find
+from conftest import flat
 from processes import Outputs, after_each_step, results, slow_steps, slowly, wait_until
 
 
@@ -413,3 +414,38 @@ def test_a_damaged_state_of_a_training_is_refused_with_a_sentence(interrupted, d
     change_checkpoints(interrupted.run, damage)
     with pytest.raises(UserError, match=rf"the checkpoint .*last.pt is damaged: .*{AGAIN}"):
         resume(interrupted, digits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"warmup_epochs": 1, "schedule": "exponential"},
+        {"schedule": "step", "decay_epochs": 0.7},
+        {"clip_grad": 0.5, "early_stopping": "loss"},
+        {"ema": 0.9},
+        {"auto_augment": "randaugment", "balance": "sampling"},
+        {"auto_augment": "trivialaugment", "balance": "loss"},
+        {"mixup": 0.2, "cutmix": 1.0},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_each_setting_resumes_bit_for_bit(make_run, digits, monkeypatch, settings):
+    settings |= {"epochs": 2, "val_size": 1117}  # 16 steps in each epoch
+    uninterrupted = make_run(**settings)
+    save_if_due = checkpoint.Checkpointer.save_if_due
+
+    def stop_in_the_second_epoch(checkpointer, _):
+        save_if_due(checkpointer, signal.SIGINT if checkpointer.training.optimizer.steps == 25 else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpointer, "save_if_due", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            make_run(**settings)
+    run = runs.find_resumable(str(uninterrupted.path.parent))
+    torch.manual_seed(1)
+    with run.lifetime():
+        trainer.fit(run, digits)
+    for name in ("last.pt", "best.pt"):
+        saved = [torch.load(one.checkpoints / name, weights_only=True) for one in (uninterrupted, run)]
+        assert flat(saved[0]) == flat(saved[1])

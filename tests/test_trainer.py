@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from cifar import data, datasets, device, evaluate, metrics, optim, trainer
 from cifar.config import Config
@@ -71,23 +72,24 @@ def test_loss_falls_when_overfitting_one_batch(digits, recipe, lr, images, epoch
     config = Config.create({**settings, "precision": "float32"})
     split = digits.train[:images]
     network = trainer.new_network(config, split, 10).to(memory_format=torch.channels_last)
-    batches = data.Batches(split, config, torch.device("cpu"))
+    batches = data.Batches(split, config, torch.device("cpu"), 10)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     losses = []
     for epoch in range(1, epochs + 1):
         for batch in batches.epoch(epoch):
-            losses.append(trainer.train_step(network, optimizer, batch, 0.0, "float32")[0].mean().item())
+            batch_losses, _ = trainer.train_step(network, optimizer, batch, nn.CrossEntropyLoss(), "float32")
+            losses.append(batch_losses.mean().item())
     assert losses[-1] < 0.35 * losses[0]
 
 
 def test_a_step_returns_the_unsmoothed_loss_of_each_image_and_whether_it_was_right(digits):
     config = Config.create({"recipe": "convnet", "batch_size": 32, "lr": 0.0, "small_size": 24})
     network = trainer.new_network(config, digits.train[:32], 10)
-    batches = data.Batches(digits.train[:32], config, torch.device("cpu"))
+    batches = data.Batches(digits.train[:32], config, torch.device("cpu"), 10)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     (batch,) = batches.epoch(1)
     logits = network(batch.images)
-    losses, correct = trainer.train_step(network, optimizer, batch, 0.3, "float32")
+    losses, correct = trainer.train_step(network, optimizer, batch, nn.CrossEntropyLoss(label_smoothing=0.3), "float32")
     torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
     assert torch.equal(correct, logits.argmax(1) == batch.labels)
 
@@ -117,7 +119,7 @@ def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
 def training(digits) -> trainer.Training:
     config = Config.create({"recipe": "mlp", "small_size": 24})
     network = trainer.new_network(config, digits.train, 10)
-    batches = data.Batches(digits.train, config, torch.device("cpu"))
+    batches = data.Batches(digits.train, config, torch.device("cpu"), 10)
     return trainer.Training(network, optim.build(network, config, batches.steps_per_epoch), batches)
 
 
@@ -155,13 +157,45 @@ def test_best_is_the_epoch_of_highest_validation_accuracy_and_last_the_last(make
     assert last == 4
 
 
-def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits):
-    run = make_run(epochs=2)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits, ema):
+    run = make_run(epochs=2, ema=ema)
     val = data.train_val_split(digits.train, run.config.val_size, run.config.seed)[1]
     network, _ = evaluate.load_network(run, digits.classes)
     best = max(epoch.val_accuracy for epoch in run.history())
     logits = evaluate.infer(network, val.images, precision=run.record.precision)
     assert metrics.accuracy(logits, val.labels) == pytest.approx(best)
+
+
+def test_the_average_of_the_weights_is_kept_and_not_what_it_averages(make_run):
+    plain, averaged = make_run(), make_run(ema=0.9)
+    last, best = (torch.load(averaged.checkpoints / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert record(plain)[0] == record(averaged)[0]  # the training itself is the same
+    assert not torch.equal(last["weights"]["head.weight"], best["weights"]["head.weight"])
+    average = last["training"]["state"]["averaged"]
+    assert torch.equal(average["module.head.weight"], best["weights"]["head.weight"])
+
+
+@pytest.mark.parametrize(("criterion", "best", "epochs"), [("accuracy", 3, 5), ("loss", 2, 4)])
+def test_the_criterion_of_early_stopping_also_chooses_the_epoch(make_run, monkeypatch, criterion, best, epochs):
+    validation = iter([(1.0, 0.5), (0.7, 0.6), (0.8, 0.7), (0.9, 0.7), (0.9, 0.6), (0.9, 0.6)])
+    monkeypatch.setattr(evaluate, "validate", lambda *_: dict(zip(("val_loss", "val_accuracy"), next(validation))))
+    run = make_run(epochs=6, patience=2, early_stopping=criterion)
+    assert len(run.history()) == epochs
+    assert torch.load(run.checkpoints / "best.pt", weights_only=True)["epoch"] == best
+
+
+@pytest.mark.parametrize(
+    ("balance", "low", "high"), [("none", 0.05, 0.2), ("loss", 0.35, 0.65), ("sampling", 0.35, 0.65)]
+)
+def test_balance_gives_a_rare_class_the_weight_of_a_frequent_one(make_run, digits, balance, low, high):
+    rare = dataclasses.replace(digits, classes=("frequent", "rare"))
+    noise = torch.randint(0, 256, digits.train.images.shape, generator=torch.Generator().manual_seed(0)).byte()
+    vars(rare)["train"] = data.Split(noise, (digits.train.labels == 0).long())  # a tenth
+    run = make_run(dataset=rare, balance=balance, epochs=2)
+    network, _ = evaluate.load_network(run, rare.classes)
+    logits = evaluate.infer(network, noise, precision="float32")
+    assert low < logits.softmax(1)[:, 1].mean() < high
 
 
 def test_without_validation_all_images_train_and_the_last_weights_are_kept(make_run):
