@@ -6,11 +6,11 @@ from collections import deque
 from typing import Any, NoReturn
 
 from cifar import console
-from cifar.config import HELP, Config, flag, help_page, load_settings, take_flag
+from cifar.config import HELP, SWITCHES, Config, flag, help_page, load_settings, take_flag
 from cifar.errors import UsageError, UserError
 
 _COMMAND = "python main.py"
-_TAKES_VALUE = {flag(name): None if name == "resume" else True for name in HELP}
+_TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for name in HELP}
 
 
 def main(arguments: list[str] | None = None) -> int:

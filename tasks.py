@@ -19,7 +19,7 @@ from invoke import Argument, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import FIELDS, HELP, PROJECT, Config, help_page, load_settings, take_flag
+from cifar.config import FIELDS, HELP, PROJECT, SWITCHES, Config, help_page, load_settings, take_flag
 from cifar.errors import UsageError, UserError, did_you_mean, display_path
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
@@ -54,7 +54,8 @@ def command(**help: str) -> Callable:
 
         run.__signature__ = Signature([Parameter("context", Parameter.POSITIONAL_ONLY), *flags])
         texts = {name: (_HELP | help)[name] for name in defaults}
-        return task(run, help=texts, auto_shortflags=False, iterable=words)
+        switches = [name for name in SWITCHES if name in defaults]
+        return task(run, help=texts, auto_shortflags=False, iterable=words, optional=switches)
 
     return decorate
 
@@ -345,7 +346,7 @@ def _spelled(words: deque[str]) -> list[str]:
         else:
             arguments, command = _arguments(word), f"invoke {word}"
             words_flag = next((name for name, argument in arguments.items() if argument.kind is list), None)
-            takes_value = {name: arguments[name].takes_value for name in arguments if name != words_flag}
+            takes_value = {name: _takes_value(one) for name, one in arguments.items() if name != words_flag}
             spelled += [*flags.values(), words.popleft()]
             flags = {}
     return [*spelled, *flags.values()]
@@ -359,10 +360,17 @@ def _arguments(task: str) -> dict[str, Argument]:
     return {f"--{argument.names[0]}": argument for argument in _TASKS[task].get_arguments()}
 
 
+def _takes_value(argument: Argument) -> bool | None:
+    """Say whether a flag takes a value; None where it may be left out."""
+    return None if argument.optional else argument.takes_value
+
+
 def _help(task: str) -> str:
     arguments = _arguments(task).items()
     texts = {name.lstrip("-") if one.kind is list else name: one.help for name, one in arguments}
-    return help_page(f"invoke {task}", _TASKS[task].__doc__, texts, {name: one.takes_value for name, one in arguments})
+    return help_page(
+        f"invoke {task}", _TASKS[task].__doc__, texts, {name: _takes_value(one) for name, one in arguments}
+    )
 
 
 _TASKS = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}

@@ -78,14 +78,27 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         _PLAIN, model="resnet18", epochs=200, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, patience=0
     ),
     "plain": _PLAIN,
+    # Weights from ImageNet: the usual settings of AdamW, with a tenth of the learning rate for all but the head.
+    "finetune": dict(
+        _PLAIN,
+        model="mobilenet_v3_large",
+        pretrained=True,
+        epochs=10,
+        batch_size=32,
+        optimizer="adamw",
+        weight_decay=0.01,
+        label_smoothing=0.1,
+        patience=0,
+    ),
 }
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATASETS = ("auto", "cifar10", "cifar100", "digits")
 IMAGE_FOLDER = "the path of a folder of images"
 MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
-OTHER_MODELS = "a classification network of torchvision, or package.module:factory"
+OTHER_MODELS = "a classification network of torchvision, timm/NAME of timm, or package.module:factory"
 MAX_EPOCHS = 100_000
+MAX_IMAGE_SIZE = 384  # pixels
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
 _allowed: set[str] = set()  # networks of the user's own whose code may run: the user has named them
@@ -94,11 +107,13 @@ _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cud
 _MAX_SEED = 2**32 - 1
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
+_OWN_MODELS = tuple(name for name in MODELS if name != "resnet18")  # torchvision has one of that name, too
 _REQUIRED = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")  # in a run's config.json
 _SMALL, _CROP_SCALE = 64, 0.35  # pixels; above them, images get random resized crops, as fastai's Imagenette baselines
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
 _WORDINGS = {  # by pydantic's type of error, or its first word
+    "bool": "takes yes or no",
     "int": "takes a whole number",
     "float": "takes a number",
     "string": "takes text",
@@ -122,7 +137,12 @@ class Config(BaseModel):
     )
     data_dir: str = Field("data", description="folder or .tar.gz with CIFAR-10 or CIFAR-100; or set CIFAR_DATA_DIR")
     labels: str | None = Field(None, description="CSV file with columns path and label, perhaps split, for a folder")
-    image_size: int = Field(32, ge=32, le=384, description="size in pixels to which the images of a folder are scaled")
+    image_size: int = Field(
+        32,
+        ge=32,
+        le=MAX_IMAGE_SIZE,
+        description="size in pixels to which the images of a folder are scaled; for pretrained weights default theirs",
+    )
     mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
     output_dir: str = Field("outputs", description="folder that receives a directory per run")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
@@ -137,6 +157,15 @@ class Config(BaseModel):
     )
 
     model: str = Field(description=f"network: {', '.join(MODELS)}, {OTHER_MODELS}")
+    pretrained: bool = Field(
+        False, description="fine-tune weights from ImageNet, downloaded if need be, of a network of torchvision or timm"
+    )
+    weights: str | None = Field(
+        None, description="fine-tune the weights in this .pt, .pth or .safetensors file instead of downloaded ones"
+    )
+    body_lr: float = Field(
+        0.1, ge=0, le=1, description="fine-tuning: learning rate of all but the head, relative to --lr; 0: frozen"
+    )
     epochs: int = Field(ge=1, le=MAX_EPOCHS, description="passes over the training images")
     minutes: float | None = Field(None, gt=0, le=1e6, description="training time, in minutes; chooses --epochs to fit")
     batch_size: int = Field(ge=2, description="images per step; reduced for small datasets and for large images")
@@ -201,6 +230,9 @@ class Config(BaseModel):
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
             cause = "--optimizer muon" if "optimizer" in settings else f"--recipe {recipe}"
             raise UserError(f"muon is for {' and '.join(_MUON_MODELS)} only: leave out {cause} for {self.model}")
+        if self.is_pretrained and (self.model in _OWN_MODELS or (":" in self.model and not self.weights)):
+            cause = "a network of torchvision or timm with --model" if self.model in _OWN_MODELS else "its --weights"
+            raise UserError(f"there are no pretrained weights for {self.model}: name {cause}")
         if self.small_epochs and self.model not in _ANY_SIZE_MODELS:
             models = ", ".join(_ANY_SIZE_MODELS)
             raise UserError(f"--small-epochs is for {models}: use --small-epochs 0 with {self.model}")
@@ -209,7 +241,8 @@ class Config(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Take known names in any case; refuse true for 1, which pydantic would accept, and what cannot be a path."""
-        if isinstance(value, bool) or (isinstance(value, str) and not _is_text(value)):
+        is_flag = cls.model_fields[info.field_name].annotation is bool
+        if (isinstance(value, bool) and not is_flag) or (isinstance(value, str) and not _is_text(value)):
             raise UserError(f"{flag(info.field_name)} does not take {value!a}")
         return _known_spelling(info.field_name, value) if isinstance(value, str) else value
 
@@ -217,14 +250,17 @@ class Config(BaseModel):
     def create(cls, given: Mapping[str, Any]) -> "Config":
         """Return the recipe's settings, overridden by the given ones.
 
-        given: field name -> value, or its text; None is ignored. A model without a recipe brings its recipe.
+        given: field name -> value, or its text; None is ignored. A model without a recipe brings its recipe,
+        weights bring `finetune`.
         Raises UsageError for text that is not a number, UserError for other invalid values.
         """
         settings = {name: value for name, value in given.items() if value is not None}
-        if "model" in settings:
+        if settings.keys() & {"pretrained", "weights"}:
+            settings.setdefault("recipe", "finetune")
+        elif "model" in settings:
             model = _known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
-            settings.setdefault("recipe", recipe)
+            settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
         settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(PROJECT / "data"))
         settings.setdefault("output_dir", display_path(PROJECT / "outputs"))
         return cls(**settings)
@@ -244,6 +280,11 @@ class Config(BaseModel):
         return Config(**{**self.model_dump(), **changes})
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether the network starts from weights that have been trained before."""
+        return self.pretrained or self.weights is not None
+
+    @property
     def title(self) -> str:
         """The recipe, and the network if it is not the recipe's."""
         return self.recipe if self.model == RECIPES[self.recipe]["model"] else f"{self.recipe} {self.model}"
@@ -252,6 +293,8 @@ class Config(BaseModel):
     def unused(self) -> set[str]:
         """The settings that have no effect beside the others."""
         is_unused = {
+            "pretrained": self.weights is not None,
+            "body_lr": not self.is_pretrained,
             "momentum": self.optimizer in ("adam", "adamw"),
             "decay_rate": self.schedule not in ("exponential", "step"),
             "decay_epochs": self.schedule not in ("exponential", "step"),
@@ -324,6 +367,8 @@ def help_text(name: str) -> str:
     return "; ".join(parts)
 
 
+# The settings that are on without a value.
+SWITCHES = tuple(name for name, field in Config.model_fields.items() if field.annotation is bool)
 HELP = {name: help_text(name) for name in FIELDS} | {
     "config": "file with settings, .toml or .json, such as a run's config.json; flags take precedence",
     "resume": "resume an interrupted, failed or killed run: its directory, or its name in --output-dir",
@@ -418,6 +463,7 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     resolved = {"dataset": dataset.key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
     resolved["crop_scale"] = config.crop_scale or (1.0 if image_size <= _SMALL else _CROP_SCALE)
     resolved["labels"] = config.labels and os.path.abspath(config.labels)
+    resolved["weights"] = config.weights and os.path.abspath(config.weights)
     return config.replace(**resolved | {name: value for name, (value, _) in changes.items()}), sentences
 
 

@@ -204,7 +204,7 @@ def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str,
         raise UserError(f"the checkpoint {path} is for other classes: {listing(content['classes'])}")
     if content["model"] != run.config.model:  # so nothing is imported that config.json does not name
         raise UserError(f"the checkpoint {path} is of the network {content['model']}, not {run.config.model}")
-    network = model.build(run.config.model, len(classes), content["image_size"])
+    network = model.build(run.config.model, len(classes), content["image_size"], run.config.is_pretrained)
     checkpoint.load_weights(path, content, network)
     return network, content
 

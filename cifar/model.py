@@ -175,24 +175,35 @@ def _conv_norm_relu(channels_in: int, channels_out: int, stride: int = 1, pool: 
 NETWORKS = {network.__name__: network for network in (airbench94, airbench96, simple, convnet, mlp, resnet18)}
 
 
-def require(name: str) -> None:
+def require(name: str, pretrained: bool = False) -> None:
     """Raise UserError, with the nearest names, unless `build` knows the network."""
-    if name not in NETWORKS:
+    if name not in NETWORKS or pretrained:
         zoo.require(name)
 
 
-def build(name: str, classes: int, image_size: int) -> nn.Sequential:
+def build(name: str, classes: int, image_size: int, pretrained: bool = False) -> nn.Sequential:
     """Build the network `name` with random weights, drawn from torch's global generator; its first module normalizes.
 
-    name: a key of NETWORKS, or one that `zoo` knows. Raises UserError for an unknown one, and if the user's own network
-    cannot be used.
+    name: a key of NETWORKS, or one that `zoo` knows. pretrained: build it as pretrained weights need it.
+    Raises UserError for an unknown name, and if the user's own network cannot be used.
     """
-    modules = NETWORKS[name](classes, image_size) if name in NETWORKS else zoo.modules(name, classes, image_size)
+    is_own = name in NETWORKS and not pretrained
+    modules = NETWORKS[name](classes, image_size) if is_own else zoo.modules(name, classes, image_size, pretrained)
     return _chain(normalize=Normalize(), **modules)
 
 
 def _chain(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
+
+
+def set_training_mode(network: nn.Module) -> None:
+    """Set a network to training mode, but leave BatchNorm whose parameters are frozen in eval mode."""
+    network.train()
+    for module in network.modules():
+        parameters = list(module.parameters(recurse=False))
+        is_frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+        if is_frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class Normalize(nn.Module):

@@ -41,18 +41,14 @@ def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
 
 
 def _adam(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
-    optimizer = torch.optim.Adam(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return ScheduledOptimizer([optimizer], config, steps_per_epoch)
-
-
-def _adamw(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
-    optimizer = torch.optim.AdamW(_trainable(network), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(_groups(network, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     return ScheduledOptimizer([optimizer], config, steps_per_epoch)
 
 
 def _sgd(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.SGD(_trainable(network), **settings, fused=True)
+    optimizer = torch.optim.SGD(_groups(network, config), **settings, fused=True)
     return ScheduledOptimizer([optimizer], config, steps_per_epoch)
 
 
@@ -84,13 +80,19 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
 OPTIMIZERS: dict[str, Callable[..., "ScheduledOptimizer"]] = {
     "muon": _muon,
     "adam": _adam,
-    "adamw": _adamw,
+    "adamw": _adam,
     "sgd": _sgd,
 }
 
 
-def _trainable(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+def _groups(network: nn.Module, config) -> list[dict[str, Any]]:
+    """Group the parameters that require a gradient: the head's and, with --body-lr, those of a pretrained body."""
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    head_names = getattr(network, "head_names", parameters.keys())
+    head = [parameter for name, parameter in parameters.items() if name in head_names]
+    body = [parameter for name, parameter in parameters.items() if name not in head_names]
+    groups = [{"params": head, "lr": config.lr}, {"params": body, "lr": config.lr * config.body_lr}]
+    return [group for group in groups if group["params"]]
 
 
 def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
@@ -125,7 +127,7 @@ class ScheduledOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first group, which holds most of the weights."""
+        """The learning rate of the first group: of most of the weights or, in fine-tuning, of the head."""
         return self.groups[0]["lr"]
 
     def step(self) -> None:

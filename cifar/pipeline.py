@@ -15,13 +15,14 @@ from cifar import (
     device,
     evaluate,
     model,
+    pretrained,
     report,
     runs,
     tracking,
     trainer,
     visualize,
 )
-from cifar.config import LOCATIONS, Config, flag
+from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
 from cifar.records import ModelRecord
@@ -46,10 +47,15 @@ def create(config: Config) -> tuple[Run, Dataset]:
 
 
 def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
-    """Find the dataset and adapt the settings to it; returns a note, too, that must not be overlooked."""
+    """Find the dataset and adapt the settings to it; returns a note, too, that must not be overlooked.
+
+    For pretrained weights a folder's images have the size that they expect, unless --image-size names another.
+    """
     device.choose(config.device)
-    model.require(config.model)
+    model.require(config.model, config.is_pretrained)
     tracking.require(config.track)
+    if config.is_pretrained and config.dataset not in DATASETS and "image_size" not in config.model_fields_set:
+        config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))
     if device.rank() == 0:
         runs.check_writable(config.output_dir)
         found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
@@ -67,7 +73,9 @@ def create_run(config: Config, dataset: Dataset) -> Run:
     """Make the run's directory, with its settings and what is known before training."""
     hardware = device.choose(config.device)
     image_size = dataset.train.image_size
-    network = model.build(config.model, len(dataset.classes), image_size)
+    network = model.build(config.model, len(dataset.classes), image_size, config.is_pretrained)
+    if config.is_pretrained:  # a mistake in the weights is reported before there is a directory
+        pretrained.load(trainer.new_network(config, dataset.train, len(dataset.classes)), config)
     layers = model.layers(network, image_size)
     return runs.create(
         config,

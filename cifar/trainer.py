@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import console, data, device, evaluate, model, optim, tracking
+from cifar import console, data, device, evaluate, model, optim, pretrained, tracking, zoo
 from cifar.checkpoint import Checkpointer
 from cifar.config import RECIPES, Config
 from cifar.datasets import Dataset
@@ -45,11 +45,13 @@ def fit(run: Run, dataset: Dataset) -> None:
     progress = console.TrainingProgress(batches.steps_per_epoch, costs, partial(forecast, config, hardware))
     if checkpoints.resume():
         progress.resume(training.epoch, training.step)
+    elif config.is_pretrained:
+        pretrained.load(network, config)
     ddp_network = device.distribute(network)  # averages gradients if there are several processes
 
     with tracking.tracking(run) as track, progress, console.deferred_interrupt() as received_signal:
         while not training.has_finished(config.epochs, config.patience):
-            network.train()
+            model.set_training_mode(network)
             for batch in batches.epoch(training.epoch, skip=training.step):
                 losses, correct = train_step(ddp_network, optimizer, batch, criterion, config.precision)
                 training.record_step(batch, losses, correct)
@@ -102,14 +104,18 @@ def _score(record: EpochRecord, criterion: str) -> float | None:
 
 
 def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Module:
-    """Build the network with new weights and fit its input layers to the training images.
+    """Build the network with new weights and fit its input layers to the training images, or to pretrained weights.
 
     Seeds torch's global generator, from which the weights and, later, dropout are drawn.
     """
     torch.manual_seed(config.seed)
-    network = model.build(config.model, classes, train_set.image_size)
-    images = (data.to_float(part.images) for part in train_set[:_WHITENING_IMAGES].chunks())
-    model.set_input_statistics(network, images, *train_set.mean_and_std())
+    network = model.build(config.model, classes, train_set.image_size, config.is_pretrained)
+    if config.is_pretrained:
+        head = zoo.head_names(config.model, network.network, classes)
+        pretrained.adapt(network, config.model, head, config.body_lr)
+    else:
+        images = (data.to_float(part.images) for part in train_set[:_WHITENING_IMAGES].chunks())
+        model.set_input_statistics(network, images, *train_set.mean_and_std())
     if device.rank():  # so that dropout differs between processes
         torch.manual_seed(config.seed + device.rank())
     return network

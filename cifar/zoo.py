@@ -1,12 +1,15 @@
-"""Networks from elsewhere: torchvision's by name, adapted to small images, and the user's own.
+"""Networks from elsewhere: torchvision's and timm's by name, adapted to small images, and the user's own.
 
-torchvision's start from random weights. For images of up to 64 pixels:
+From random weights, for images of up to 64 pixels:
 - ResNet, ResNeXt, Wide ResNet (He et al. 2015, section 4.2), DenseNet (Huang et al. 2017, arXiv:1608.06993) and
   GoogLeNet get a 3x3 stem without stride or max-pooling, as the first two have for CIFAR;
 - EfficientNet, MNASNet, MobileNet, RegNet and ShuffleNet get a first convolution without stride, and no max-pooling
   after it, as in kuangliu/pytorch-cifar.
 Vision transformers get 8x8 patches at every image size (Lee et al. 2021, arXiv:2112.13492: 4 pixels at 32x32). AlexNet,
-Inception and MaxViT, which need larger images, get them enlarged.
+Inception, MaxViT and transformers of timm, which need larger images, get them enlarged.
+
+For pretrained weights a network is as it was when they were trained. Images of up to 64 pixels are enlarged fourfold,
+but not beyond the size that the weights expect; a network that takes no other size gets all images resized to it.
 """
 
 import contextlib
@@ -19,8 +22,11 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from cifar import pretrained as weights
 from cifar.config import MODELS, OTHER_MODELS, is_allowed
 from cifar.errors import UserError, describe, did_you_mean
+
+_SMALL = 64  # pixels
 
 
 def require(name: str) -> None:
@@ -28,34 +34,62 @@ def require(name: str) -> None:
     torchvision_names = models.list_models(module=models)
     if ":" in name:
         _import_factory(name)
+    elif name.startswith(weights.TIMM):
+        timm, timm_name = weights.optional("timm"), name.removeprefix(weights.TIMM)
+        with contextlib.suppress(RuntimeError):  # raised for an unknown tag, the part after the dot
+            if timm.is_model(timm_name) and timm.get_pretrained_cfg(timm_name):
+                return
+        hint = did_you_mean(timm_name, [*timm.list_models(), *timm.list_models(pretrained=True)])
+        raise UserError(f"timm has no network {timm_name}: {hint.strip() or 'timm.list_models() lists them'}")
     elif name not in torchvision_names:
         hint = did_you_mean(name, [*MODELS, *torchvision_names])
         raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(MODELS)}, {OTHER_MODELS}")
 
 
-def modules(name: str, classes: int, image_size: int) -> dict[str, nn.Module]:
+def modules(name: str, classes: int, image_size: int, pretrained: bool = False) -> dict[str, nn.Module]:
     """Build the modules that turn normalized images (N, 3, S, S) into logits (N, classes), in running order.
 
-    name: one of torchvision's, or package.module:factory, a function that is called with num_classes.
+    name: one of torchvision's, timm/ and one of timm's, or package.module:factory, a function that is called with
+    num_classes. pretrained: build it as pretrained weights need it.
     Raises UserError for an unknown name, and if the factory does not return a network that can be trained.
     """
     require(name)
     if ":" in name:
         return {"network": _users_network(name, classes, image_size)}
-    network = _vision_transformer(name, classes, image_size) if name.startswith("vit_") else _torchvision(name, classes)
-    if image_size <= 64:
+    is_transformer = name.startswith("vit_") and not pretrained
+    network = _vision_transformer(name, classes, image_size) if is_transformer else _original(name, classes, pretrained)
+    if image_size <= _SMALL and not pretrained:
         _adapt_stem(network)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = max(module.momentum, 0.1)  # torch's default; MobileNet's lags by hundreds of steps
-    size = _smallest_size(network, image_size)
-    enlarge = {"enlarge": nn.Upsample((size, size), mode="bilinear")} if size > image_size else {}
+    size = _pretrained_size(network, name, image_size) if pretrained else _smallest_size(network, image_size)
+    enlarge = {"enlarge": nn.Upsample((size, size), mode="bilinear")} if size != image_size else {}
     return {**enlarge, "network": network}
+
+
+def head_names(name: str, network: nn.Module, classes: int) -> frozenset[str]:
+    """Return the names of a network's weights whose shapes depend on the number of classes.
+
+    network: of `modules`, for so many classes; without its name in the chain.
+    """
+    with torch.random.fork_rng():
+        other = _import_factory(name)(num_classes=classes + 1) if ":" in name else _original(name, classes + 1, True)
+    shapes = {key: value.shape for key, value in other.state_dict().items()}
+    return frozenset(key for key, value in network.state_dict().items() if value.shape != shapes.get(key))
+
+
+def _original(name: str, classes: int, pretrained: bool) -> nn.Module:
+    """Build a network of torchvision or timm as it is for ImageNet."""
+    if name.startswith(weights.TIMM):
+        return weights.optional("timm").create_model(name.removeprefix(weights.TIMM), num_classes=classes)
+    is_inception = name in ("googlenet", "inception_v3")  # whose pretrained weights normalize in their own way
+    return _torchvision(name, classes, **({"transform_input": pretrained} if is_inception else {}))
 
 
 def _torchvision(name: str, classes: int, **options) -> nn.Module:
     if name in ("googlenet", "inception_v3"):  # a second output only for training, an initialization of a minute
-        options = {"aux_logits": False, "init_weights": False}
+        options |= {"aux_logits": False, "init_weights": False}
     return models.get_model(name, weights=None, num_classes=classes, **options)
 
 
@@ -98,6 +132,16 @@ def _smallest_size(network: nn.Module, image_size: int) -> int:
             _try(network, size)
             return size
     return 224
+
+
+def _pretrained_size(network: nn.Module, name: str, image_size: int) -> int:
+    """Return the size of the images that a pretrained network computes with, for images of another size."""
+    expected = weights.preprocessing(name).size
+    size = min(4 * image_size, expected) if image_size <= _SMALL else image_size
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # raised by one that takes a single size
+        _try(network, size)
+        return size
+    return expected
 
 
 @torch.no_grad()

@@ -121,10 +121,10 @@ def test_default_folders_lie_in_the_project_unless_a_flag_or_the_environment_nam
 
 def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_one():
     assert config.help_text("crop_mode").startswith("what fills the padding of random crops; one of reflect, zeros; ")
-    defaults = "default 12 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30)"
+    defaults = "default 12 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30, finetune: 10)"
     assert config.help_text("epochs") == f"passes over the training images; {defaults}"
     without_default = {name for name in config.FIELDS if "default" not in config.help_text(name)}
-    assert without_default == {"labels", "mirror", "minutes"}
+    assert without_default == {"labels", "mirror", "minutes", "weights"}
 
 
 # Settings files.

@@ -186,7 +186,7 @@ def test_the_criterion_of_early_stopping_also_chooses_the_epoch(make_run, monkey
 
 
 @pytest.mark.parametrize(
-    ("balance", "low", "high"), [("none", 0.05, 0.2), ("loss", 0.35, 0.65), ("sampling", 0.35, 0.65)]
+    ("balance", "low", "high"), [("none", 0.0, 0.3), ("loss", 0.35, 0.65), ("sampling", 0.35, 0.65)]
 )
 def test_balance_gives_a_rare_class_the_weight_of_a_frequent_one(make_run, digits, balance, low, high):
     rare = dataclasses.replace(digits, classes=("frequent", "rare"))

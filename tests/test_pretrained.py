@@ -1,0 +1,285 @@
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import models
+
+import main
+import tasks
+from cifar import checkpoint, datasets, evaluate, model, optim, pipeline, predict, pretrained, trainer, zoo
+from cifar.config import MAX_IMAGE_SIZE, Config
+from cifar.errors import UserError
+
+MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> datasets.Dataset:
+    """A folder of three classes, stripes of three directions, 10 drawn images of each in many sizes."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number, name in enumerate(("across", "down", "slanted")):
+        (folder / name).mkdir()
+        for index in range(10):
+            rows, columns = np.mgrid[: rng.integers(30, 90), : rng.integers(30, 90)]
+            phase = (rows, columns, rows + columns)[number] // 4 + index
+            pixels = np.where(phase[..., None] % 2, rng.integers(0, 90, 3), rng.integers(160, 256, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+    return datasets.find(str(folder), str(tmp_path_factory.mktemp("data")))[0]
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """Random weights of the network for 1,000 classes, as torchvision's are."""
+    torch.manual_seed(0)
+    return models.get_model(MODEL, weights=None).state_dict()
+
+
+@pytest.fixture(scope="module")
+def file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture
+def finetune(make_run, photos, file):
+    """A function that fine-tunes the file's weights on the photos in an epoch of 10 steps of 2 images."""
+    settings = {"recipe": "finetune", "model": MODEL, "epochs": 1, "weights": str(file)}
+    return lambda **changes: make_run(**{"dataset": photos, **settings, **changes})
+
+
+def saved(run, name: str = "last") -> dict[str, torch.Tensor]:
+    content = torch.load(run.checkpoints / f"{name}.pt", weights_only=True)["weights"]
+    return {key.removeprefix("network."): value for key, value in content.items()}
+
+
+def test_the_head_alone_learns_while_the_body_stays_as_in_the_file(finetune, weights):
+    after = saved(finetune(body_lr=0.0))
+    assert all(torch.equal(after[key], value) for key, value in weights.items() if key not in HEAD)
+    assert [tuple(after[key].shape) for key in HEAD] == [(3, 1024), (3,)]
+    assert after[HEAD[1]].abs().max() > 0
+    torch.testing.assert_close(after["normalize.mean"].flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    torch.testing.assert_close(after["normalize.std"].flatten(), torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_the_body_starts_from_the_file_and_learns_more_slowly_than_the_head(finetune, weights):
+    after = saved(finetune(weight_decay=0.0))
+    body = [key for key in weights if key.endswith((".weight", ".bias")) and key not in HEAD]
+    moved = [(after[key] - weights[key]).abs().max() for key in body]
+    assert 0 < max(moved) < 10 * 1e-4  # in 10 steps, at a tenth of 1e-3
+    assert not torch.equal(after["features.0.1.running_mean"], weights["features.0.1.running_mean"])
+
+
+def test_groups_have_the_learning_rates_of_head_and_body(photos, file):
+    config = Config.create({"weights": str(file), "model": MODEL, "lr": 0.01, "body_lr": 0.2, "val_size": 0})
+    network = trainer.new_network(config, photos.train, 3)
+    head, body = optim.build(network, config, [4]).groups
+    assert [head["lr"], body["lr"]] == [0.01, pytest.approx(0.002)]
+    assert [parameter.shape[0] for parameter in head["params"]] == [3, 3]
+    assert len(head["params"]) + len(body["params"]) == len(list(network.parameters()))
+
+
+def test_frozen_batchnorm_keeps_its_statistics_in_training_and_no_other_module_changes():
+    network = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(2), nn.Dropout())
+    network[0].requires_grad_(False)
+    network[2].weight.requires_grad = False
+    model.set_training_mode(network.eval())
+    assert [module.training for module in network] == [False, True, True, True]
+
+
+def test_a_fine_tuned_run_resumes_bit_for_bit(finetune, photos, monkeypatch, file):
+    uninterrupted = finetune(epochs=2, ema=0.5)
+    save_if_due = checkpoint.Checkpointer.save_if_due
+
+    def stop_in_the_second_epoch(checkpointer, _):
+        save_if_due(checkpointer, 2 if checkpointer.training.optimizer.steps == 15 else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpointer, "save_if_due", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(epochs=2, ema=0.5)
+    run = pipeline.runs.find_resumable(str(uninterrupted.path.parent))
+    monkeypatch.setattr(pretrained, "load", None)  # the weights are in the checkpoint
+    with run.lifetime():
+        trainer.fit(run, photos)
+    for name in ("last", "best"):
+        one, other = saved(uninterrupted, name), saved(run, name)
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(finetune, photos, tmp_path):
+    run = finetune()
+    evaluate.evaluate(run, photos, "cpu")
+    predictor = predict.Predictor(run, "cpu")
+    assert predictor.probabilities(photos.test.images[:2]).shape == (2, 3)
+    paths = [Path(photos.key) / "down" / "3.png", tmp_path / "large.jpg"]
+    Image.new("RGB", (700, 400)).save(paths[1])
+    assert [one.error for one in predictor.predict(paths)] == [None, None]
+    assert predict.export(run, tmp_path / "network.pt2")
+
+
+def test_small_images_are_enlarged_and_a_transformer_gets_the_only_size_that_it_takes():
+    assert [size_for(MODEL, size) for size in (32, 64, 96)] == [128, 224, 96]
+    assert [size_for("vit_b_32", size) for size in (32, 256)] == [224, 224]
+
+
+def size_for(name: str, image_size: int) -> int:
+    """Return the size of the images that the network gets."""
+    with torch.device("meta"):
+        enlarge = zoo.modules(name, 3, image_size, pretrained=True).get("enlarge", nn.Identity())
+        return enlarge(torch.zeros(1, 3, image_size, image_size)).shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 224), ("efficientnet_b3", 300), ("inception_v3", 299), ("vit_b_16", 224)]
+)
+def test_the_preprocessing_is_that_of_the_weights(name, size):
+    assert pretrained.preprocessing(name) == (size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_a_folders_images_have_the_size_that_the_weights_expect_unless_another_is_given(photos, file):
+    given = {"dataset": photos.key, "data_dir": str(file.parent), "weights": str(file), "model": MODEL}
+    assert pipeline.prepare(Config.create(given))[0].image_size == min(224, MAX_IMAGE_SIZE)
+    assert pipeline.prepare(Config.create({**given, "image_size": 48}))[0].image_size == 48
+
+
+# Files
+
+
+def test_weights_are_read_from_the_checkpoints_of_training_scripts_too(weights, tmp_path):
+    wrapped = {f"module.{key}": value for key, value in weights.items()}
+    torch.save({"model": wrapped, "epoch": 3}, tmp_path / "checkpoint.pth")
+    assert pretrained.read(tmp_path / "checkpoint.pth").keys() == weights.keys()
+
+
+def test_weights_are_read_from_safetensors(weights, tmp_path):
+    pytest.importorskip("safetensors.torch").save_file(weights, tmp_path / "weights.safetensors")
+    read = pretrained.read(tmp_path / "weights.safetensors")
+    assert all(torch.equal(read[key], value) for key, value in weights.items())
+
+
+def test_the_names_in_torchvisions_files_of_densenet_are_brought_up_to_date(tmp_path):
+    old = {"features.denseblock1.denselayer2.norm.1.weight": torch.ones(1), "features.norm5.bias": torch.ones(1)}
+    torch.save(old, tmp_path / "old.pth")
+    names = ["features.denseblock1.denselayer2.norm1.weight", "features.norm5.bias"]
+    assert list(pretrained.read(tmp_path / "old.pth")) == names
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("content", [b"not weights", [1, 2], {}, {"weight": 3}, {"weight": Evil()}])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_without_weights_is_refused_and_runs_no_code(content, suffix, tmp_path, capsys):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=r"^.*file\.\w+ holds no weights by name, as torch.save"):
+        pretrained.read(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda weights: weights.pop("features.0.0.weight"), "it lacks features.0.0.weight$"),
+        (
+            lambda weights: weights.update({"stem.weight": torch.ones(1)}),
+            "it has stem.weight, which the network lacks$",
+        ),
+        (
+            lambda weights: weights.update({"features.0.0.weight": torch.ones(1, 3, 3, 3)}),
+            "features.0.0.weight is 1x3x3x3 instead of 16x3x3x3$",
+        ),
+        (lambda weights: weights["features.0.0.weight"].fill_(float("nan")), "are not finite"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_before_there_is_a_run(finetune, weights, tmp_path, change, sentence):
+    changed = {key: value.clone() for key, value in weights.items()}
+    change(changed)
+    torch.save(changed, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=sentence):
+        finetune(weights=str(tmp_path / "other.pth"))
+    assert not list((tmp_path / "outputs").glob("*"))
+
+
+def test_a_missing_file_is_named(finetune):
+    with pytest.raises(UserError, match=r"^cannot read nowhere.pth: No such file or directory$"):
+        pretrained.read(Path("nowhere.pth"))
+
+
+# Weights from the network
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty folder for torch.hub, and no way to the network."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_without_a_network_one_sentence_says_where_the_file_goes(finetune, hub):
+    url = models.get_model_weights(MODEL).DEFAULT.url
+    sentence = rf"^cannot download {url} \(.*refused\): put {url.rpartition('/')[2]} into {hub}$"
+    with pytest.raises(UserError, match=sentence):
+        finetune(weights=None)
+
+
+def test_a_file_in_torch_hubs_folder_needs_no_network(finetune, hub, weights):
+    hub.mkdir(parents=True)
+    torch.save(weights, hub / models.get_model_weights(MODEL).DEFAULT.url.rpartition("/")[2])
+    after = saved(finetune(weights=None, body_lr=0.0))
+    assert torch.equal(after["features.0.0.weight"], weights["features.0.0.weight"])
+
+
+def test_timms_networks_take_a_file_of_theirs_and_say_where_it_is_to_be_had(finetune, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    name = "timm/resnet10t.c3_in1k"
+    run = finetune(model=name, weights=str(tmp_path / "weights.pth"))
+    assert saved(run)["fc.weight"].shape == (3, 512)
+    with pytest.raises(
+        UserError, match=f"^cannot download the weights of {name} .*: get the file from huggingface.co/"
+    ):
+        finetune(model=name, weights=None)
+    with pytest.raises(UserError, match=r"^timm has no network resnet10: did you mean resnet10t\?"):
+        model.require("timm/resnet10")
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--pretrained"], ("finetune", "mobilenet_v3_large", True)),
+        (["--pretrained", "--model", "resnet18"], ("finetune", "resnet18", True)),
+        (["--recipe", "finetune", "--pretrained=no", "--weights", "w.pth"], ("finetune", "mobilenet_v3_large", False)),
+        (["--model", "mobilenet_v3_large"], ("plain", "mobilenet_v3_large", False)),
+    ],
+)
+def test_pretrained_is_a_switch_that_brings_the_recipe(words, expected):
+    config = Config.create(main.parse(words)[0])
+    assert (config.recipe, config.model, config.pretrained) == expected
+    assert tasks._spelled(deque(["train", *words]))[0] == "train"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"pretrained": True, "model": "convnet"}, "there are no pretrained weights for convnet: name a network of "),
+        ({"pretrained": True, "model": "a:b"}, "there are no pretrained weights for a:b: name its --weights"),
+        ({"pretrained": "maybe"}, "--pretrained takes yes or no, not 'maybe'"),
+    ],
+)
+def test_pretrained_weights_that_do_not_exist_are_refused(given, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        Config.create(given)
