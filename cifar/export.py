@@ -112,7 +112,7 @@ def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
             {name: tensor.contiguous() for name, tensor in predictor.network.state_dict().items()}
         ),
         "config.json": json.dumps(facts, indent=2).encode() + b"\n",
-        "model.py": _source(architecture).encode(),
+        "model.py": _source(architecture, predictor.run.config.is_pretrained).encode(),
         "load.py": (_TEMPLATES / "hub_load.py.txt").read_bytes(),
         "README.md": _card(predictor).encode(errors="backslashreplace"),
     }
@@ -123,13 +123,14 @@ def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
     return [folder]
 
 
-def _source(architecture: str) -> str:
+def _source(architecture: str, pretrained: bool) -> str:
     """Return a module with `build`: the networks of `model` on torch's own layers, or a call of this package."""
-    if architecture not in model.NETWORKS:
+    if pretrained or architecture not in model.NETWORKS:
         allow = (
             f"from cifar.config import allow_model\n\nallow_model({architecture!r})\n" if ":" in architecture else ""
         )
-        return f"from cifar.model import build  # noqa: F401\n{allow}"
+        call = "import functools\n\nfrom cifar import model\n\nbuild = functools.partial(model.build, pretrained={})\n"
+        return call.format(pretrained) + allow
     networks = inspect.getsource(model)
     networks = networks[networks.index("WHITENING_SIZE =") : networks.index("def require(")]
     parts = [(_TEMPLATES / "hub_layers.py.txt").read_text(encoding="utf-8"), networks]

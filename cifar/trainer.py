@@ -28,8 +28,7 @@ def fit(run: Run, dataset: Dataset) -> None:
 
     If the run has a checkpoint, the training resumes from it. best.pt has the weights of the epoch that was best on
     validation, the earlier one of equals; without validation, of the last. With `ema` they are the averaged ones.
-    Raises UserError, with epoch and step, when the loss is no longer finite; Interrupted, after the current step has
-    ended and is saved, for Ctrl-C and SIGTERM.
+    Raises UserError, with epoch and step, if the loss is not finite; after saving, Interrupted for Ctrl-C and SIGTERM.
     """
     device.keep_freed_memory()
     hardware = device.choose(run.config.device)

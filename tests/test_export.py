@@ -111,7 +111,7 @@ def test_a_card_shows_measured_corruptions_and_escapes_what_markdown_would_run(c
 
 
 def test_every_network_is_written_as_code_that_needs_torch_alone(tmp_path):
-    source = export._source("airbench94")
+    source = export._source("airbench94", pretrained=False)
     assert "cifar" not in source.replace("cifar10-airbench", "")
     scope = {}
     exec(source, scope)
@@ -120,7 +120,7 @@ def test_every_network_is_written_as_code_that_needs_torch_alone(tmp_path):
         plain.load_state_dict(ours.state_dict())
         images = torch.rand(2, 3, 32, 32)
         torch.testing.assert_close(plain.eval()(images), ours.eval()(images))
-    (tmp_path / "model.py").write_text(export._source("mobilenet_v3_small"))
+    (tmp_path / "model.py").write_text(export._source("mobilenet_v3_small", pretrained=False))
     code = "from model import build; build('mobilenet_v3_small', 3, 32)"
     assert run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}) == (0, "", "")
 

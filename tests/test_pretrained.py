@@ -1,3 +1,4 @@
+import runpy
 from collections import deque
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torchvision import models
 
 import main
 import tasks
-from cifar import checkpoint, datasets, evaluate, model, optim, pipeline, predict, pretrained, trainer, zoo
+from cifar import checkpoint, datasets, evaluate, export, model, optim, pipeline, predict, pretrained, trainer, zoo
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.errors import UserError
 
@@ -119,7 +120,10 @@ def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(
     paths = [Path(photos.key) / "down" / "3.png", tmp_path / "large.jpg"]
     Image.new("RGB", (700, 400)).save(paths[1])
     assert [one.error for one in predictor.predict(paths)] == [None, None]
-    assert predict.export(run, tmp_path / "network.pt2")
+    assert export.export(run, tmp_path / "network.pt2")
+    if (folder := tmp_path / "network").exists():  # safetensors is installed
+        build = runpy.run_path(str(folder / "model.py"))["build"]
+        build(MODEL, 3, 32).load_state_dict(pretrained.read(folder / "model.safetensors"))
 
 
 def test_small_images_are_enlarged_and_a_transformer_gets_the_only_size_that_it_takes():
