@@ -32,7 +32,7 @@ def test_batches_from_a_file_are_those_from_memory(tmp_path, monkeypatch):
     assert mapped.sha256() == memory.sha256()
     config = Config(recipe="convnet", epochs=2, batch_size=10)
     shuffled = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:80]
-    runs = [data.Batches(split[shuffled], config, torch.device("cpu")) for split in (mapped, memory)]
+    runs = [data.Batches(split[shuffled], config, torch.device("cpu"), 90) for split in (mapped, memory)]
     shown = [torch.cat([batch.images for batch in batches.epoch(1)]) for batches in runs]
     assert len(shown[0]) == 80
     assert shown[0].equal(shown[1])

@@ -96,7 +96,7 @@ def test_two_recipes_are_compared_by_their_means_over_seeds(tmp_path, capsys):
     assert comparison["runs"][0]["accuracy"] == pytest.approx(831 / 900)
     half = 4.302653 * (3 / 300) / 3**0.5  # Student's t for two degrees of freedom; errors of 20, 23 and 26
     assert comparison["runs"][0]["interval_95"] == pytest.approx([277 / 300 - half, 277 / 300 + half])
-    assert comparison["settings"] == [{"name": "lr", "values": ["0.24", "0.001"]}]
+    assert comparison["settings"] == [{"name": "lr", "values": ["0.17", "0.001"]}]
     assert comparison["classes"][0]["recall"] == pytest.approx([1 - 24 / 300, 1 - 17 / 300])
     compare.show_comparison(json.loads(json.dumps(comparison)))
     assert capsys.readouterr().out.splitlines()[-1] == pair["verdict"]

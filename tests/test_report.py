@@ -99,6 +99,7 @@ def test_settings_without_effect_or_unknown_to_the_run_are_not_shown_as_if_they_
     report.write(run, make_dataset())
     values = {row[0]: row[1] for row in Page(run).tables["settings"][1:]}
     without_effect = {"momentum", "patience", "crop_mode", "small_size", "hard_share"}
+    without_effect |= {"early_stopping", "body_lr", "decay_rate", "decay_epochs"}
     assert {name for name, value in values.items() if value == "no effect"} == without_effect
     assert values["cutout"] == "not set"
 
