@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar import device
@@ -255,3 +256,13 @@ class GlobalAveragePool(nn.Module):
         pixels = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), a view of channels-last features
         ones = pixels.new_ones(1, pixels.shape[1])
         return (ones @ pixels).squeeze(1) / pixels.shape[1]
+
+
+class GlobalMaxPool(nn.Module):
+    """(N, C, H, W) -> (N, C, 1, 1), the values and gradients of AdaptiveMaxPool2d(1).
+
+    On a GPU, that layer starts a block of threads for each image and channel, in which only one thread works.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.max_pool2d(features, features.shape[-2:])

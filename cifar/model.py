@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import zoo
-from cifar.layers import GELU, Conv2d, GlobalAveragePool, MaxPool2d
+from cifar.layers import GELU, Conv2d, GlobalAveragePool, GlobalMaxPool, MaxPool2d
 from cifar.records import LayerRecord
 
 # To add a network: a function (classes, image_size) -> Modules here, its name in NETWORKS below and in config.MODELS.
@@ -51,7 +51,7 @@ def _airbench(classes: int, widths: tuple[int, ...], group: Callable[[int, int],
         "whiten": whiten,
         "activation": GELU(),
         "groups": groups,
-        "pool": nn.AdaptiveMaxPool2d(1),
+        "pool": GlobalMaxPool(),
         "flatten": nn.Flatten(),
         "head": head,
         "scale": Scale(1 / widths[-1]),
@@ -215,7 +215,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.ones(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.addcmul(-self.mean / self.std, images, 1 / self.std)  # one pass over the pixels
+        return torch.addcmul(-self.mean / self.std, images, self.std.reciprocal())  # one pass over the pixels
 
 
 @torch.no_grad()

@@ -108,6 +108,20 @@ def test_pooling_in_chunks_is_pooling(layout, dtype, size, images, monkeypatch):
     assert got.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 4)])
+def test_the_global_maximum_is_that_of_torchs_layer_to_the_bit(layout, dtype, size):
+    features = torch.randint(-2, 2, (5, 8, *size), generator=torch.Generator().manual_seed(0))  # with ties
+    found = []
+    for pool in (layers.GlobalMaxPool(), nn.AdaptiveMaxPool2d(1)):
+        inputs = features.to(dtype, memory_format=layout).requires_grad_()
+        pooled = pool(inputs)
+        (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
+        found.append((pooled, inputs.grad))
+    assert all(map(torch.equal, *found))
+
+
 def test_the_global_average_is_the_mean_over_the_pixels():
     features = torch.rand(2, 3, 5, 4)
     torch.testing.assert_close(layers.GlobalAveragePool()(features), features.mean((2, 3)))
