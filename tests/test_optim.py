@@ -91,7 +91,8 @@ def test_orthogonalizing_keeps_the_directions_and_evens_out_the_singular_values(
     left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     wanted = torch.linspace(0.06, 1, min(shape))
     wanted /= wanted.norm()
-    inner = left.T @ optim.orthogonalize(left @ wanted.diag() @ right, torch.float32) @ right.T
+    (orthogonal,) = optim.orthogonalize((left @ wanted.diag() @ right)[None])
+    inner = left.T @ orthogonal @ right.T
     values = inner.diag()[wanted > 0.05]
     assert values.min() > 0.5
     assert values.max() < 1.3
@@ -103,7 +104,7 @@ def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_gradient(
     before = weight.detach().clone()
     weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     optim.Muon([weight], lr=0.1, momentum=0.5, dtype=torch.float32).step()
-    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad, torch.float32)
+    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(weight.grad[None] / weight.grad.norm())[0]
     torch.testing.assert_close(weight.detach(), expected)
 
 
@@ -116,7 +117,7 @@ def test_muon_has_nesterov_momentum():
         weight.grad = gradient.clone()
         muon.step()
     ahead = second + 0.5 * (0.5 * first + second)
-    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(ahead, torch.float32)
+    expected = before * 2 / before.norm() - 0.1 * optim.orthogonalize(ahead[None] / ahead.norm())[0]
     torch.testing.assert_close(weight.detach(), expected)
 
 
@@ -199,6 +200,21 @@ def test_a_restored_optimizer_continues_as_the_saved_one(name):
         trained(*one, 2)
     assert (restored.steps, restored.lr) == (5, optimizer.lr)
     assert all(map(torch.equal, network.parameters(), twin.parameters()))
+
+
+def test_muon_treats_weights_alike_in_any_layout_and_order():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(2, *shape, generator=generator) for shape in ((4, 2, 3, 3), (8, 4), (4, 2, 3, 3))]
+    found = []
+    for layout, order in ((torch.contiguous_format, (0, 1, 2)), (torch.channels_last, (1, 2, 0))):
+        weights = [nn.Parameter(weight.clone()) for weight, _ in values]
+        for weight in (weights[0], weights[2]):
+            weight.data = weight.data.contiguous(memory_format=layout)
+        for weight, (_, gradient) in zip(weights, values):
+            weight.grad = gradient.clone()
+        optim.Muon([weights[index] for index in order], lr=0.1, momentum=0.5, dtype=torch.float32).step()
+        found.append([weight.detach() for weight in weights])
+    torch.testing.assert_close(*found)
 
 
 def test_optimizers_and_schedules_are_those_that_the_settings_allow():
