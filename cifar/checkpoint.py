@@ -25,14 +25,16 @@ _MAX_BYTES = 16_000_000_000  # of a file: twice torchvision's largest network wi
 _MAX_PICKLED_BYTES = 4_000_000  # of the part that is not tensors
 _MAX_CLASSES = 10_000
 _SAVE_SECONDS = 50.0  # between checkpoints within an epoch; leaves a minute time for a step and the writing
+EPOCH_SECONDS = 5.0  # between checkpoints at the ends of epochs, which on a GPU take less time than the writing
 
 
 class Checkpointer:
     """Saves a run's training to last.pt, the one before to previous.pt, and the best weights to best.pt.
 
-    An epoch's line is written to the history first, then best.pt, then last.pt: whatever was written when a process
-    was killed, the training that resumes from last.pt writes it again, bit for bit (in one process on the CPU).
-    Of several processes all must call the methods; rank 0 alone writes.
+    Each epoch's line is written to the history at once; best.pt and then last.pt at an epoch's end that comes
+    EPOCH_SECONDS after the last save, and at the training's end. Until then the best weights are kept in memory.
+    Whatever was written when a process was killed, the training that resumes from last.pt writes it again, bit for bit
+    (in one process on the CPU). Of several processes all must call the methods; rank 0 alone writes.
     """
 
     def __init__(self, run: Run, training: Any, dataset: Dataset):
@@ -40,6 +42,8 @@ class Checkpointer:
         self.run, self.training, self.dataset = run, training, dataset
         self.requirements = requirements(run, dataset)
         self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.unsaved_best: dict[str, Any] | None = None
+        self.saved_step = (training.epoch, training.step)
         self.saved_at = time.monotonic()
 
     def resume(self) -> bool:
@@ -57,6 +61,7 @@ class Checkpointer:
                 continue
             if path == self.previous:
                 console.banner(f"{problem or f'{self.last} is missing'}: resuming from {self.previous.name}.")
+            self.saved_step = (self.training.epoch, self.training.step)
             self._start_history(self.training.epoch - 1)
             return True
         if problem:
@@ -69,26 +74,35 @@ class Checkpointer:
         """Save if the last time is long ago. Raises Interrupted, after saving, if there is a signal."""
         is_due = time.monotonic() - self.saved_at >= _SAVE_SECONDS
         agreed = device.maximum(2 * (signal_number or 0) + is_due)  # the same step for all processes
-        if agreed and self.training.step:  # else it was saved with the epoch before
+        if agreed and self.training.step:  # else the epoch before has been checked
             self.training.check_finite()
-            self._save_last()
+        if agreed:
+            self._save()
         if agreed > 1:
             raise console.Interrupted(agreed // 2)
 
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
-        """Write a finished epoch's line of the history, best.pt if it is the best so far, and last.pt."""
+        """Write a finished epoch's line of the history; save if it is time, or the last epoch."""
         if device.rank() == 0:
             self.run.append_history(record)
-            if is_best:
-                save(self.best, **self._content(self.training.kept))
-        self._save_last()
+        if is_best:
+            content = self._content(self.training.kept)
+            weights = {name: tensor.clone() for name, tensor in content["weights"].items()}
+            self.unsaved_best = {**content, "weights": weights}
+        is_due = time.monotonic() - self.saved_at >= EPOCH_SECONDS
+        if is_due or self.training.has_finished(self.run.config.epochs, self.run.config.patience):
+            self._save()
 
-    def _save_last(self) -> None:
-        if device.rank() == 0:
+    def _save(self) -> None:
+        """Write best.pt, if there are better weights, and last.pt, unless they are those of this step."""
+        now = (self.training.epoch, self.training.step)
+        if device.rank() == 0 and now != self.saved_step:
+            if self.unsaved_best:
+                save(self.best, **self.unsaved_best)
             state, outputs = self.training.state_dict(), self._outputs()
             training = {"requirements": self.requirements, "state": state, "outputs": outputs}
             save(self.last, **self._content(self.training.network), training=training, previous=self.previous)
-        self.saved_at = time.monotonic()
+        self.unsaved_best, self.saved_step, self.saved_at = None, now, time.monotonic()
 
     def _outputs(self) -> Tensor:
         """Compute the logits of a few images, from which changed code of the network is noticed when it resumes."""
@@ -120,6 +134,8 @@ class Checkpointer:
             if not all(leaf.isfinite().all() for leaf in tree_leaves(training["state"]) if isinstance(leaf, Tensor)):
                 raise ValueError("a value is not finite")
             self.training.load_state_dict(training["state"])
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise UserError(f"the checkpoint {path} is damaged: {error}") from None
         if self.training.best_epoch:
@@ -208,7 +224,7 @@ def load(path: Path) -> dict[str, Any]:
         _check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: it was removed, or no epoch has finished") from None
+        raise UserError(f"there is no checkpoint {path}: it was removed, or none has been saved yet") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged file can make the unpickler raise anything

@@ -1,6 +1,7 @@
 """Trainings in separate processes that are killed, interrupted and hindered, and then resumed."""
 
 import functools
+import math
 import os
 import random
 import resource
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, data, datasets, files, pipeline, runs, trainer
+from cifar import checkpoint, data, datasets, evaluate, files, pipeline, runs, trainer
 from cifar.errors import UserError, display_path
 from cifar.runs import find
 from conftest import flat
@@ -139,6 +140,51 @@ def test_saving_within_an_epoch_changes_nothing_and_a_killed_run_resumes_from_it
     process = outputs.start(save_every_step, "")
     process.join(60)
     assert results(outputs.run) == uninterrupted
+
+
+def late_saves(instant: int, saved: bool) -> None:
+    """Have this process save no epoch, only, if asked to, after 25 steps, and kill itself after some."""
+    checkpoint.EPOCH_SECONDS = math.inf
+
+    def act(checkpointer):
+        steps = checkpointer.training.optimizer.steps
+        if saved and steps == 25:
+            checkpointer.saved_at = -math.inf
+        if steps == instant:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    after_each_step(act)
+
+
+@pytest.mark.parametrize(("instant", "saved"), [(24, False), (30, True)])
+def test_an_epoch_that_was_not_saved_is_trained_again(outputs, uninterrupted, instant, saved):
+    process = outputs.start(functools.partial(late_saves, instant, saved))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(outputs.run.history()) == 1
+    present = {path.stem: checkpoint.load(path)["epoch"] for path in outputs.run.checkpoints.iterdir()}
+    assert present == ({"best": 1, "last": 1} if saved else {})
+    assert outputs.finish() == uninterrupted
+
+
+def interrupt_validation() -> None:
+    """Have this process receive Ctrl-C at the end of the first epoch, which is not saved otherwise."""
+    checkpoint.EPOCH_SECONDS, validate = math.inf, evaluate.validate
+
+    def validate_and_interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)
+
+    evaluate.validate = validate_and_interrupt
+
+
+def test_a_signal_at_the_end_of_an_epoch_saves_it(outputs, uninterrupted):
+    process = outputs.start(interrupt_validation)
+    process.join(60)
+    assert process.exitcode == 130
+    assert {path.stem for path in outputs.run.checkpoints.iterdir()} == {"best", "last"}
+    assert outputs.finish() == uninterrupted
+    assert [(again.epoch, again.step) for again in outputs.run.record.resumed] == [(2, 0)]
 
 
 def small_files(bytes: int, from_save: int = 1) -> None:
@@ -371,6 +417,15 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(
     assert said in shown
     assert "computes other values" not in shown
     assert interrupted.run.record.status == "completed"
+
+
+def test_a_gpu_without_room_for_a_training_is_not_taken_for_a_damaged_file(interrupted, digits, monkeypatch):
+    def fill_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.Training, "load_state_dict", fill_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        resume(interrupted, digits)
 
 
 def test_a_network_whose_code_has_changed_is_mentioned(interrupted, digits, monkeypatch, capsys):
