@@ -138,7 +138,7 @@ def saliency(network: nn.Module, image: Tensor, label: int, *, precision: str) -
     target = next(network.parameters()).device
     noise = 0.1 * torch.randn(8, *image.shape, generator=torch.Generator().manual_seed(0))  # for images in 0..1
     copies = (data.to_float(image[None]) + noise).to(target, memory_format=torch.channels_last).requires_grad_()
-    with device.autocast(target, precision):
+    with device.autocast(target, "float32" if precision == "float16" else precision):  # else small gradients vanish
         logit = network(copies)[:, label].float().sum()
     (gradient,) = torch.autograd.grad(logit, copies)
     strength = gradient.abs().amax(1).mean(0, keepdim=True)

@@ -146,7 +146,15 @@ class Config(BaseModel):
     mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
     output_dir: str = Field("outputs", description="folder that receives a directory per run")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
-    precision: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 if supported")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 if supported, else float16 on NVIDIA GPUs, else float32"
+    )
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        "off", description="mode of torch.compile for the training steps, which needs a C++ compiler"
+    )
+    deterministic: Literal["off", "on"] = Field(
+        "off", description="on: cuDNN's convolutions on NVIDIA GPUs repeat bit for bit, but are slower"
+    )
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="also log the training to a tracker, whose package must be installed"
     )

@@ -47,6 +47,7 @@ _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
 _NAME = TextColumn("{task.description}", markup=False)
 # What torch, the dynamic linker, Python and the system say.
 _NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory")
+_NO_GPU_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 
 
 class _Console(Console):
@@ -197,7 +198,9 @@ def _redeliver(unraisable: "sys.UnraisableHookArgs") -> None:
 def _system_error(problem: Exception) -> str | None:
     """Word an error that the system reports: a file, or memory; None for any other, which is a bug."""
     name = type(problem).__name__  # torch.OutOfMemoryError, without the import of torch
-    if name in ("OutOfMemoryError", "MemoryError") or any(text in str(problem) for text in _NO_MEMORY):
+    if name == "OutOfMemoryError" or any(text in str(problem) for text in _NO_GPU_MEMORY):
+        return "the GPU is out of memory: close other programs on it; in training, a smaller --batch-size needs less"
+    if name == "MemoryError" or any(text in str(problem) for text in _NO_MEMORY):
         return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
     if isinstance(problem, OSError):
         if problem.errno == errno.ENOSPC and not problem.filename:

@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from cifar.errors import UserError, first_line
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by precision
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
@@ -37,6 +39,13 @@ def choose(name: str) -> torch.device:
     return torch.device(name)
 
 
+def unused_gpu() -> str | None:
+    """Return a sentence if there is the driver of a GPU that PyTorch cannot use, most often because it is too old."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    return f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU"
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Say whether the device multiplies bfloat16 matrices in hardware; where it does not, float32 is faster."""
     if device.type == "cuda":
@@ -48,10 +57,21 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return `bfloat16` or `float32`; `auto` is bfloat16 where the device has it in hardware."""
-    if name != "auto":
+    """Return `bfloat16`, `float16` or `float32`; `auto` is the fastest that the device has in hardware.
+
+    float16 is for GPUs of NVIDIA: elsewhere, a run that was trained in it is evaluated as with `auto`.
+    """
+    if name != "auto" and (name, device.type == "cuda") != ("float16", False):
         return name
-    return "bfloat16" if has_bfloat16(device) else "float32"
+    if has_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
+
+
+def require_precision(name: str, device: torch.device) -> None:
+    """Raise UserError if a network cannot be trained on the device in this precision."""
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"--precision float16 needs an NVIDIA GPU, and the device is {device.type}: leave it out")
 
 
 def multiplies_tiles(device: torch.device) -> bool:
@@ -67,7 +87,28 @@ def _has_amx() -> bool:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Return a context in which the network's products are computed in `precision`; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
+
+
+def compiled(network: nn.Module, mode: str) -> nn.Module:
+    """Return the network with its calls compiled by torch.compile in a mode of its own, or as it is for `off`."""
+    return network if mode == "off" else torch.compile(network, mode=mode, dynamic=False)
+
+
+@contextlib.contextmanager
+def training_kernels(deterministic: bool) -> Iterator[None]:
+    """Have cuDNN measure which of its algorithms are fastest, or take those that repeat bit for bit.
+
+    Not for evaluation, where batches have many sizes, and each would be measured.
+    Raises UserError for what torch.compile raises.
+    """
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic):
+            yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"torch.compile fails here, leave out --compile: {first_line(error)}") from None
+        raise
 
 
 def random_module(device: torch.device) -> ModuleType:
@@ -167,7 +208,7 @@ def process_group() -> Iterator[None]:
     from joblib import cpu_count
 
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
+    if local < torch.cuda.device_count():  # more processes than GPUs can train on the CPU
         torch.cuda.set_device(local)
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which would leave cores idle
         torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

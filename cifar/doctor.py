@@ -119,12 +119,16 @@ def _device(name: str) -> Iterator[Finding]:
     from cifar import device
 
     chosen = device.choose(name)
-    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        message = f"{chosen.type}: nvidia-smi is installed, but torch {torch.__version__} finds no GPU"
+    if problem := device.unused_gpu():
+        message = f"{chosen.type}: {problem}"
         hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
         yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
     else:
-        yield Finding("device", "ok", f"{chosen.type}: {device.describe(chosen)}")
+        message = f"{chosen.type}: {device.describe(chosen)}"
+        if chosen.type == "cuda":
+            free, total = torch.cuda.mem_get_info(chosen)
+            message += f", {free / 1e9:.1f} GB of memory free of {total / 1e9:.1f}"
+        yield Finding("device", "ok", message)
     kind, duration = chosen.type, ""
     if chosen.type == "cpu":
         kind = next((kind for kind in _FAST_MINUTES if torch.cpu.get_capabilities().get(kind)), kind)
@@ -132,7 +136,8 @@ def _device(name: str) -> Iterator[Finding]:
     if device.has_bfloat16(chosen):
         yield Finding("bfloat16", "ok", f"in hardware ({kind}): networks train in it{duration}")
     else:
-        yield Finding("bfloat16", "note", f"not in hardware: networks train in float32{duration}")
+        precision = device.resolve_precision("auto", chosen)
+        yield Finding("bfloat16", "note", f"not in hardware: networks train in {precision}{duration}")
     yield _threads(torch.get_num_threads(), joblib.cpu_count())
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cifar import device
+
 # Schedules, counted from the end of the warm-up: progress through the training, 0..1; periods of --decay-epochs that
 # have passed; --decay-rate -> the fraction of the peak learning rate.
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
@@ -38,7 +40,12 @@ def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
 
     config: a config.Config, whose `precision` is resolved.
     """
-    return OPTIMIZERS[config.optimizer](network, config, steps_per_epoch)
+    optimizer = OPTIMIZERS[config.optimizer](network, config, steps_per_epoch)
+    if config.precision == "float16":
+        optimizer.scaler = torch.amp.GradScaler(next(network.parameters()).device.type)
+        for own in optimizer.optimizers:  # else fused SGD, when it leaves out its first step, keeps a momentum of noise
+            own._step_supports_amp_scaling = False
+    return optimizer
 
 
 def _adam(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "ScheduledOptimizer":
@@ -72,8 +79,7 @@ def _muon(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
     ]
     for group in groups:  # SGD multiplies the weight decay by the learning rate; here it is a fraction of the weight
         group["weight_decay"] = config.weight_decay / group["lr"]
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    muon = Muon(matrices, config.lr, config.momentum, dtype)
+    muon = Muon(matrices, config.lr, config.momentum, device.DTYPES[config.precision])
     sgd = torch.optim.SGD(groups, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
     return ScheduledOptimizer([muon, sgd], config, steps_per_epoch)
 
@@ -108,10 +114,13 @@ class ScheduledOptimizer:
     A parameter group may have its own `schedule` and `schedule_steps`, from the end of the warm-up. When its learning
     rate has reached zero, its parameters are frozen, which spares their gradients. The learning rates are a function of
     the steps done (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
+    In float16, `scaler` multiplies the loss, so that small gradients are not rounded to zero, and leaves out a step
+    whose gradients are too large.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], config, steps_per_epoch: Sequence[int]):
         self.optimizers, self.config = optimizers, config
+        self.scaler = torch.amp.GradScaler(enabled=False)
         steps = sum(steps_per_epoch)
         self.warmup_steps = sum(steps_per_epoch[: config.warmup_epochs])
         self.decay_steps = steps / config.epochs * (config.decay_epochs or config.epochs / 3)
@@ -131,14 +140,21 @@ class ScheduledOptimizer:
         """The learning rate of the first group: of most of the weights or, in fine-tuning, of the head."""
         return self.groups[0]["lr"]
 
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of the loss."""
+        self.scaler.scale(loss).backward()
+
     def step(self) -> None:
         """Clip the gradients, apply and clear them, and go to the next step's learning rates."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         if self.config.clip_grad:
             parameters = [parameter for group in self.groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         self.set_step(self.steps + 1)
 
     def set_step(self, steps: int) -> None:
@@ -155,13 +171,16 @@ class ScheduledOptimizer:
                 parameter.requires_grad_(not has_ended)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps done and each optimizer's state of its parameters (momentum and the like)."""
-        return {"steps": self.steps, "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers]}
+        """Return the steps done, each optimizer's state of its parameters (momentum and the like), and the scaler's."""
+        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        return {"steps": self.steps, "optimizers": states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`. Raises ValueError, KeyError or the like if it is not of these optimizers."""
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
+        if scaler := state.get("scaler"):  # else the training was in another precision
+            self.scaler.load_state_dict(scaler)
         self.set_step(state["steps"])
 
 

@@ -51,7 +51,9 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
 
     For pretrained weights a folder's images have the size that they expect, unless --image-size names another.
     """
-    device.choose(config.device)
+    device.require_precision(config.precision, device.choose(config.device))
+    if config.device == "auto" and (problem := device.unused_gpu()):
+        console.banner(f"Training on the CPU: {problem}. `invoke doctor` says what to do.")
     model.require(config.model, config.is_pretrained)
     tracking.require(config.track)
     if config.is_pretrained and config.dataset not in DATASETS and "image_size" not in config.model_fields_set:

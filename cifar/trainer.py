@@ -46,9 +46,10 @@ def fit(run: Run, dataset: Dataset) -> None:
         progress.resume(training.epoch, training.step)
     elif config.is_pretrained:
         pretrained.load(network, config)
-    ddp_network = device.distribute(network)  # averages gradients if there are several processes
+    ddp_network = device.compiled(device.distribute(network), config.compile)  # averages gradients of several processes
+    kernels = device.training_kernels(config.deterministic == "on")
 
-    with tracking.tracking(run) as track, progress, console.deferred_interrupt() as received_signal:
+    with tracking.tracking(run) as track, progress, kernels, console.deferred_interrupt() as received_signal:
         while not training.has_finished(config.epochs, config.patience):
             model.set_training_mode(network)
             for batch in batches.epoch(training.epoch, skip=training.step):
@@ -77,7 +78,7 @@ def train_step(
     with device.autocast(batch.images.device, precision):
         logits = network(batch.images)
     logits = logits.float()
-    criterion(logits, batch.targets).backward()
+    optimizer.backward(criterion(logits, batch.targets))
     optimizer.step()
     losses = F.cross_entropy(logits.detach(), batch.targets, reduction="none")
     return losses, logits.argmax(1) == batch.labels
@@ -200,8 +201,9 @@ class Training:
     def check_finite(self) -> None:
         """Raise UserError if a loss of the epoch, or a weight, is not finite."""
         self.running_means()
-        finite = [tensor.isfinite().all() for tensor in self.network.state_dict().values()]
-        if not torch.stack(finite).all():
+        tensors = self.network.state_dict().values()
+        weights = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        if not torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all():
             raise self._diverged("weights are", self.step)
 
     def _diverged(self, what: str, step: int) -> UserError:

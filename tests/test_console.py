@@ -39,6 +39,9 @@ def raising(error):
 OUT_OF_MEMORY = (
     "error: out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less\n"
 )
+GPU_OUT_OF_MEMORY = (
+    "error: the GPU is out of memory: close other programs on it; in training, a smaller --batch-size needs less\n"
+)
 
 
 DISK_IS_FULL = "error: the disk is full to which standard output, or a temporary file, is written\n"
@@ -57,7 +60,8 @@ DISK_IS_FULL = "error: the disk is full to which standard output, or a temporary
         (raising(OSError(errno.ENOSPC, "No space left on device")), 1, DISK_IS_FULL),
         (raising(OSError("cannot identify\nimage")), 1, "error: OSError: cannot identify\n"),
         (raising(MemoryError()), 1, OUT_OF_MEMORY),
-        (raising(OutOfMemoryError("CUDA out of memory")), 1, OUT_OF_MEMORY),
+        (raising(OutOfMemoryError("CUDA out of memory. Tried\nto allocate")), 1, GPU_OUT_OF_MEMORY),
+        (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")), 1, GPU_OUT_OF_MEMORY),
         (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 1, OUT_OF_MEMORY),
         (raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")), 1, OUT_OF_MEMORY),
     ],

@@ -33,7 +33,18 @@ def test_auto_precision_is_bfloat16_where_the_processor_has_it(monkeypatch, flag
     assert device.resolve_precision("float32", torch.device("cpu")) == "float32"
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_without_bfloat16_trains_in_float16_and_no_other_device_does(monkeypatch, has_bfloat16, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert device.resolve_precision("auto", gpu) == precision
+    device.require_precision("float16", gpu)
+    with pytest.raises(UserError, match="--precision float16 needs an NVIDIA GPU, and the device is cpu"):
+        device.require_precision("float16", cpu)
+    assert device.resolve_precision("float16", cpu) == device.resolve_precision("auto", cpu)  # to evaluate
+
+
+@pytest.mark.parametrize(("precision", "dtype"), device.DTYPES.items())
 def test_products_are_computed_in_the_precision(precision, dtype):
     with device.autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -105,6 +105,16 @@ def test_a_gpu_that_cannot_be_used_is_reported(tmp_path, monkeypatch):
     assert next(doctor._device("auto")).fix == "unset CUDA_VISIBLE_DEVICES"
 
 
+def test_a_gpus_memory_and_precision_are_named(monkeypatch):
+    for name, value in {"choose": torch.device("cuda"), "describe": "Tesla T4", "has_bfloat16": False}.items():
+        monkeypatch.setattr(device, name, lambda _, value=value: value)
+    monkeypatch.setattr(device, "unused_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3_000_000_000, 15_800_000_000))
+    found, precision, _ = doctor._device("auto")
+    assert (found.level, found.message) == ("ok", "cuda: Tesla T4, 3.0 GB of memory free of 15.8")
+    assert precision.message == "not in hardware: networks train in float16"
+
+
 @pytest.mark.parametrize(("kind", "level"), [("amx_bf16", "ok"), ("avx512_bf16", "ok"), ("avx2", "note")])
 def test_the_kind_of_processor_is_named(monkeypatch, kind, level):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {kind: True})

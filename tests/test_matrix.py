@@ -22,6 +22,7 @@ def test_a_network_learns_from_any_images_and_the_pipeline_completes(tmp_path, n
     made = IMAGE_SETS[name]
     folder, outputs = made.write(tmp_path / "images"), tmp_path / "outputs"
     settings = ("--recipe", recipe, "--epochs", "2", "--precision", "float32", "--image-size", str(made.image_size))
+    settings = (*settings, "--device", "cpu")
     places = ("--data-dir", str(tmp_path / "data"), "--output-dir", str(outputs))
     code, out, err = main("--dataset", str(folder), *settings, *places)
     assert (code, err) == (0, ""), out

@@ -202,6 +202,30 @@ def test_a_restored_optimizer_continues_as_the_saved_one(name):
     assert all(map(torch.equal, network.parameters(), twin.parameters()))
 
 
+def test_in_float16_a_step_that_overflows_is_left_out_and_the_scale_is_restored():
+    def new():
+        torch.manual_seed(0)
+        network = nn.Linear(3, 2)
+        return network, optim.build(network, settings("sgd", precision="float16"), STEPS)
+
+    def step(network, optimizer, factor):
+        optimizer.backward(network(torch.ones(1, 3)).sum() * factor)
+        optimizer.step()
+
+    network, optimizer = new()
+    before, scale = network.weight.detach().clone(), 2.0**16
+    step(network, optimizer, torch.finfo(torch.float32).max)
+    assert torch.equal(network.weight, before)
+    assert (optimizer.steps, optimizer.scaler.get_scale()) == (1, scale / 2)
+    twin, restored = new()
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in ((network, optimizer), (twin, restored)):
+        step(*one, 1.0)
+    assert restored.scaler.get_scale() == scale / 2
+    assert torch.equal(twin.weight, network.weight)
+    torch.testing.assert_close(network.weight.detach(), before - 0.1 * 19 / 20)  # all gradients are 1
+
+
 def test_muon_treats_weights_alike_in_any_layout_and_order():
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(2, *shape, generator=generator) for shape in ((4, 2, 3, 3), (8, 4), (4, 2, 3, 3))]

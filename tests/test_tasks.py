@@ -107,6 +107,8 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
+        ((*QUICK, "--device", "cpu", "--precision", "float16"), 1, "--precision float16 needs an NVIDIA GPU"),
+        ((*QUICK, "--compile"), 2, "--compile needs a value"),
         ((*QUICK, "--device", "mps"), 1, "PyTorch finds no device 'mps' here"),
         (("--dataset", "cifar10", "--data-dir", "main.py"), 1, "main.py"),
         (("--resume", "nowhere"), 1, "there is no run named 'nowhere'"),

@@ -94,6 +94,52 @@ def test_a_step_returns_the_unsmoothed_loss_of_each_image_and_whether_it_was_rig
     assert torch.equal(correct, logits.argmax(1) == batch.labels)
 
 
+def test_a_step_in_float16_makes_the_weights_of_one_in_float32(digits):
+    found = []
+    for precision in ("float16", "float32"):
+        config = Config.create({"recipe": "fast", "batch_size": 16, "precision": precision, "small_size": 24})
+        network = trainer.new_network(config, digits.train[:32], 10)
+        batches = data.Batches(digits.train[:32], config, torch.device("cpu"))
+        optimizer = optim.build(network, config, batches.steps_per_epoch)
+        losses, _ = trainer.train_step(network, optimizer, next(batches.epoch(1)), 0.2, precision)
+        found.append((losses.mean(), network.head.weight, network.groups[0].conv1.weight))
+    for low, exact in zip(*found):
+        assert (low - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_compiled_training_gives_the_weights_of_one_that_is_not(make_run, monkeypatch):
+    calls, compile = [], torch.compile
+
+    def compile_without_backend(network, **options):
+        calls.append(options)
+        return compile(network, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_without_backend)
+    assert record(make_run(compile="max-autotune")) == record(make_run())
+    assert [options["mode"] for options in calls] == ["max-autotune"]
+
+
+def test_what_torch_compile_raises_is_one_sentence(make_run, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compile(network, backend=lambda *_: 1 / 0))
+    with pytest.raises(UserError, match=r"^torch\.compile fails here, leave out --compile: .+$"):
+        make_run(compile="default")
+
+
+@pytest.mark.parametrize(("deterministic", "flags"), [("off", (True, False)), ("on", (False, True))])
+def test_cudnn_measures_its_algorithms_only_in_training(make_run, monkeypatch, deterministic, flags):
+    seen, train_step, cudnn = [], trainer.train_step, torch.backends.cudnn
+
+    def step(*arguments):
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+        return train_step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    make_run(deterministic=deterministic)
+    assert set(seen) == {flags}
+    assert not cudnn.benchmark
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, tmp_path):
     with pytest.raises(UserError, match=r"the loss is not finite at epoch 1, step \d+"):
         make_run(recipe="mlp", optimizer="sgd", lr=1e30)
