@@ -278,14 +278,15 @@ def doctor(run=None, dataset=None, data_dir=None, labels=None, mirror=None, devi
 
 
 @command()
-def bench(dataset=None, data_dir=None, labels=None, image_size=None, device=None, output_dir=None):
-    """Compare the training speed with that of a DataLoader."""
+def bench(dataset=None, data_dir=None, labels=None, image_size=None, device=None, compile=None, output_dir=None):
+    """Compare the training speed with that of a DataLoader, and profile a step; on a GPU, train a whole `fast`, too."""
     given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "image_size": image_size}
-    config = Config.create({**given, "device": device, "output_dir": output_dir})
+    config = Config.create({**given, "device": device, "compile": compile, "output_dir": output_dir})
 
-    from cifar import bench
+    from cifar import bench, pipeline
 
-    bench.run(config)
+    if bench.run(config).type == "cuda":
+        pipeline.run_stages(*pipeline.create(config))
 
 
 @task(

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import console, data, datasets, device, files, optim, runs, trainer
+from cifar import checkpoint, console, data, datasets, device, files, optim, runs, trainer
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, max_warmup_epochs
 from cifar.errors import UserError, display_path
 
@@ -33,19 +33,22 @@ _TIMED_FRACTION = 0.015  # of the minutes, to time the steps of one image size, 
 # Images per step that a CPU is timed with, at 32x32 pixels: 500 are as fast as 2,000 (measured with AMX), unless they
 # take longer than _SLOW seconds; 32 are then nearly as fast (float32). A GPU needs all.
 _FEW_IMAGES, _TIMED_IMAGES, _SLOW = 32, 500, 2.0
-_SAVE_SECONDS = 0.06  # of an epoch's two checkpoints; measured with `fast`
+_SAVE_SECONDS = 0.06  # to write two checkpoints; measured with `fast`
 _WORKERS = (0, 2)  # of the DataLoader
 _ROUNDS = 2
-_MATRIX_SIZE = 2048
-_SHOWN_FRACTION = 0.005  # of a step's time, from which an operator is shown
+_MATRIX_SIZE, _GPU_MATRIX_SIZE = 2048, 8192  # a product of 2048x2048 takes a GPU no longer than its launch
+_SHOWN_FRACTION = 0.005  # of a step's time, from which an operator or a kernel is shown
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> torch.device:
     """Profile a step of `fast`, compare `simple` and `convnet` with a DataLoader, print both, and write bench.json.
 
-    Of the settings it uses dataset, device, precision and locations; the recipes have the others.
+    Returns the device that it has measured.
+
+    Of the settings it uses dataset, device, precision, compile and locations; the recipes have the others.
     """
-    settings = config.model_dump(include={*LOCATIONS, "dataset", "labels", "image_size", "device", "precision"})
+    used = {*LOCATIONS, "dataset", "labels", "image_size", "device", "precision", "compile"}
+    settings = config.model_dump(include=used)
     runs.check_writable(config.output_dir)
     dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     console.banner(note)
@@ -61,6 +64,7 @@ def run(config: Config) -> None:
     path = Path(config.output_dir) / "bench.json"
     files.write_json(path, {"profile": profiled, "speeds": speeds})
     console.say(f"all values: {display_path(path)}")
+    return device.choose(config.device)
 
 
 def _run_seconds(config: Config, dataset: datasets.Dataset) -> float:
@@ -95,11 +99,13 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     batches = data.Batches(dataset.train, config, hardware, len(dataset.classes))
     criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
-    while True:
-        for batch in batches.epoch(1, image_size):
-            optimizer.set_step(config.epochs * len(batches) // 2)
-            trainer.train_step(network, optimizer, batch, criterion, config.precision)
-            yield network
+    compiled = device.compiled(network, config.compile)
+    with device.training_kernels(config.deterministic == "on"):
+        while True:
+            for batch in batches.epoch(1, image_size):
+                optimizer.set_step(config.epochs * len(batches) // 2)
+                trainer.train_step(compiled, optimizer, batch, criterion, config.precision)
+                yield network
 
 
 def image_seconds(config: Config, dataset: datasets.Dataset, image_size: int, seconds: float) -> float:
@@ -176,10 +182,11 @@ def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, 
     seconds = min(_SECONDS / 2, _TIMED_FRACTION * 60 * config.minutes)
     sizes = {full_size, config.small_size} if config.small_epochs else {full_size}
     per_image = {size: image_seconds(config, dataset, size, seconds) for size in sizes}
-    ending = _SAVE_SECONDS + config.val_size * per_image[full_size] / 3  # the forward pass is a third of the work
     trained = len(dataset.train) - config.val_size
     trained -= trained % config.batch_size
-    return {size: value * trained for size, value in per_image.items()}, ending
+    steps = {size: value * trained for size, value in per_image.items()}
+    saving = _SAVE_SECONDS * min(1.0, steps[full_size] / checkpoint.EPOCH_SECONDS)  # not after each of short epochs
+    return steps, saving + config.val_size * per_image[full_size] / 3  # the forward pass is a third of the work
 
 
 # The comparison with a DataLoader
@@ -259,7 +266,7 @@ def show_speeds(dataset: str, speeds: Mapping[str, Mapping[str, Any]]) -> None:
 def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
     """Profile a training step at each of the recipe's image sizes, beside the rate of a large matrix product.
 
-    config: resolved. Returns, per image size, the seconds of a step, its FLOP, and its operators.
+    config: resolved. Returns, per image size, the seconds of a step, its FLOP, its operators and, of a GPU, kernels.
     """
     hardware, full_size = device.choose(config.device), dataset.train.image_size
     precision = device.resolve_precision(config.precision, hardware)
@@ -271,35 +278,53 @@ def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "matrix_flop_per_second": matrix_rate(hardware, precision),
-        "image_sizes": {size: _profile_step(training_steps(config, dataset, size), hardware) for size in sizes},
+        "image_sizes": {size: _profile_step(config, dataset, size, hardware) for size in sizes},
     }
 
 
 def matrix_rate(hardware: torch.device, precision: str) -> float:
     """Measure the FLOP per second of a product of two large square matrices."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    left, right = (torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=hardware, dtype=dtype) for _ in range(2))
-    return 2 * _MATRIX_SIZE**3 / step_seconds(partial(torch.matmul, left, right), hardware, _SECONDS)
+    size = _MATRIX_SIZE if hardware.type == "cpu" else _GPU_MATRIX_SIZE
+    left, right = torch.randn(2, size, size, device=hardware, dtype=device.DTYPES[precision])
+    return 2 * size**3 / step_seconds(partial(torch.matmul, left, right), hardware, _SECONDS)
 
 
-def _profile_step(steps: Iterator[nn.Module], hardware: torch.device) -> dict[str, Any]:
-    import pandas
-
+def _profile_step(config: Config, dataset: datasets.Dataset, size: int, hardware: torch.device) -> dict[str, Any]:
+    eager = training_steps(config.replace(compile="off"), dataset, size)  # else FlopCounterMode sees no operator
+    with contextlib.closing(eager):
+        next(eager)  # builds the network
+        with FlopCounterMode(display=False) as counter:
+            next(eager)
+    steps = training_steps(config, dataset, size)
     seconds = step_seconds(partial(next, steps), hardware, _SECONDS)
-    with FlopCounterMode(display=False) as counter:
-        next(steps)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log off the terminal
     with torch.profiler.profile(record_shapes=True) as profiler:
         next(steps)
+    averages = profiler.key_averages(group_by_input_shape=True)
     clock = "device" if hardware.type == "cuda" else "cpu"
-    rows = [  # of each operator, without the time of other operators that it calls
-        (_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total") / 1e6)
-        for row in profiler.key_averages(group_by_input_shape=True)
-        if row.device_type == DeviceType.CPU  # the GPU's kernels count with the operators that start them
-    ]
+    rows = {  # of each operator, without the time of other operators that it calls
+        "operators": [
+            (_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total"))
+            for row in averages
+            if row.device_type == DeviceType.CPU
+        ],
+        "kernels": [(row.key, row.count, row.self_device_time_total) for row in averages if _is_kernel(row)],
+    }
+    times = {name: _add_up(values) for name, values in rows.items()}
+    return {"seconds": seconds, "flop": counter.get_total_flops(), **times}
+
+
+def _is_kernel(row: Any) -> bool:
+    return row.device_type == DeviceType.CUDA and not row.is_user_annotation
+
+
+def _add_up(rows: Sequence[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    """Add up calls and microseconds by name; returns name, calls and seconds, the longest first."""
+    import pandas
+
     table = pandas.DataFrame(rows, columns=["name", "calls", "seconds"]).groupby("name", as_index=False).sum()
-    operators = table.sort_values("seconds", ascending=False).to_dict("records")
-    return {"seconds": seconds, "flop": counter.get_total_flops(), "operators": operators}
+    table["seconds"] /= 1e6
+    return table.sort_values("seconds", ascending=False).to_dict("records")
 
 
 def _operator_name(row: Any) -> str:
@@ -320,12 +345,26 @@ def show_profile(profiled: Mapping[str, Any]) -> None:
     )
     for size, step in profiled["image_sizes"].items():
         seconds, reached = step["seconds"], step["flop"] / step["seconds"]
-        rows = [row for row in step["operators"] if row["seconds"] > _SHOWN_FRACTION * seconds]
-        columns = {
-            "operator": [row["name"] for row in rows],
-            "calls": [str(row["calls"]) for row in rows],
-            "ms": [f"{row['seconds'] * 1e3:.1f}" for row in rows],
-            "of the step": [f"{row['seconds'] / seconds:.1%}" for row in rows],
-        }
         title = f"{size}x{size} pixels: {seconds:.3g} s a step, {reached / 1e12:.2f} TFLOP/s"
-        console.out.print(console.table(f"{title}, {reached / rate:.0%} of the matrix product's", columns))
+        _show_times(f"{title}, {reached / rate:.0%} of the matrix product's", "operator", step["operators"], seconds)
+        if kernels := step["kernels"]:
+            launches, busy = (sum(row[name] for row in kernels) for name in ("calls", "seconds"))
+            title = f"{size}x{size} pixels: {launches} kernels a step, which take {busy / seconds:.0%} of its time"
+            _show_times(title, "kernel", [row | {"name": _short(row["name"])} for row in kernels], seconds)
+
+
+def _short(kernel: str) -> str:
+    """Shorten the C++ name of a kernel so that a terminal has room for its times."""
+    return kernel.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:45]
+
+
+def _show_times(title: str, name: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    """Print a table of the operators or kernels of a step that takes so many seconds."""
+    shown = [row for row in rows if row["seconds"] > _SHOWN_FRACTION * seconds]
+    columns = {
+        name: [row["name"] for row in shown],
+        "calls": [str(row["calls"]) for row in shown],
+        "ms": [f"{row['seconds'] * 1e3:.2f}" for row in shown],
+        "of the step": [f"{row['seconds'] / seconds:.1%}" for row in shown],
+    }
+    console.out.print(console.table(title, columns))

@@ -148,8 +148,11 @@ def test_the_profile_covers_both_image_sizes(digits, tmp_path, capsys):
         calls = {row["name"]: row["calls"] for row in step["operators"]}
         assert calls[f"convolution_backward 8x3x{size}x{size} * 32x3x3x3"] == 1
         assert calls["_fused_adam_"] == 1
+    full["kernels"] = [{"name": "void at::native::sm90_gemm", "calls": 3, "seconds": full["seconds"] / 2}]
     bench.show_profile(json.loads(json.dumps(profile)))
     shown = capsys.readouterr().out
+    assert "32x32 pixels: 3 kernels a step, which take 50% of its time" in " ".join(shown.split())
+    assert "sm90_gemm" in shown
     assert "24x24 pixels: " in shown
     assert "convolution_backward" in shown
 
