@@ -100,7 +100,7 @@ def new_training(recipe: str, images: int = 50_000) -> trainer.Training:
         for tensors in (module._parameters, module._buffers):
             tensors |= {name: on_gpu(tensor) for name, tensor in tensors.items() if tensor is not None}
     split = data.Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
-    batches = data.Batches(split, config, GPU)
+    batches = data.Batches(split, config, GPU, 10)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
     return trainer.Training(network.train(), optimizer, batches)
 
@@ -113,10 +113,10 @@ def on_gpu(tensor: Tensor) -> Tensor:
 
 def steps(training: trainer.Training, count: int, image_size: int = 32) -> None:
     """Train for so many steps, as `fit` does between two looks at the clock."""
-    config = training.batches.config
-    order = torch.arange(count * config.batch_size, device=GPU)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.2)
+    order = torch.arange(count * training.batches.config.batch_size, device=GPU)
     for batch in training.batches._augmented(order, 1, image_size):
-        results = trainer.train_step(training.network, training.optimizer, batch, config.label_smoothing, "bfloat16")
+        results = trainer.train_step(training.network, training.optimizer, batch, criterion, "bfloat16")
         training.record_step(batch, *results)
 
 

@@ -99,9 +99,9 @@ def test_a_step_in_float16_makes_the_weights_of_one_in_float32(digits):
     for precision in ("float16", "float32"):
         config = Config.create({"recipe": "fast", "batch_size": 16, "precision": precision, "small_size": 24})
         network = trainer.new_network(config, digits.train[:32], 10)
-        batches = data.Batches(digits.train[:32], config, torch.device("cpu"))
+        batches = data.Batches(digits.train[:32], config, torch.device("cpu"), 10)
         optimizer = optim.build(network, config, batches.steps_per_epoch)
-        losses, _ = trainer.train_step(network, optimizer, next(batches.epoch(1)), 0.2, precision)
+        losses, _ = trainer.train_step(network, optimizer, next(batches.epoch(1)), nn.CrossEntropyLoss(), precision)
         found.append((losses.mean(), network.head.weight, network.groups[0].conv1.weight))
     for low, exact in zip(*found):
         assert (low - exact).norm() < 0.1 * exact.norm()
