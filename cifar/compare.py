@@ -89,7 +89,7 @@ def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]
 
 
 def _row(run: Run) -> dict[str, Any]:
-    row = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
+    row: dict[str, Any] = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
     for file in ("run.json", "config.json", "history.jsonl", "metrics.json"):
         try:
             row |= _cells_from(run, file)
@@ -157,7 +157,7 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     if repeated := {run.path for run in found if found.count(run) > 1}:
         path = min(repeated)
         raise UserError(f"{path.name if len(repeated) == 1 else path.parent.name} is given twice")
-    groups = defaultdict(list)
+    groups: dict[Path, list[Run]] = defaultdict(list)
     for run in found:
         groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
     if pairs or len(groups) == 1:
@@ -166,12 +166,12 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
         raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `invoke compare` lists them")
     recipes = dict(zip(LETTERS, (sorted(members, key=lambda run: run.config.seed) for members in groups.values())))
     rows = [_describe(letter, members) for letter, members in recipes.items()]
-    pairs, notes = _pairs(recipes)
+    tested, notes = _pairs(recipes)
     recalls = [row["classes"] for row in rows]
     names = recalls[0] if all(recall.keys() == recalls[0].keys() for recall in recalls) else ()
     return {
         "runs": rows,
-        "pairs": pairs,
+        "pairs": tested,
         "notes": notes,
         "classes": [{"class": name, "recall": [recall[name] for recall in recalls]} for name in names],
         "settings": _different_settings([row["settings"] for row in rows]),
@@ -211,7 +211,8 @@ def _curve(run: Run) -> dict[str, list]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.fmean(values)
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _interval(metrics: Sequence[Metrics], suffix: str) -> list[float]:
@@ -427,7 +428,8 @@ def draw(comparison: dict[str, Any]) -> "Figure":
     rows = comparison["runs"]
     has_curves = any(curve["epoch"] for run in rows for curve in run["curves"])
     figure = style.canvas(f"comparison of {len(rows)} runs", 10, 3 + 3 * has_curves + 0.5 * len(rows))
-    axes = figure.subplot_mosaic([["accuracy"], ["epochs"]][: 1 + has_curves])
+    panels: list[Any] = [["accuracy"], ["epochs"]]
+    axes = figure.subplot_mosaic(panels[: 1 + has_curves])
     for number, (run, (color, line)) in enumerate(zip(rows, _LOOKS)):
         label = style.label(f"{run['letter']}  {run['run']}: {run['subject']}", 150)
         axes["accuracy"].plot([], [], line, color=color, label=label)

@@ -128,7 +128,9 @@ def table(title: str, columns: Mapping[str, Sequence[str | Text]]) -> Table:
     columns: title -> cells; numbers are aligned on the right. The caption names the columns that do not fit.
     """
     result = Table(title=Text(printable(title)), show_edge=False, pad_edge=False)
-    shown, left_out, room = [], [], out.width + _GAP
+    shown: list[list[Text]] = []
+    left_out: list[str] = []
+    room = out.width + _GAP
     for name, values in columns.items():
         head, *cells = [text if isinstance(text, Text) else Text(printable(text)) for text in (name, *values)]
         room -= _GAP + max(out.measure(text).maximum for text in (head, *cells))
@@ -250,7 +252,8 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
 
     Yields a function that returns the number of the signal that was received, or None.
     """
-    received, announced = [], []
+    received: list[int] = []
+    announced: list[int] = []
     if not _is_main_thread():  # which alone receives signals
         yield lambda: None
         return
@@ -280,7 +283,12 @@ def _watched(action: Callable[[int], None]) -> Iterator[None]:
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    thread = threading.Thread(target=lambda: [action(*number) for number in iter(lambda: reader.recv(1), b"")])
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            action(*number)
+
+    thread = threading.Thread(target=watch)
     thread.start()
     previous = signal.set_wakeup_fd(writer.fileno())
     try:
@@ -310,7 +318,7 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
 
 
 @contextlib.contextmanager
-def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting_bar(name: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show a bar that counts things; yields a function that takes how many more are done. Nothing in a pipe."""
     columns = (_NAME, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True, disable=not is_live()) as progress:

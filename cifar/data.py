@@ -97,8 +97,8 @@ class Split:
     def _sha256(self) -> str:
         digest = hashlib.sha256()
         for part in self.chunks():
-            digest.update(part.images.numpy())
-        digest.update(self.labels.contiguous().numpy())
+            digest.update(part.images.numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class Batches:
                 if config.jitter:
                     factors = jitter_factors(batch_size, config.jitter, self.generator)
                     images = color_jitter(images, factors[:, rank_slice])
-                if config.cutout:
+                if self.mean is not None:
                     corners = random_corners(batch_size, config.cutout, images.shape[-2:], self.generator)
                     images = cutout(images, corners[:, rank_slice], config.cutout, self.mean)
                 targets = labels

@@ -6,7 +6,7 @@ To add a dataset, write a function like `_digits`, call it in `find`, and add it
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from cifar.runs import Run
 
 # Archive -> the files of each split and the key of their labels, the file of the classes' names and its key.
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-_CIFAR = {
+_CIFAR: Mapping[str, tuple[Mapping[str, Sequence[str]], str, str, str]] = {
     "cifar10": ({"train": _BATCHES, "test": ("test_batch",)}, "labels", "batches.meta", "label_names"),
     "cifar100": ({"train": ("train",), "test": ("test",)}, "fine_labels", "meta", "fine_label_names"),
 }
@@ -247,4 +247,4 @@ def _folder_root(name: str) -> Path:
         raise UserError(f"{name} is a file: --dataset takes {IMAGE_FOLDER}")
     if os.sep in name:
         raise UserError(f"there is no folder {name}, or it may not be read")
-    known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
+    return Path(known_name("dataset", name, DATASETS, others=IMAGE_FOLDER))  # raises: it is not one of them

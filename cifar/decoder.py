@@ -55,7 +55,8 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
         if fit != "letterbox":
             return image
         square = Image.new("RGB", (size, size), "white")
-        square.paste(image, tuple(round((size - length) / 2) for length in image.size))
+        left, top = (round((size - length) / 2) for length in image.size)
+        square.paste(image, (left, top))
         return square
     except (Refused, MemoryError):
         raise
@@ -75,8 +76,8 @@ def _open(content: bytes) -> Image.Image:
         raise Refused("HEIC images are not supported: convert it to JPEG or PNG")
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name.upper(), (None, None))  # AVIF and WebP may be left out of Pillow
-        if factory and accept(start) is True:
-            image = factory(io.BytesIO(content), None)
+        if factory and accept and accept(start) is True:
+            image = factory(io.BytesIO(content), "")
             if image.width * image.height > MAX_PIXELS:
                 shape = f"{image.width:,} x {image.height:,} pixels"
                 raise Refused(f"the image has {shape}; the limit is 100 million: make it smaller")
@@ -137,7 +138,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # of any type, for malformed profiles and those of another mode
         profile = b"" if image.mode == "LAB" else image.info.get("icc_profile")
         if profile is not None and (transform := _transform(profile, image.mode)):
-            return ImageCms.applyTransform(image, transform)
+            return ImageCms.applyTransform(image, transform) or image  # None only for a change in place
     return image
 
 

@@ -30,7 +30,8 @@ _CSS = Path(__file__).parent / "templates" / "demo.css"
 _FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif")
 _THEME = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT)
 _THEME.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-_INTERNAL = {"api_visibility": "private", "show_progress": "hidden"}  # of events that only the page sends
+# Of events that only the page sends.
+_INTERNAL: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def serve(
@@ -207,7 +208,8 @@ def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
         label = gr.Label(label="Prediction", num_top_classes=3)
         inputs = gr.HTML()
     # In the API's documentation: Gradio's example is an address, which this server would not download.
-    image.example_payload = lambda: {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
+    example = {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
+    image.example_payload = lambda: example  # type: ignore[method-assign]  # of this image alone
     # Without preprocessing the file arrives as it was sent: Gradio would rotate, convert and save it.
     asking = {"inputs": [image, chosen], "preprocess": False, "concurrency_id": "predict", "concurrency_limit": 4}
     shown = {"outputs": [note, label, inputs], "trigger_mode": "always_last"}

@@ -222,7 +222,7 @@ def _port(port: int) -> Iterator[Finding]:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        message = f"the demo cannot listen on port {port}: {os.strerror(error.errno)}"
+        message = f"the demo cannot listen on port {port}: {os.strerror(error.errno or 0)}"
         yield Finding("port", "warning", message, "invoke demo --port with another number")
     else:
         yield Finding("port", "ok", f"{port} is free for the demo")

@@ -29,8 +29,10 @@ _SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 # What systems leave in folders, in lower case.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 # The extensions, or none, of images that the decoder reads, and of some that it does not.
-_IMAGES = ("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
-_IMAGES += (".ppm", ".pgm", ".pbm", ".pnm", ".ico")
+_IMAGES = (
+    *("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
+)
 _CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 # Below, a note warns. With 9 test images, one is 11 points of the accuracy of its class.
 _TOO_FEW = {"train": (20, "to learn"), "test": (10, "to measure")}
@@ -390,7 +392,9 @@ def _name_errors(errors: dict[_File, UserError]) -> str:
 def _copies(files: list[_File]) -> Iterator[str]:
     """Report images that are in two classes, in two splits, or twice in one of these."""
     originals: dict[bytes, _File] = {}
-    classes, others, splits = [], [], {"val": [], "test": []}
+    classes: list[str] = []
+    others: list[str] = []
+    splits: dict[str, list[str]] = {"val": [], "test": []}
     for file in files:
         original = originals.setdefault(file.digest, file)
         kind = classes if file.label != original.label else splits[file.part] if file.part != original.part else others

@@ -145,7 +145,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     correct = probabilities.argmax(1) == labels
     edges = np.linspace(0, 1, 16)
     indices = np.digitize(confidence, edges[1:-1], right=True)
-    bins = []
+    bins: list[dict[str, Any]] = []
     for index, low in enumerate(edges[:-1]):
         inside = indices == index
         count = int(inside.sum())

@@ -177,19 +177,19 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None):  # without annotations, as torch's own: Optimizer declares two signatures
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["momentum"])
+                    self._update(parameter, parameter.grad, group["lr"], group["momentum"])
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
-        nesterov = parameter.grad.add(buffer, alpha=momentum)
+        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+        nesterov = gradient.add(buffer, alpha=momentum)
         parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
         parameter.add_(orthogonalize(nesterov.flatten(1), self.dtype).view_as(parameter), alpha=-lr)
 

@@ -244,6 +244,7 @@ class CorruptionScores(Record):
 class Corruptions(Record):
     """corruptions.json: robustness to common corruptions of the test images."""
 
+    dataset: Text | None = None
     n: Count  # test images
     clean: CorruptionScores
     mean: CorruptionScores  # over all corruptions and severities

@@ -266,8 +266,8 @@ def create(config: Config, **facts: Any) -> Run:
     run.checkpoints.mkdir()
     run.figures.mkdir()
     run.write(CONFIG, config.model_dump())
-    state = {"status": "running", "start": now(), "end": None, "seconds": {}}
-    run.write(RECORD, {**state, **provenance(), **facts})
+    state = {"status": "running", "start": now(), "end": None}
+    run.write(RECORD, {**state, "seconds": {}, **provenance(), **facts})
     return run
 
 
@@ -276,11 +276,13 @@ def make_directory(config: Config, suffix: str = "") -> Path:
     check_writable(config.output_dir)
     title = re.sub(r"[^\w.-]+", "-", config.title)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
-    for number in itertools.count(1):
-        path = Path(config.output_dir) / (name if number == 1 else f"{name}_{number}")
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    for unused in itertools.chain([name], numbered):
+        path = Path(config.output_dir) / unused
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-            return path.resolve()
+            break
+    return path.resolve()
 
 
 def check_writable(output_dir: str) -> None:
@@ -307,9 +309,11 @@ def provenance() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     """Return the output of git on this project; None without git or a repository."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        options = {"cwd": PROJECT, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
-        return subprocess.check_output(["git", *arguments], **options).strip()
+    command = ["git", "-C", str(PROJECT), *arguments]
+    try:
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def now() -> str:
