@@ -20,7 +20,7 @@ import numpy as np
 from rich.text import Text
 
 from cifar import console, files, runs
-from cifar.config import LOCATIONS
+from cifar.config import LOCATIONS, PIPELINE, STAGES
 from cifar.errors import UserError, display_path, known_name, listing
 from cifar.records import Metrics
 from cifar.runs import Run
@@ -82,7 +82,7 @@ def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]
     column = _column(sort)
     rows = [_row(Run(path)) for path in runs.directories(Path(output_dir))]
     if not rows:
-        raise UserError(f"there is no run in {output_dir}; `python main.py` makes one")
+        raise UserError(f"there is no run in {output_dir}; `{PIPELINE}` makes one")
     known = [row for row in rows if row[column] is not None]
     known.sort(key=itemgetter(column), reverse=column in ("accuracy", TTA, "epochs", "start"))
     return known + [row for row in rows if row[column] is None]
@@ -163,7 +163,9 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     if pairs or len(groups) == 1:
         groups = {run.path: [run] for run in found}
     if not 2 <= len(groups) <= len(LETTERS):
-        raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `invoke compare` lists them")
+        raise UserError(
+            f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `{STAGES} compare` lists them"
+        )
     recipes = dict(zip(LETTERS, (sorted(members, key=lambda run: run.config.seed) for members in groups.values())))
     rows = [_describe(letter, members) for letter, members in recipes.items()]
     tested, notes = _pairs(recipes)

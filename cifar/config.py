@@ -93,6 +93,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 PROJECT = Path(__file__).resolve().parent.parent
+IS_CLONE = (PROJECT / "pyproject.toml").is_file()
+HOME = PROJECT if IS_CLONE else Path()  # of data/ and outputs/: of an installed package, the working directory
+PIPELINE, STAGES = ("python main.py", "invoke") if IS_CLONE else ("cifar", "cifar")  # commands, for messages
 DATASETS = ("auto", "cifar10", "cifar100", "digits")
 IMAGE_FOLDER = "the path of a folder of images"
 MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
@@ -262,8 +265,8 @@ class Config(BaseModel):
             model = _known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
             settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
-        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(PROJECT / "data"))
-        settings.setdefault("output_dir", display_path(PROJECT / "outputs"))
+        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(HOME / "data"))
+        settings.setdefault("output_dir", display_path(HOME / "outputs"))
         return cls(**settings)
 
     @classmethod

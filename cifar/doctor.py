@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from cifar import console
-from cifar.config import PROJECT, Config
+from cifar.config import PROJECT, STAGES, Config
 from cifar.errors import UserError, describe, display_path
 from cifar.runs import RESUMABLE, Run
 
@@ -96,7 +96,7 @@ def _packages(requirements: Path) -> Iterator[Finding]:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            level, user = ("warning", f"invoke {_OPTIONAL[name]}") if name in _OPTIONAL else ("failure", "a run")
+            level, user = ("warning", f"{STAGES} {_OPTIONAL[name]}") if name in _OPTIONAL else ("failure", "a run")
             yield Finding("packages", level, f"{name} is missing: {user} needs it", fix)
             continue
         if hole and Version(installed) < Version(hole[1]):
@@ -223,7 +223,7 @@ def _port(port: int) -> Iterator[Finding]:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         message = f"the demo cannot listen on port {port}: {os.strerror(error.errno or 0)}"
-        yield Finding("port", "warning", message, "invoke demo --port with another number")
+        yield Finding("port", "warning", message, f"{STAGES} demo --port with another number")
     else:
         yield Finding("port", "ok", f"{port} is free for the demo")
 

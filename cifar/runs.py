@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cifar import files, records
-from cifar.config import PROJECT, Config, allow_model, model_name
+from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
@@ -101,9 +101,9 @@ class Run:
     def resume_command(self) -> str:
         """The command that resumes the run, or the group that it belongs to."""
         if (self.path.parent / SUMMARY).exists() and self.record.command:
-            return f"python {shlex.join(self.record.command)}"
+            return f"{PIPELINE} {shlex.join(self.record.command[1:])}".strip()
         own_network = ["--model", self.config.model] if ":" in self.config.model else []
-        return shlex.join(["python", "main.py", "--resume", display_path(self.path), *own_network])
+        return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *own_network])
 
     def is_complete(self) -> bool:
         """Return whether the run was completed and evaluated; false if its files are damaged."""
@@ -308,7 +308,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of git on this project; None without git or a repository."""
+    """Return the output of git on this project; None without git or where it is not a clone."""
+    if not IS_CLONE:
+        return None  # the repository around an installed package is somebody else's
     command = ["git", "-C", str(PROJECT), *arguments]
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
@@ -338,7 +340,7 @@ def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> R
     if evaluated and not name and not directories(Path(output_dir)):
         return Run(SHIPPED / "fast")
     if not name and not latest.exists():
-        problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
+        problem = f"there is no finished run in {output_dir}; `{PIPELINE}` makes one"
         return _newest(output_dir, ("completed", *RESUMABLE), problem)
     path = _locate(output_dir, name) if name else latest
     if (path / SUMMARY).is_file():
@@ -375,7 +377,7 @@ def _locate(output_dir: str, name: str) -> Path:
     for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs), SHIPPED))):
         if path.exists():
             return path
-    raise UserError(f"there is no run named '{name}'; `invoke compare --output-dir {outputs}` lists the runs")
+    raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
 def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
@@ -427,7 +429,7 @@ def damaged(path: Path, problem: str) -> UserError:
 
 def _evaluation_of(path: Path) -> str:
     flag = " --corruptions" if path.name == "corruptions.json" else ""
-    return f"invoke evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
+    return f"{STAGES} evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
 
 
 def read_json(path: Path) -> Any:
