@@ -14,12 +14,15 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
+from rich.control import Control
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -59,6 +62,12 @@ class _Console(Console):
         if not self.is_terminal:
             self.width = _PIPE_WIDTH
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, and keep it for the log; not what moves the cursor, for a bar."""
+        super().print(*objects, **options)
+        if not any(isinstance(part, Control) for part in objects):
+            _log_console.print(*objects, **{"width": self.width, **options})
+
     def on_broken_pipe(self) -> None:
         """Go on without output when nobody reads it any more, as after `| head -1`."""
         self.quiet = True
@@ -67,10 +76,41 @@ class _Console(Console):
         err.print("standard output is closed: going on without it")
 
 
+class _Log(io.StringIO):
+    """What has been printed, for the log of a run: the last of it until there is one, and then all."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: deque[str] = deque(maxlen=1000)
+        self.file: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # the disk may be full; what matters says so itself
+            self.lines.append(text)
+            if self.file:
+                self.file.writelines(self.lines)
+                self.lines.clear()
+        return len(text)
+
+
 if not (columns := os.environ.get("COLUMNS", "80")).isdecimal() or int(columns) < _MIN_WIDTH:
     del os.environ["COLUMNS"]  # which rich and argparse would obey
 out = _Console()
 err = _Console(stderr=True)
+_log = _Log()
+_log_console = Console(
+    file=_log, width=_PIPE_WIDTH, highlight=False, color_system=None, force_terminal=False, force_jupyter=False
+)
+
+
+def log_to(path: Path) -> None:
+    """Append what is printed from now on to a file, after what this process has printed before, if it can be opened."""
+    with contextlib.suppress(OSError):
+        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        if _log.file:
+            _log.file.close()
+        _log.file = file
+        _log.write("")
 
 
 def is_live() -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cifar import files, records
+from cifar import __version__, console, files, records
 from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
@@ -32,6 +32,7 @@ from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
 SHIPPED = Path(__file__).resolve().parent / "weights"  # the runs that come with the program
+LOG = "log.txt"  # what was printed
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
@@ -192,9 +193,11 @@ class Run:
         resumed = [*earlier, {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
-    def claim(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
+        From then on, log.txt receives what this process prints.
         Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or if
         it comes with the program.
         """
@@ -206,7 +209,9 @@ class Run:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
-        return files.claimed(self.path / CONFIG)
+        with files.claimed(self.path / CONFIG):
+            console.log_to(self.path / LOG)
+            yield
 
     def status(self) -> str:
         """Return running, completed, interrupted, failed or killed.
@@ -302,7 +307,7 @@ def provenance() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"cifar-suite": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
     }
 
