@@ -216,7 +216,10 @@ def demo(
     places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
     found = _find_run(output_dir, run, model) if run or model or _previous else None
 
-    from cifar import demo
+    try:
+        from cifar import demo
+    except ModuleNotFoundError as error:
+        raise UserError(f"the demo needs {error.name}: pip install 'gradio>=6.24,<7'") from None
 
     demo.serve(found, **places, share=share, auth=auth, device=config.device)
 
