@@ -386,7 +386,8 @@ class TrainingProgress(Progress):
         self.work = [0.0, *accumulate(map(mul, steps, costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process
         self.started, self.drawn = time.monotonic(), 0.0
-        self.forecast, self.first = forecast, None  # first: time and work after a first step, which takes longer
+        self.forecast = forecast
+        self.first: tuple[float, float] | None = None  # time and work after a first step, which takes longer
         self.line = self.add_task("training", total=self.work[-1], status="")
 
     def _work_until(self, epoch: int, step: int) -> float:

@@ -108,7 +108,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         native = image if image.mode == "I;16" else image.convert("I")  # from big-endian
-        if image.format == "TIFF" and native.getextrema()[1] < 2**12:
+        largest = native.getextrema()[1]
+        if image.format == "TIFF" and isinstance(largest, (int, float)) and largest < 2**12:
             bits = 12
         return native.point(lambda value: value / 2 ** (bits - 8)).convert("L")
     reduced = image.reduce(max(1, min(image.size) // 1000))  # a pixel takes four times the memory of one of 8 bits
