@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,7 +92,8 @@ class Predictor:
         Raises UserError for what is none of these.
         """
         is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
-        return list(self.stream([images] if is_one else images, fit))
+        several = cast("Iterable[AnyImage]", [images] if is_one else images)
+        return list(self.stream(several, fit))
 
     def stream(self, images: Iterable[AnyImage], fit: str = "crop") -> Iterator[Prediction]:
         """Yield the predictions of `predict` one by one, of any number of images."""

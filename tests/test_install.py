@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from fnmatch import fnmatch
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -36,11 +36,11 @@ def test_the_readme_names_the_lowest_versions():
 
 
 def test_every_file_of_the_package_is_installed():
-    patterns = ["*.py", *PYPROJECT["tool"]["setuptools"]["package-data"]["cifar"]]
-    files = [path for path in (PROJECT / "cifar").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    names = [path.relative_to(PROJECT / "cifar").as_posix() for path in files]
-    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
-    assert {"py.typed", "templates/report.html"} <= set(names)
+    folder, patterns = PROJECT / "cifar", ["*.py", *PYPROJECT["tool"]["setuptools"]["package-data"]["cifar"]]
+    installed = {folder / name for pattern in patterns for name in glob(pattern, root_dir=folder, recursive=True)}
+    files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert files <= installed
+    assert {folder / "py.typed", folder / "templates" / "report.html"} <= files
 
 
 @pytest.fixture(scope="module")
