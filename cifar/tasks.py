@@ -301,6 +301,7 @@ def read_command_line(tasks: Collection) -> None:
 
     Once invoke has read its own flags, it loads a tasks.py, which calls this, and goes on. Raises invoke.Exit.
     """
+    _previous.clear()
     if hasattr(program, "core") and (code := console.exit_code(lambda: _read_words(tasks.tasks))):
         raise Exit(code=code)
 
