@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -447,7 +447,8 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
     images = f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels,"
     cache.require_room(place, images, 3 * size**2 * len(found.files))
-    files, errors = _split(root, found.files), {}
+    files = _split(root, found.files)
+    errors: dict[_File, UserError] = {}
     decoded = _decode(root, files, size, errors)
     digests = cache.write(place, (("test" if file.part == "test" else "train", image) for file, image in decoded))
     notes = list(found.notes)
@@ -461,11 +462,14 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     notes += [*_copies(files), *_small_classes(found.classes, files)]
     test = [file for file in files if file.part == "test"]
     parts = {"train": files[: len(files) - len(test)], "test": test}
-    about = {part: [file.name for file in own] for part, own in parts.items()}
+    about: dict[str, Any] = {part: [file.name for file in own] for part, own in parts.items()}
     about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
     about |= {"own_val": sum(file.part == "val" for file in files)}
     cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
-    return _read_cache(place, fingerprint, found, size)
+    written = _read_cache(place, fingerprint, found, size)
+    if written is None:
+        raise UserError(f"the decoded images in {place} changed while they were written: start again")
+    return written
 
 
 def _labels(files: Sequence[_File]) -> Tensor:

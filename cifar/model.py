@@ -244,7 +244,8 @@ def whitening_filters(images: Iterable[Tensor], size: int) -> Tensor:
     places too.
     images: (N, 3, H, W), normalized, in chunks. Returns (2 * 3 * size**2, 3, size, size).
     """
-    products, count = 0, 0
+    products: Tensor | int = 0
+    count = 0
     for chunk in images:
         patches = F.unfold(chunk, size).transpose(1, 2).reshape(-1, 3 * size**2)
         products, count = products + patches.T @ patches, count + len(patches)
