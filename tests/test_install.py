@@ -82,7 +82,7 @@ def test_installed_it_trains_into_the_working_directory_and_names_its_own_comman
         (("test",), 2, "error: there is no task 'test': `cifar list` lists them\n"),  # that is for clones
         (("--epochs", "x"), 2, "error: --epochs takes a whole number, not 'x'\n"),
         (("--epoch", "1"), 2, "error: cifar has no flag --epoch: did you mean --epochs?\n"),
-        (("predict", "x.png"), 1, "error: there is no finished run in outputs; `cifar` makes one\n"),
+        (("evaluate",), 1, "error: there is no finished run in outputs; `cifar` makes one\n"),
     ],
 )
 def test_installed_it_is_the_pipeline_or_with_a_first_word_a_task(installed, tmp_path, words, code, text):
