@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.control import Control
@@ -82,13 +82,14 @@ class _Log(io.StringIO):
     def __init__(self):
         super().__init__()
         self.lines: deque[str] = deque(maxlen=1000)
-        self.file: TextIO | None = None
+        self.path: Path | None = None
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):  # the disk may be full; what matters says so itself
             self.lines.append(text)
-            if self.file:
-                self.file.writelines(self.lines)
+            if self.path:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(self.lines)
                 self.lines.clear()
         return len(text)
 
@@ -104,13 +105,9 @@ _log_console = Console(
 
 
 def log_to(path: Path) -> None:
-    """Append what is printed from now on to a file, after what this process has printed before, if it can be opened."""
-    with contextlib.suppress(OSError):
-        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        if _log.file:
-            _log.file.close()
-        _log.file = file
-        _log.write("")
+    """Append what is printed from now on to a file, after what this process has printed before, if it can be written."""
+    _log.path = path
+    _log.write("")
 
 
 def is_live() -> bool:

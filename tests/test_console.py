@@ -122,8 +122,9 @@ with console.counting_bar("images", 2) as advance:
 console.log_to(Path(sys.argv[2]))
 console.out.print(console.table("scores", {"class": ["cat"], "F1": ["90%"]}))
 console.error("it \x1b[31m failed")
-console.log_to(Path("/no/such/folder"))
 console.say("last")
+console.log_to(Path("/no/such/folder"))
+console.say("lost")
 """
 
 
