@@ -1,85 +1,8 @@
-"""Train and evaluate an image classifier, and write a report."""
+"""Train and evaluate an image classifier, and write a report: `python main.py --help`."""
 
-import os
 import sys
-from collections import deque
-from typing import Any, NoReturn
 
-from cifar import console
-from cifar.config import HELP, SWITCHES, Config, flag, help_page, load_settings, take_flag
-from cifar.errors import UsageError, UserError
-
-_COMMAND = "python main.py"
-_TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for name in HELP}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the pipeline with the settings of the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "-h" in arguments or "--help" in arguments:
-        texts = {flag(name): text for name, text in HELP.items()}
-        texts["--resume"] += "; without a name the newest"
-        return console.exit_code(lambda: console.out.out(help_page(_COMMAND, __doc__, texts, _TAKES_VALUE)))
-    if "RANK" not in os.environ:
-        return console.exit_code(lambda: run_pipeline(*parse(arguments)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
-    if os.environ["RANK"] != "0":
-        console.out.quiet = console.err.quiet = True
-    return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
-
-
-def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
-    """Return the settings that are given, by name, and the run to resume, "" for the newest."""
-    words, given = deque(arguments), {}
-    while words:
-        if not words[0].startswith("-"):
-            raise UsageError(f"{_COMMAND} takes only flags, not '{words[0]}'; `{_COMMAND} --help` lists them")
-        name, value = take_flag(words, _TAKES_VALUE, _COMMAND)
-        given[name.removeprefix("--").replace("-", "_")] = value
-    file, resume = given.pop("config", None), given.pop("resume", None)
-    settings = load_settings(given, file)
-    Config.create(settings)  # a mistake is reported before the import of torch, which takes seconds
-    return settings, "" if resume is True else resume
-
-
-def run_pipeline(given: dict[str, Any], resume: str | None) -> None:
-    """Make one run, or with --seeds several in one directory, or complete the run to resume."""
-    from cifar import pipeline
-
-    config = Config.create(given)
-    if resume is not None:
-        return pipeline.run_stages(*pipeline.resume(resume, given))
-    if config.seeds == 1:
-        return pipeline.run_stages(*pipeline.create(config))
-
-    from cifar import seeds
-
-    seeds.run(config)
-
-
-def _run_as_process(given: dict[str, Any], resume: str | None) -> None:
-    """Run as one of the processes that torchrun has started; only rank 0 prints, but for the others' own errors."""
-    from cifar import device
-
-    with device.process_group():
-        try:
-            run_pipeline(given, resume)
-        except UserError as error:
-            if device.rank() == 0:
-                raise
-            console.err.quiet = False
-            raise UserError(f"process {device.rank()}: {error}") from None
-
-
-def _exit_now(code: int) -> NoReturn:
-    """End this process without Python's own clean-up.
-
-    A thread of gloo that frees a tensor in it aborts the process: 2 of 14 runs, pytorch/pytorch#179291.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
+from cifar.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from cifar.predict import Predictor
     from cifar.runs import Run
 
+__version__ = "1.0.0"
+
 # GNU OpenMP's threads wait for each other in a loop, by default for milliseconds, which stops a core that another
 # program wants: beside two busy programs `convnet` trains 76 images a second on two cores, and 540 with this number of
 # rounds, at the same 5,500 where nothing else runs. Read when torch is imported.

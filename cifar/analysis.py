@@ -238,7 +238,7 @@ def _corruption(kind: str, amount: float, size: int) -> Callable[[Tensor], Tenso
         case "contrast":
             return v2.ColorJitter(contrast=(amount, amount))
         case "jpeg":
-            return lambda images: torch.stack([_through_jpeg(image, amount) for image in images])
+            return lambda images: torch.stack([_through_jpeg(image, int(amount)) for image in images])
         case "pixelation":
             smaller = v2.Resize(int(amount * size), antialias=True)
             return v2.Compose([smaller, v2.Resize(size, InterpolationMode.NEAREST_EXACT)])
@@ -250,6 +250,7 @@ def _corruption(kind: str, amount: float, size: int) -> Callable[[Tensor], Tenso
             return v2.RandomChoice(turns)
         case "occlusion":
             return v2.RandomErasing(p=1, scale=(amount, amount), ratio=(1, 1))
+    raise ValueError(f"unknown corruption {kind}")
 
 
 def _through_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -262,7 +263,7 @@ def _through_jpeg(image: Tensor, quality: int) -> Tensor:
 
 def show_corruptions(corruptions: Corruptions) -> None:
     """Print accuracy by corruption and severity, the mildest corruption first."""
-    rows = []
+    rows: list[list[Any]] = []
     for kind, cells in corruptions.corruptions.items():
         accuracies = [cell.accuracy for cell in cells]
         error = np.mean([cell.expected_calibration_error for cell in cells])

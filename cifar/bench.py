@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def step_seconds(step: Callable[[], Any], hardware: torch.device, seconds: float
     return (time.perf_counter() - started) / steps
 
 
-def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -> Iterator[nn.Module]:
+def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -> Generator[nn.Module, None, None]:
     """Train a new network on images of one size, as in the middle of a training; yields it at each step, without end.
 
     config: resolved. By then `fast` has frozen its whitening bias, as in three quarters of its epochs.
@@ -95,7 +95,7 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     hardware = device.choose(config.device)
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
     network = trainer.new_network(config, dataset.train, len(dataset.classes))
-    network.to(hardware, memory_format=torch.channels_last).train()
+    network.to(hardware).to(memory_format=torch.channels_last).train()
     batches = data.Batches(dataset.train, config, hardware, len(dataset.classes))
     criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
@@ -135,19 +135,20 @@ def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
     config: resolved. The result has no `minutes`, so that it means the same training on any machine.
     Raises UserError if not even one epoch fits.
     """
-    started = time.perf_counter()
-    console.say(f"timing a few steps to plan {config.minutes:g} minutes of training")
+    started, minutes = time.perf_counter(), config.minutes
+    assert minutes is not None
+    console.say(f"timing a few steps to plan {minutes:g} minutes of training")
     steps, ending = epoch_seconds(config, dataset)
     timing, full_size = time.perf_counter() - started, max(steps)
-    epochs, small, hard = choose_epochs(config, config.minutes * 60 * _PLANNED_FRACTION - timing, steps, ending)
+    epochs, small, hard = choose_epochs(config, minutes * 60 * _PLANNED_FRACTION - timing, steps, ending)
     if not epochs:
         least = math.ceil((steps[full_size] + ending + timing) / _PLANNED_FRACTION / 60 * 100) / 100
-        raise UserError(f"--minutes {config.minutes:g} is too short: one epoch takes about {least:g} minutes")
-    counts = [(small, config.small_size), (epochs - small, full_size)]
+        raise UserError(f"--minutes {minutes:g} is too short: one epoch takes about {least:g} minutes")
+    counts = [(small, config.small_size or full_size), (epochs - small, full_size)]
     parts = [f"{count} at {size}x{size} of {steps[size] + ending:.1f} s" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
-    console.say(f"{epochs} epochs fit into {config.minutes:g} minutes: {', '.join(parts)}")
+    console.say(f"{epochs} epochs fit into {minutes:g} minutes: {', '.join(parts)}")
     warmup = min(config.warmup_epochs, max_warmup_epochs(epochs))
     plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
     return config.replace(**plan, minutes=None)
@@ -179,14 +180,14 @@ def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, 
     config: resolved.
     """
     full_size = dataset.train.image_size
-    seconds = min(_SECONDS / 2, _TIMED_FRACTION * 60 * config.minutes)
-    sizes = {full_size, config.small_size} if config.small_epochs else {full_size}
+    seconds = min(_SECONDS / 2, _TIMED_FRACTION * 60 * (config.minutes or math.inf))
+    sizes, val_size = _image_sizes(config, full_size), config.val_size or 0
     per_image = {size: image_seconds(config, dataset, size, seconds) for size in sizes}
-    trained = len(dataset.train) - config.val_size
+    trained = len(dataset.train) - val_size
     trained -= trained % config.batch_size
     steps = {size: value * trained for size, value in per_image.items()}
     saving = _SAVE_SECONDS * min(1.0, steps[full_size] / checkpoint.EPOCH_SECONDS)  # not after each of short epochs
-    return steps, saving + config.val_size * per_image[full_size] / 3  # the forward pass is a third of the work
+    return steps, saving + val_size * per_image[full_size] / 3  # the forward pass is a third of the work
 
 
 # The comparison with a DataLoader
@@ -201,8 +202,9 @@ def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
     hardware, full_size = device.choose(config.device), dataset.train.image_size
     speeds: dict[int | None, list[float]] = defaultdict(list)
     for workers in (None, *_WORKERS) * _ROUNDS:
-        is_ours = workers is None
-        steps = training_steps(config, dataset, full_size) if is_ours else _loader_steps(config, dataset, workers)
+        steps: Generator[nn.Module | None, None, None] = (
+            training_steps(config, dataset, full_size) if workers is None else _loader_steps(config, dataset, workers)
+        )
         with contextlib.closing(steps):
             speeds[workers].append(config.batch_size / step_seconds(partial(next, steps), hardware, _SECONDS))
     means = {workers: statistics.mean(values) for workers, values in speeds.items()}
@@ -210,7 +212,7 @@ def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
     return {"suite_images_per_second": suite, "loader_images_per_second": means, "ratio": suite / max(means.values())}
 
 
-def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> Iterator[None]:
+def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> Generator[None, None, None]:
     """Train in float32 with the loop that tutorials show: a step at each `next`, without end."""
     hardware = device.choose(config.device)
     network = trainer.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
@@ -220,8 +222,8 @@ def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> It
     split = next(dataset.train.chunks())  # all need not fit into memory
     images = map(Image.fromarray, split.images.permute(0, 2, 3, 1).numpy())
     samples = list(zip(images, split.labels.tolist()))
-    loader = DataLoader(
-        samples,
+    loader: DataLoader = DataLoader(
+        samples,  # type: ignore[arg-type]  # any sequence will do, whatever the annotation says
         config.batch_size,
         sampler=RandomSampler(samples, replacement=True, num_samples=2**40),
         num_workers=workers,
@@ -268,9 +270,9 @@ def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
 
     config: resolved. Returns, per image size, the seconds of a step, its FLOP, its operators and, of a GPU, kernels.
     """
-    hardware, full_size = device.choose(config.device), dataset.train.image_size
+    hardware = device.choose(config.device)
+    sizes = _image_sizes(config, dataset.train.image_size)
     precision = device.resolve_precision(config.precision, hardware)
-    sizes = [full_size, config.small_size] if config.small_epochs else [full_size]
     return {
         "recipe": config.recipe,
         "batch_size": config.batch_size,
@@ -280,6 +282,11 @@ def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
         "matrix_flop_per_second": matrix_rate(hardware, precision),
         "image_sizes": {size: _profile_step(config, dataset, size, hardware) for size in sizes},
     }
+
+
+def _image_sizes(config: Config, full_size: int) -> list[int]:
+    """Return the sizes that a recipe trains at, the full one first."""
+    return [full_size, config.small_size] if config.small_epochs and config.small_size else [full_size]
 
 
 def matrix_rate(hardware: torch.device, precision: str) -> float:

@@ -52,7 +52,7 @@ def write(place: Path, images: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         partial = {part: stack.enter_context(atomic_write(_pixels(place, part))) for part in PARTS}
         opened = {part: stack.enter_context(path.open("wb")) for part, path in partial.items()}
         for part, image in images:
-            pixels = image.contiguous().numpy()
+            pixels = image.contiguous().numpy().data
             opened[part].write(pixels)
             digests[part].update(pixels)
     return digests

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cifar import console, device
-from cifar.config import LOCATIONS, MAX_IMAGE_SIZE, Config, model_name
+from cifar.config import LOCATIONS, MAX_IMAGE_SIZE, PIPELINE, Config, model_name
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
 from cifar.files import atomic_write
@@ -65,7 +65,7 @@ class Checkpointer:
             self._start_history(self.training.epoch - 1)
             return True
         if problem:
-            command = f"python main.py --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
+            command = f"{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
             raise UserError(f"{problem}; to start over, run `{command}`")
         self._start_history(0)
         return False

@@ -20,7 +20,7 @@ import numpy as np
 from rich.text import Text
 
 from cifar import console, files, runs
-from cifar.config import LOCATIONS
+from cifar.config import LOCATIONS, PIPELINE, STAGES
 from cifar.errors import UserError, display_path, known_name, listing
 from cifar.records import Metrics
 from cifar.runs import Run
@@ -82,14 +82,14 @@ def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]
     column = _column(sort)
     rows = [_row(Run(path)) for path in runs.directories(Path(output_dir))]
     if not rows:
-        raise UserError(f"there is no run in {output_dir}; `python main.py` makes one")
+        raise UserError(f"there is no run in {output_dir}; `{PIPELINE}` makes one")
     known = [row for row in rows if row[column] is not None]
     known.sort(key=itemgetter(column), reverse=column in ("accuracy", TTA, "epochs", "start"))
     return known + [row for row in rows if row[column] is None]
 
 
 def _row(run: Run) -> dict[str, Any]:
-    row = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
+    row: dict[str, Any] = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
     for file in ("run.json", "config.json", "history.jsonl", "metrics.json"):
         try:
             row |= _cells_from(run, file)
@@ -157,21 +157,23 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     if repeated := {run.path for run in found if found.count(run) > 1}:
         path = min(repeated)
         raise UserError(f"{path.name if len(repeated) == 1 else path.parent.name} is given twice")
-    groups = defaultdict(list)
+    groups: dict[Path, list[Run]] = defaultdict(list)
     for run in found:
         groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
     if pairs or len(groups) == 1:
         groups = {run.path: [run] for run in found}
     if not 2 <= len(groups) <= len(LETTERS):
-        raise UserError(f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `invoke compare` lists them")
+        raise UserError(
+            f"a comparison takes 2 to {len(LETTERS)} runs, not {len(groups)}; `{STAGES} compare` lists them"
+        )
     recipes = dict(zip(LETTERS, (sorted(members, key=lambda run: run.config.seed) for members in groups.values())))
     rows = [_describe(letter, members) for letter, members in recipes.items()]
-    pairs, notes = _pairs(recipes)
+    tested, notes = _pairs(recipes)
     recalls = [row["classes"] for row in rows]
     names = recalls[0] if all(recall.keys() == recalls[0].keys() for recall in recalls) else ()
     return {
         "runs": rows,
-        "pairs": pairs,
+        "pairs": tested,
         "notes": notes,
         "classes": [{"class": name, "recall": [recall[name] for recall in recalls]} for name in names],
         "settings": _different_settings([row["settings"] for row in rows]),
@@ -211,7 +213,8 @@ def _curve(run: Run) -> dict[str, list]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.fmean(values)
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _interval(metrics: Sequence[Metrics], suffix: str) -> list[float]:
@@ -427,7 +430,8 @@ def draw(comparison: dict[str, Any]) -> "Figure":
     rows = comparison["runs"]
     has_curves = any(curve["epoch"] for run in rows for curve in run["curves"])
     figure = style.canvas(f"comparison of {len(rows)} runs", 10, 3 + 3 * has_curves + 0.5 * len(rows))
-    axes = figure.subplot_mosaic([["accuracy"], ["epochs"]][: 1 + has_curves])
+    panels: list[Any] = [["accuracy"], ["epochs"]]
+    axes = figure.subplot_mosaic(panels[: 1 + has_curves])
     for number, (run, (color, line)) in enumerate(zip(rows, _LOOKS)):
         label = style.label(f"{run['letter']}  {run['run']}: {run['subject']}", 150)
         axes["accuracy"].plot([], [], line, color=color, label=label)

@@ -93,6 +93,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 PROJECT = Path(__file__).resolve().parent.parent
+IS_CLONE = (PROJECT / "pyproject.toml").is_file()
+HOME = PROJECT if IS_CLONE else Path()  # of data/ and outputs/: of an installed package, the working directory
+PIPELINE, STAGES = ("python main.py", "invoke") if IS_CLONE else ("cifar", "cifar")  # commands, for messages
 DATASETS = ("auto", "cifar10", "cifar100", "digits")
 IMAGE_FOLDER = "the path of a folder of images"
 MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
@@ -130,7 +133,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    recipe: Literal[tuple(RECIPES)] = Field("fast", description="settings to start from; plain is for any --model")
+    recipe: str = Field("fast", description="settings to start from; plain is for any --model")
     dataset: str = Field(
         "auto",
         description=f"{', '.join(DATASETS)}, or {IMAGE_FOLDER}; auto: CIFAR-10, or digits if it cannot be downloaded",
@@ -249,10 +252,11 @@ class Config(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Take known names in any case; refuse true for 1, which pydantic would accept, and what cannot be a path."""
-        is_flag = cls.model_fields[info.field_name].annotation is bool
+        name = str(info.field_name)
+        is_flag = cls.model_fields[name].annotation is bool
         if (isinstance(value, bool) and not is_flag) or (isinstance(value, str) and not _is_text(value)):
-            raise UserError(f"{flag(info.field_name)} does not take {value!a}")
-        return _known_spelling(info.field_name, value) if isinstance(value, str) else value
+            raise UserError(f"{flag(name)} does not take {value!a}")
+        return _known_spelling(name, value) if isinstance(value, str) else value
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
@@ -269,8 +273,8 @@ class Config(BaseModel):
             model = _known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
             settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
-        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(PROJECT / "data"))
-        settings.setdefault("output_dir", display_path(PROJECT / "outputs"))
+        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(HOME / "data"))
+        settings.setdefault("output_dir", display_path(HOME / "outputs"))
         return cls(**settings)
 
     @classmethod
@@ -357,6 +361,8 @@ def flag(name: str) -> str:
 
 def _choices(name: str) -> tuple[str, ...]:
     """Return the values of a setting that takes nothing else."""
+    if name == "recipe":
+        return tuple(RECIPES)
     annotation = Config.model_fields[name].annotation
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
@@ -364,7 +370,7 @@ def _choices(name: str) -> tuple[str, ...]:
 def help_text(name: str) -> str:
     """Return a setting's description, choices and default, and the recipes with another default."""
     field = Config.model_fields[name]
-    parts = [field.description]
+    parts = [str(field.description)]
     if choices := _choices(name):
         parts.append(f"one of {', '.join(choices)}")
     default = _FAST.get(name, None if field.is_required() else field.default)

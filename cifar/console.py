@@ -14,12 +14,15 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.control import Control
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -60,6 +63,12 @@ class _Console(Console):
         if not self.is_terminal:
             self.width = _PIPE_WIDTH
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, and keep it for the log; not what moves the cursor, for a bar."""
+        super().print(*objects, **options)
+        if not any(isinstance(part, Control) for part in objects):
+            _log_console.print(*objects, **{"width": self.width, **options})
+
     def on_broken_pipe(self) -> None:
         """Go on without output when nobody reads it any more, as after `| head -1`."""
         self.quiet = True
@@ -68,10 +77,38 @@ class _Console(Console):
         err.print("standard output is closed: going on without it")
 
 
+class _Log(io.StringIO):
+    """What has been printed, for the log of a run: the last of it until there is one, and then all."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: deque[str] = deque(maxlen=1000)
+        self.path: Path | None = None
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # the disk may be full; what matters says so itself
+            self.lines.append(text)
+            if self.path:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(self.lines)
+                self.lines.clear()
+        return len(text)
+
+
 if not (columns := os.environ.get("COLUMNS", "80")).isdecimal() or int(columns) < _MIN_WIDTH:
     del os.environ["COLUMNS"]  # which rich and argparse would obey
 out = _Console()
 err = _Console(stderr=True)
+_log = _Log()
+_log_console = Console(
+    file=_log, width=_PIPE_WIDTH, highlight=False, color_system=None, force_terminal=False, force_jupyter=False
+)
+
+
+def log_to(path: Path) -> None:
+    """Append to a file, if it can be written, what this process has printed so far and what it prints from now on."""
+    _log.path = path
+    _log.write("")
 
 
 def is_live() -> bool:
@@ -129,7 +166,9 @@ def table(title: str, columns: Mapping[str, Sequence[str | Text]]) -> Table:
     columns: title -> cells; numbers are aligned on the right. The caption names the columns that do not fit.
     """
     result = Table(title=Text(printable(title)), show_edge=False, pad_edge=False)
-    shown, left_out, room = [], [], out.width + _GAP
+    shown: list[list[Text]] = []
+    left_out: list[str] = []
+    room = out.width + _GAP
     for name, values in columns.items():
         head, *cells = [text if isinstance(text, Text) else Text(printable(text)) for text in (name, *values)]
         room -= _GAP + max(out.measure(text).maximum for text in (head, *cells))
@@ -253,7 +292,8 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
 
     Yields a function that returns the number of the signal that was received, or None.
     """
-    received, announced = [], []
+    received: list[int] = []
+    announced: list[int] = []
     if not _is_main_thread():  # which alone receives signals
         yield lambda: None
         return
@@ -283,7 +323,12 @@ def _watched(action: Callable[[int], None]) -> Iterator[None]:
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    thread = threading.Thread(target=lambda: [action(*number) for number in iter(lambda: reader.recv(1), b"")])
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            action(*number)
+
+    thread = threading.Thread(target=watch)
     thread.start()
     previous = signal.set_wakeup_fd(writer.fileno())
     try:
@@ -313,7 +358,7 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
 
 
 @contextlib.contextmanager
-def counting_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting_bar(name: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show a bar that counts things; yields a function that takes how many more are done. Nothing in a pipe."""
     columns = (_NAME, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True, disable=not is_live()) as progress:
@@ -341,7 +386,8 @@ class TrainingProgress(Progress):
         self.work = [0.0, *accumulate(map(mul, steps, costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process
         self.started, self.drawn = time.monotonic(), 0.0
-        self.forecast, self.first = forecast, None  # first: time and work after a first step, which takes longer
+        self.forecast = forecast
+        self.first: tuple[float, float] | None = None  # time and work after a first step, which takes longer
         self.line = self.add_task("training", total=self.work[-1], status="")
 
     def _work_until(self, epoch: int, step: int) -> float:

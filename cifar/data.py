@@ -97,8 +97,8 @@ class Split:
     def _sha256(self) -> str:
         digest = hashlib.sha256()
         for part in self.chunks():
-            digest.update(part.images.numpy())
-        digest.update(self.labels.contiguous().numpy())
+            digest.update(part.images.numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class Batches:
                 if config.jitter:
                     factors = jitter_factors(batch_size, config.jitter, self.generator)
                     images = color_jitter(images, factors[:, rank_slice])
-                if config.cutout:
+                if self.mean is not None:
                     corners = random_corners(batch_size, config.cutout, images.shape[-2:], self.generator)
                     images = cutout(images, corners[:, rank_slice], config.cutout, self.mean)
                 targets = labels
@@ -324,23 +324,23 @@ def random_boxes(count: int, size: int, scale: float, generator: torch.Generator
     Their area is from `scale` to 1 times the image's, and their width from 3/4 to 4/3 times their height, drawn up to
     ten times until the box fits, as by torchvision's RandomResizedCrop (Szegedy et al. 2014, arXiv:1409.4842).
     """
-    area, aspect, *corner = torch.rand(4, 10, count, generator=generator, device=generator.device)
+    area, aspect, *offsets = torch.rand(4, 10, count, generator=generator, device=generator.device)
     side = size * (scale + (1 - scale) * area).sqrt()
     root = (math.log(3 / 4) / 2 * (1 - 2 * aspect)).exp()  # of the ratio, whose logarithm is uniform
     shapes = torch.stack([side / root, side * root]).round()  # (2, 10, count)
     fits = shapes.amax(0) <= size
     first = fits.to(torch.uint8).argmax(0)  # of the attempts
     shape = shapes.gather(1, first.expand(2, 1, -1))[:, 0].clamp(min=1).where(fits.any(0), size)
-    corner = (torch.stack(corner)[:, 0] * (size - shape + 1)).floor()
+    corner = (torch.stack(offsets)[:, 0] * (size - shape + 1)).floor()
     return torch.cat([corner, shape]).long()
 
 
 def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     """Cut a box (4, N), of `random_boxes`, out of each uint8 image (N, 3, H, W), and resize it to the image's size."""
-    options = {"size": images.shape[-2:], "mode": "bilinear", "antialias": True}
+    interpolate = functools.partial(F.interpolate, size=images.shape[-2:], mode="bilinear", antialias=True)
     sources = images if images.device.type == "cpu" else images.float()  # others cannot resize integers
     crops = [
-        F.interpolate(image[None, :, top : top + height, left : left + width], **options)
+        interpolate(image[None, :, top : top + height, left : left + width])
         for image, (top, left, height, width) in zip(sources, boxes.T.tolist())
     ]
     resized = torch.cat(crops)

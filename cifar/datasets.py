@@ -6,7 +6,7 @@ To add a dataset, write a function like `_digits`, call it in `find`, and add it
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from cifar import config as settings
 from cifar import console, device, download, folder
-from cifar.config import DATASETS, IMAGE_FOLDER, PROJECT, Config
+from cifar.config import DATASETS, HOME, IMAGE_FOLDER, Config
 from cifar.data import Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError, known_name, listing
@@ -25,7 +25,7 @@ from cifar.runs import Run
 
 # Archive -> the files of each split and the key of their labels, the file of the classes' names and its key.
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-_CIFAR = {
+_CIFAR: Mapping[str, tuple[Mapping[str, Sequence[str]], str, str, str]] = {
     "cifar10": ({"train": _BATCHES, "test": ("test_batch",)}, "labels", "batches.meta", "label_names"),
     "cifar100": ({"train": ("train",), "test": ("test",)}, "fine_labels", "meta", "fine_label_names"),
 }
@@ -116,7 +116,7 @@ def of_run(run: Run, data_dir: str | None) -> Dataset:
     """
     config = run.config
     # Where the run found it, unless that was relative to another working directory.
-    recorded = config.data_dir if os.path.exists(config.data_dir) else str(PROJECT / "data")
+    recorded = config.data_dir if os.path.exists(config.data_dir) else str(HOME / "data")
     if config.dataset in DATASETS:
         data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or recorded
         return find(config.dataset, data_dir, config.image_size, config.mirror)[0]
@@ -221,7 +221,7 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> t
     # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
     is_shared = str(data_dir) == os.environ.get("CIFAR_DATA_DIR") or data_dir.resolve().is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
-        data_dir = PROJECT / "data"
+        data_dir = HOME / "data"
     images = folder.load(root, image_size, data_dir, _labels_file(labels))
     dataset = Dataset(
         key=str(root),
@@ -247,4 +247,4 @@ def _folder_root(name: str) -> Path:
         raise UserError(f"{name} is a file: --dataset takes {IMAGE_FOLDER}")
     if os.sep in name:
         raise UserError(f"there is no folder {name}, or it may not be read")
-    known_name("dataset", name, DATASETS, others=IMAGE_FOLDER)
+    return Path(known_name("dataset", name, DATASETS, others=IMAGE_FOLDER))  # raises: it is not one of them

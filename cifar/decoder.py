@@ -55,7 +55,8 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
         if fit != "letterbox":
             return image
         square = Image.new("RGB", (size, size), "white")
-        square.paste(image, tuple(round((size - length) / 2) for length in image.size))
+        left, top = (round((size - length) / 2) for length in image.size)
+        square.paste(image, (left, top))
         return square
     except (Refused, MemoryError):
         raise
@@ -75,8 +76,8 @@ def _open(content: bytes) -> Image.Image:
         raise Refused("HEIC images are not supported: convert it to JPEG or PNG")
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name.upper(), (None, None))  # AVIF and WebP may be left out of Pillow
-        if factory and accept(start) is True:
-            image = factory(io.BytesIO(content), None)
+        if factory and accept and accept(start) is True:
+            image = factory(io.BytesIO(content), "")
             if image.width * image.height > MAX_PIXELS:
                 shape = f"{image.width:,} x {image.height:,} pixels"
                 raise Refused(f"the image has {shape}; the limit is 100 million: make it smaller")
@@ -107,7 +108,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         native = image if image.mode == "I;16" else image.convert("I")  # from big-endian
-        if image.format == "TIFF" and native.getextrema()[1] < 2**12:
+        largest = native.getextrema()[1]
+        if image.format == "TIFF" and isinstance(largest, (int, float)) and largest < 2**12:
             bits = 12
         return native.point(lambda value: value / 2 ** (bits - 8)).convert("L")
     reduced = image.reduce(max(1, min(image.size) // 1000))  # a pixel takes four times the memory of one of 8 bits
@@ -137,7 +139,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # of any type, for malformed profiles and those of another mode
         profile = b"" if image.mode == "LAB" else image.info.get("icc_profile")
         if profile is not None and (transform := _transform(profile, image.mode)):
-            return ImageCms.applyTransform(image, transform)
+            return ImageCms.applyTransform(image, transform) or image  # None only for a change in place
     return image
 
 

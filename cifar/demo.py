@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar import analysis, console, datasets, device, download, images, runs, server
+from cifar.config import PIPELINE, STAGES
 from cifar.errors import UserError, known_name, listing
 from cifar.predict import Predictor
 from cifar.runs import Run
@@ -30,7 +31,8 @@ _CSS = Path(__file__).parent / "templates" / "demo.css"
 _FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif")
 _THEME = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT)
 _THEME.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-_INTERNAL = {"api_visibility": "private", "show_progress": "hidden"}  # of events that only the page sends
+# Of events that only the page sends.
+_INTERNAL: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def serve(
@@ -76,7 +78,7 @@ class Demo:
                 if name == names[-1]:
                     raise
                 console.say(f"{name} cannot be loaded: {error}")
-        raise UserError(f"no evaluated run in {self._output_dir}; train one with `python main.py`")
+        raise UserError(f"no evaluated run in {self._output_dir}; train one with `{PIPELINE}`")
 
     def find(self) -> dict[str, Run]:
         """Find the evaluated runs, by name, newest first, and then those that come with the program."""
@@ -207,7 +209,8 @@ def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
         label = gr.Label(label="Prediction", num_top_classes=3)
         inputs = gr.HTML()
     # In the API's documentation: Gradio's example is an address, which this server would not download.
-    image.example_payload = lambda: {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
+    example = {"path": "image.png", "url": "image.png", "meta": {"_type": "gradio.FileData"}}
+    image.example_payload = lambda: example  # type: ignore[method-assign]  # of this image alone
     # Without preprocessing the file arrives as it was sent: Gradio would rotate, convert and save it.
     asking = {"inputs": [image, chosen], "preprocess": False, "concurrency_id": "predict", "concurrency_limit": 4}
     shown = {"outputs": [note, label, inputs], "trigger_mode": "always_last"}
@@ -258,7 +261,7 @@ def _report(run: Run) -> str:
     ]
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
     figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
-    hint = f"<p>No figures yet; draw them with <code>invoke visualize --run {escape(run.path.name)}</code></p>"
+    hint = f"<p>No figures yet; draw them with <code>{STAGES} visualize --run {escape(run.path.name)}</code></p>"
     hint = "" if run.is_shipped else hint
     return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
 

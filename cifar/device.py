@@ -161,8 +161,9 @@ def memory() -> tuple[float, float]:
     total = free = math.inf
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError):
+        if available := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            free = int(available[1]) * 1024
     for file in _CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             total = min(total, int(Path(file).read_text()))

@@ -4,9 +4,9 @@ torch and whatever needs it are imported inside the checks, because they may be 
 """
 
 import importlib.metadata
+import importlib.util
 import math
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -16,13 +16,23 @@ from itertools import chain
 from pathlib import Path
 
 from cifar import console
-from cifar.config import PROJECT, Config
-from cifar.errors import UserError, describe, display_path
+from cifar.config import IS_CLONE, PROJECT, STAGES, Config
+from cifar.errors import UserError, describe
 from cifar.runs import RESUMABLE, Run
 
-REQUIREMENTS = PROJECT / "requirements.txt"
 # Packages that a run does without -> the task that needs them.
-_OPTIONAL = {"gradio": "demo", "ruff": "lint", "pytest": "test", "pytest-xdist": "test", "selenium": "test"}
+_OPTIONAL = {
+    **dict.fromkeys(("gradio", "starlette", "uvicorn"), "demo"),
+    **dict.fromkeys(("pytest", "pytest-xdist", "selenium"), "test"),
+    **dict.fromkeys(("ruff", "mypy"), "lint"),
+}
+# Package -> the version that fixes known security holes, and these.
+_SECURITY = {
+    "torch": ("2.10", "CVE-2025-32434 and CVE-2026-24747, code that a checkpoint runs"),
+    "pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders"),
+    "gradio": ("6.7", "CVE-2026-28414, path traversal"),
+}
+_CPU_TORCH = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/experiments.md).
 _FAST_MINUTES = {"amx_bf16": 5, "avx512_bf16": 7, "avx2": 29}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
@@ -41,7 +51,7 @@ class Finding:
 def examine(config: Config, port: int) -> list[Finding]:
     """Check everything that a run with these settings needs; asks the network only for a dataset that is missing."""
     checks = {
-        "packages": _packages(REQUIREMENTS),
+        "packages": _packages(requirements()),
         "device": chain(_device(config.device), _memory(config.dataset)),  # both need torch
         "disk": _disk(config.output_dir),
         "dataset": _dataset(config),
@@ -65,7 +75,7 @@ def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
         if isinstance(error, OSError) and error.filename:
             yield Finding(subject, "failure", f"cannot read {error.filename}: {error.strerror}")
             return
-        fix = f"if a package is broken: pip install --force-reinstall -r {display_path(REQUIREMENTS)}"
+        fix = "if a package is broken: pip install --force-reinstall PACKAGE"
         yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", fix)
 
 
@@ -78,33 +88,35 @@ def show_findings(findings: Sequence[Finding]) -> None:
             console.say(f"{'fix:':>18} {finding.fix}", style=style)
 
 
-def _packages(requirements: Path) -> Iterator[Finding]:
-    """Find packages that are missing, out of bounds or insecure.
+def requirements() -> list[str]:
+    """List what the suite requires: a clone's requirements.txt, or what the installed package says, with the demo's."""
+    if IS_CLONE:
+        lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
+    required = importlib.metadata.requires("cifar-suite") or []
+    return [line for line in required if "extra ==" not in line or 'extra == "demo"' in line]
 
-    requirements: a requirements.txt whose comments may name security fixes, as `below VERSION: what is fixed`.
-    """
+
+def _packages(requirements: Iterable[str]) -> Iterator[Finding]:
+    """Find packages that are missing, out of bounds or insecure. requirements: as in a requirements.txt."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    fine, fix = [], f"pip install -r {display_path(requirements)}"
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        text, _, comment = line.partition("#")
-        if not text.strip():
-            continue
-        required, hole = Requirement(text), re.match(r" below (\S+): (.+)", comment)
-        name = required.name
+    fine = []
+    for required in map(Requirement, requirements):
+        name, fix = required.name, f"pip install '{required.name}{required.specifier}'"
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            level, user = ("warning", f"invoke {_OPTIONAL[name]}") if name in _OPTIONAL else ("failure", "a run")
+            level, user = ("warning", f"{STAGES} {_OPTIONAL[name]}") if name in _OPTIONAL else ("failure", "a run")
             yield Finding("packages", level, f"{name} is missing: {user} needs it", fix)
             continue
-        if hole and Version(installed) < Version(hole[1]):
-            problem = f"has a known security hole, fixed in {hole[1]}: {hole[2]}"
-            yield Finding("packages", "warning", f"{name} {installed} {problem}", fix)
+        safe, holes = _SECURITY.get(name, ("0", ""))
+        if Version(installed) < Version(safe):
+            problem = f"has a known security hole, fixed in {safe}: {holes}"
+            yield Finding("packages", "warning", f"{name} {installed} {problem}", f"pip install '{name}>={safe}'")
         elif not required.specifier.contains(installed, prereleases=True):
-            problem = f"was not tested: requirements.txt asks for {required.specifier}"
-            yield Finding("packages", "warning", f"{name} {installed} {problem}", fix)
+            yield Finding("packages", "warning", f"{name} {installed} was not tested: use {required.specifier}", fix)
         elif name not in _OPTIONAL:
             fine.append(f"{name} {installed}")
     if fine:
@@ -123,6 +135,9 @@ def _device(name: str) -> Iterator[Finding]:
         message = f"{chosen.type}: {problem}"
         hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
         yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
+    elif torch.version.cuda and not torch.cuda.is_available() and importlib.util.find_spec("nvidia"):
+        message = f"{chosen.type}: {device.describe(chosen)}; the CUDA libraries, some gigabytes, have no GPU to run on"
+        yield Finding("device", "note", message, f"to save the space, in a new environment, first: {_CPU_TORCH}")
     else:
         message = f"{chosen.type}: {device.describe(chosen)}"
         if chosen.type == "cuda":
@@ -227,8 +242,8 @@ def _port(port: int) -> Iterator[Finding]:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        message = f"the demo cannot listen on port {port}: {os.strerror(error.errno)}"
-        yield Finding("port", "warning", message, "invoke demo --port with another number")
+        message = f"the demo cannot listen on port {port}: {os.strerror(error.errno or 0)}"
+        yield Finding("port", "warning", message, f"{STAGES} demo --port with another number")
     else:
         yield Finding("port", "ok", f"{port} is free for the demo")
 

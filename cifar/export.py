@@ -72,6 +72,7 @@ def _write_programs(predictor: Predictor, path: Path) -> list[Path]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # torch's own, about its future versions
         converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
+    assert converted is not None  # as it is without dynamo
     converted.model.metadata_props[ABOUT] = about
     with files.atomic_write(path.with_suffix(".onnx")) as partial:
         converted.save(str(partial))
@@ -140,6 +141,10 @@ def _source(architecture: str, pretrained: bool) -> str:
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def _percent(fraction: float, decimals: int = 2) -> str:
+    return f"{fraction:.{decimals}%}"
+
+
 def _card(predictor: Predictor) -> str:
     """Return the model card, made from what the run has saved."""
     run, architecture = predictor.run, predictor.run.config.model
@@ -150,7 +155,7 @@ def _card(predictor: Predictor) -> str:
     if ":" in architecture:
         packages += [f"the module `{architecture.partition(':')[0]}`"]
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": lambda value, digits=2: f"{value:.{digits}%}", "cell": _cell}
+    environment.filters |= {"percent": _percent, "cell": _cell}
     return environment.get_template("hub_card.md").render(
         name=run.path.name,
         title=f"{run.config.title} on {console.printable(metrics.dataset)}",

@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from pydantic import BaseModel
 
@@ -25,7 +25,7 @@ _CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@|(?<=[\w/])\?[^\s"\\=]+=([^
 # Reading.
 
 
-def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
+def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     """Open a file, but no pipe or device: opening one may wait for its other end, and it may never end."""
     try:
         if stat.S_ISREG(path.stat().st_mode):
@@ -113,7 +113,7 @@ def _sync(path: Path) -> None:
 # Locks.
 
 
-def lock(file: BinaryIO) -> bool:
+def lock(file: IO[bytes]) -> bool:
     """Return whether the file could be locked for this process until it is closed; true on systems without locks."""
     with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
         import fcntl
@@ -137,7 +137,7 @@ def claimed(path: Path, create: bool = False) -> Iterator[None]:
         yield
 
 
-def open_lock(path: Path, create: bool = False) -> BinaryIO:
+def open_lock(path: Path, create: bool = False) -> IO[bytes]:
     """Open a file that is never replaced, to be locked. create: make it if it is missing, but not through a link."""
     if create:
         flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # which Windows does not have

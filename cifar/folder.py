@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -29,8 +29,10 @@ _SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 # What systems leave in folders, in lower case.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 # The extensions, or none, of images that the decoder reads, and of some that it does not.
-_IMAGES = ("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
-_IMAGES += (".ppm", ".pgm", ".pbm", ".pnm", ".ico")
+_IMAGES = (
+    *("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
+)
 _CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 # Below, a note warns. With 9 test images, one is 11 points of the accuracy of its class.
 _TOO_FEW = {"train": (20, "to learn"), "test": (10, "to measure")}
@@ -390,7 +392,9 @@ def _name_errors(errors: dict[_File, UserError]) -> str:
 def _copies(files: list[_File]) -> Iterator[str]:
     """Report images that are in two classes, in two splits, or twice in one of these."""
     originals: dict[bytes, _File] = {}
-    classes, others, splits = [], [], {"val": [], "test": []}
+    classes: list[str] = []
+    others: list[str] = []
+    splits: dict[str, list[str]] = {"val": [], "test": []}
     for file in files:
         original = originals.setdefault(file.digest, file)
         kind = classes if file.label != original.label else splits[file.part] if file.part != original.part else others
@@ -443,7 +447,8 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
     images = f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels,"
     cache.require_room(place, images, 3 * size**2 * len(found.files))
-    files, errors = _split(root, found.files), {}
+    files = _split(root, found.files)
+    errors: dict[_File, UserError] = {}
     decoded = _decode(root, files, size, errors)
     digests = cache.write(place, (("test" if file.part == "test" else "train", image) for file, image in decoded))
     notes = list(found.notes)
@@ -457,11 +462,14 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     notes += [*_copies(files), *_small_classes(found.classes, files)]
     test = [file for file in files if file.part == "test"]
     parts = {"train": files[: len(files) - len(test)], "test": test}
-    about = {part: [file.name for file in own] for part, own in parts.items()}
+    about: dict[str, Any] = {part: [file.name for file in own] for part, own in parts.items()}
     about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
     about |= {"own_val": sum(file.part == "val" for file in files)}
     cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
-    return _read_cache(place, fingerprint, found, size)
+    written = _read_cache(place, fingerprint, found, size)
+    if written is None:
+        raise UserError(f"the decoded images in {place} changed while they were written: start again")
+    return written
 
 
 def _labels(files: Sequence[_File]) -> Tensor:

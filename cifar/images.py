@@ -123,13 +123,12 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[Source]]:
 
 def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | UserError]:
     """Decode images in one worker, and in a new one after each that exceeds the limits."""
-    results: list[bytes | Tensor | UserError] = [_read(source) for source in sources]
-    while waiting := [index for index, content in enumerate(results) if isinstance(content, bytes)]:
+    read = [_read(source) for source in sources]
+    results: dict[int, Tensor | UserError] = {n: error for n, error in enumerate(read) if isinstance(error, UserError)}
+    while waiting := {n: content for n, content in enumerate(read) if n not in results and isinstance(content, bytes)}:
         with _worker() as worker:
-            answers = worker.decode([results[index] for index in waiting], size, fit)
-            for index, answer in zip(waiting, answers):
-                results[index] = answer
-    return results
+            results.update(zip(waiting, worker.decode(list(waiting.values()), size, fit)))
+    return [results[number] for number in range(len(sources))]
 
 
 def _read(source: Source) -> bytes | UserError:
@@ -169,14 +168,23 @@ class _Worker:
 
     def __init__(self):
         command = [sys.executable, "-P", "-W", "ignore", decoder.__file__, str(_MEMORY), str(_SECONDS)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread of NumPy reserves memory
         try:
-            # In a session of its own it does not get the terminal's Ctrl-C.
-            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that it does not get the terminal's Ctrl-C
+            )
         except OSError as error:
             raise UserError(f"the image decoder cannot be started: {error.strerror}") from None
-        if not self.process.stdout.readline():
+        requests, answers = self.process.stdin, self.process.stdout
+        assert isinstance(requests, io.BufferedWriter)
+        assert isinstance(answers, io.BufferedReader)
+        self.requests, self.answers = requests, answers
+        if not answers.readline():
             self.stop()
             raise UserError("the image decoder cannot be started: too little memory, or a limit of it (ulimit)")
 
@@ -184,10 +192,10 @@ class _Worker:
         """Yield the results, up to and including that of an image at which the process ended."""
         with contextlib.suppress(BrokenPipeError):  # it has ended while it read a large file
             request = {"size": size, "fit": fit, "lengths": [len(content) for content in contents]}
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.requests.write(json.dumps(request).encode() + b"\n")
             for content in contents:
-                self.process.stdin.write(content)
-            self.process.stdin.flush()
+                self.requests.write(content)
+            self.requests.flush()
         for _ in contents:
             width, height, error = decoder.ANSWER.unpack(self._read(decoder.ANSWER.size) or bytes(decoder.ANSWER.size))
             answer = self._read(error or width * height * 3)
@@ -200,7 +208,7 @@ class _Worker:
     def _read(self, length: int) -> bytearray:
         """Return the next bytes of the answer; none if the process has ended."""
         answer = bytearray(length)
-        return answer if self.process.stdout.readinto(answer) == length else bytearray()
+        return answer if self.answers.readinto(answer) == length else bytearray()
 
     def _why_it_ended(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -217,7 +225,7 @@ class _Worker:
         """End the process, if it has not ended."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.requests, self.answers):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 

@@ -118,8 +118,8 @@ def winograd_conv(features: Tensor, weight: Tensor) -> Tensor:
 
 def winograd_weight_gradient(gradient: Tensor, features: Tensor) -> Tensor:
     """Compute the gradient of the filters (K, C, 3, 3) from those of the outputs (N, K, H, W) and the features."""
-    channels, filters = features.shape[1], gradient.shape[1]
-    tiles = _Tiles(*features.shape[2:], features.dtype)
+    (_, channels, height, width), filters = features.shape, gradient.shape[1]
+    tiles = _Tiles(height, width, features.dtype)
     products = features.new_zeros(len(tiles.of_filters), channels, filters)
     for chunk, gradient_chunk in tiles.chunks(features, gradient.permute(0, 2, 3, 1)):
         outputs = tiles.of_outputs.T @ tiles.read_outputs(gradient_chunk)
@@ -185,7 +185,10 @@ def winograd_matrices(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
         filters[row] = np.power(point, range(3)) / np.prod(np.subtract(point, others))
         outputs[:, row] = np.power(point, range(size))
     inputs[-1], filters[-1, -1], outputs[-1, -1] = np.poly(points)[::-1], 1, 1
-    return tuple(torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in (inputs, filters, outputs))
+    of_inputs, of_filters, of_outputs = (
+        torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in (inputs, filters, outputs)
+    )
+    return of_inputs, of_filters, of_outputs
 
 
 class GELU(nn.GELU):

@@ -38,12 +38,14 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     averages = classification_report(labels, predicted, labels=np.unique(labels), **options)  # of classes with images
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
+    top5 = {"top5_accuracy": _top5(logits, labels), "top5_accuracy_tta": _top5(logits_tta, labels)}
     return {
         "n": len(labels),
         "accuracy": correct / len(labels),
         "interval_95": wilson_interval(correct, len(labels)),
         "accuracy_tta": correct_tta / len(labels),
         "interval_95_tta": wilson_interval(correct_tta, len(labels)),
+        **(top5 if len(classes) > 10 else {}),
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
         "per_class": {name: _scores(report[str(number)]) for number, name in enumerate(classes)},
         "macro_average": _scores(averages["macro avg"]),
@@ -51,6 +53,11 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "most_confused": most_confused(matrix, classes),
         "confusion_matrix": matrix.tolist(),
     }
+
+
+def _top5(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the fraction, in 0..1, of logits (N, classes) whose five highest include the label's (N,)."""
+    return float((np.argsort(-logits, kind="stable")[:, :5] == labels[:, None]).any(1).mean())
 
 
 def _scores(row: dict[str, float]) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     correct = probabilities.argmax(1) == labels
     edges = np.linspace(0, 1, 16)
     indices = np.digitize(confidence, edges[1:-1], right=True)
-    bins = []
+    bins: list[dict[str, Any]] = []
     for index, low in enumerate(edges[:-1]):
         inside = indices == index
         count = int(inside.sum())

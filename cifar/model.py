@@ -155,7 +155,7 @@ class BasicBlock(nn.Module):
         self.conv1 = _conv_norm_relu(channels_in, channels_out, stride)
         self.conv2 = Conv2d(channels_out, channels_out)
         self.norm2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels_out:
             conv = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels_out))
@@ -209,6 +209,9 @@ def set_training_mode(network: nn.Module) -> None:
 class Normalize(nn.Module):
     """Subtract the training mean of each channel and divide by its standard deviation; both belong to the weights."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
@@ -225,10 +228,12 @@ def set_input_statistics(network: nn.Module, images: Iterable[Tensor], mean: Ten
     images: float (N, 3, H, W) in 0..1, some thousands, in chunks; mean, std: (3,), of all training images, in 0..1. A
     constant channel is divided by 1.
     """
-    network.normalize.mean.copy_(mean.view(1, 3, 1, 1))
-    network.normalize.std.copy_(std.where(std > 0, 1).view(1, 3, 1, 1))
-    if hasattr(network, "whiten"):
-        network.whiten.weight.copy_(whitening_filters(map(network.normalize, images), WHITENING_SIZE))
+    normalize, whiten = network.normalize, getattr(network, "whiten", None)
+    assert isinstance(normalize, Normalize)
+    normalize.mean.copy_(mean.view(1, 3, 1, 1))
+    normalize.std.copy_(std.where(std > 0, 1).view(1, 3, 1, 1))
+    if whiten is not None:
+        whiten.weight.copy_(whitening_filters(map(normalize, images), WHITENING_SIZE))
 
 
 def whitening_filters(images: Iterable[Tensor], size: int) -> Tensor:
@@ -239,7 +244,8 @@ def whitening_filters(images: Iterable[Tensor], size: int) -> Tensor:
     places too.
     images: (N, 3, H, W), normalized, in chunks. Returns (2 * 3 * size**2, 3, size, size).
     """
-    products, count = 0, 0
+    products: Tensor | int = 0
+    count = 0
     for chunk in images:
         patches = F.unfold(chunk, size).transpose(1, 2).reshape(-1, 3 * size**2)
         products, count = products + patches.T @ patches, count + len(patches)

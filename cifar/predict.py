@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Predictor:
         self.network, content = evaluate.load_network(run, self.classes)
         self.image_size: int = content["image_size"]
         chosen = device.choose(device_name)
-        self.network.to(chosen, memory_format=torch.channels_last)
+        self.network.to(chosen).to(memory_format=torch.channels_last)
         self.precision = device.resolve_precision(run.config.precision, chosen)
 
     def probabilities(self, images: Tensor) -> np.ndarray:
@@ -92,7 +92,8 @@ class Predictor:
         Raises UserError for what is none of these.
         """
         is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
-        return list(self.stream([images] if is_one else images, fit))
+        several = cast("Iterable[AnyImage]", [images] if is_one else images)
+        return list(self.stream(several, fit))
 
     def stream(self, images: Iterable[AnyImage], fit: str = "crop") -> Iterator[Prediction]:
         """Yield the predictions of `predict` one by one, of any number of images."""
@@ -171,13 +172,14 @@ def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
 
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
-    readable = [prediction for prediction in predictions if prediction.probabilities is not None]
+    readable = [(one.name, one.probabilities) for one in predictions if one.probabilities is not None]
     origin = ", which comes with this program," if predictor.run.is_shipped else ","
     console.say(f"predictions of {predictor.run.path.name}{origin} trained on {predictor.run.dataset.name}")
     shown = predictions
     if len(predictions) > _ROWS:
         shown = predictions[: _ROWS // 2]
-        counts = Counter(predictor.classes[one.probabilities.argmax()] for one in readable).most_common(_ROWS // 2)
+        predicted = Counter(predictor.classes[probabilities.argmax()] for _, probabilities in readable)
+        counts = predicted.most_common(_ROWS // 2)
         columns = {"most frequent": [name for name, _ in counts], "images": [f"{count:,}" for _, count in counts]}
         console.out.print(console.table(f"{len(predictions):,} images", columns))
     room = max(20, console.out.width - 60)  # three classes of CIFAR-10 with their probabilities need the rest
@@ -193,7 +195,7 @@ def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) ->
         console.say(f"cannot read {prediction.name}: {prediction.error}", style="red")
     if len(failed) > _ROWS // 2:
         console.say(f"and {len(failed) - _ROWS // 2:,} more that cannot be read", style="red")
-    if unsure := [one.name for one in readable if predictor.is_probably_none(one.probabilities)]:
+    if unsure := [name for name, probabilities in readable if predictor.is_probably_none(probabilities)]:
         console.say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {listing(unsure)}")
 
 

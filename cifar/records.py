@@ -175,6 +175,8 @@ class Metrics(Record):
     interval_95: Interval  # Wilson's, of the accuracy
     accuracy_tta: Fraction
     interval_95_tta: Interval
+    top5_accuracy: Fraction | None = None  # with more than ten classes
+    top5_accuracy_tta: Fraction | None = None
     loss: Number  # cross-entropy
     per_class: dict[Text, ClassScores]  # in the order of the labels
     macro_average: Scores
@@ -244,6 +246,7 @@ class CorruptionScores(Record):
 class Corruptions(Record):
     """corruptions.json: robustness to common corruptions of the test images."""
 
+    dataset: Text | None = None
     n: Count  # test images
     clean: CorruptionScores
     mean: CorruptionScores  # over all corruptions and severities

@@ -1,8 +1,10 @@
 """report.html, one page with everything that a run has saved; and what commands print at the end of a run."""
 
 import base64
+import csv
 import io
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from cifar import analysis, console, evaluate, images, visualize
-from cifar.config import FIELDS, help_text
+from cifar.config import FIELDS, STAGES, help_text
 from cifar.datasets import Dataset
 from cifar.errors import display_path
 from cifar.metrics import most_confused
-from cifar.records import Analysis, Metrics
+from cifar.records import Analysis, EpochRecord, Metrics
 from cifar.runs import Run, damaged
 from cifar.style import label
 from cifar.visualize import FIGURES
@@ -28,7 +30,7 @@ _SMALL = 64  # pixels; larger images are photos, whose thumbnails are larger and
 
 
 def write(run: Run, dataset: Dataset) -> Path:
-    """Write report.html, leaving out what the run has not saved, and return its path.
+    """Write history.csv, and report.html, leaving out what the run has not saved; returns the page's path.
 
     The page needs neither a network nor other files. Raises UserError if a file of the run is damaged, or the page
     cannot be written.
@@ -41,6 +43,7 @@ def write(run: Run, dataset: Dataset) -> Path:
     page = environment.get_template("report.html").render(
         results,
         name=run.path.name,
+        stages=STAGES,
         path=display_path(run.path),
         record=record,
         command=shlex.join(record.command or []),
@@ -53,12 +56,22 @@ def write(run: Run, dataset: Dataset) -> Path:
         images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},
     )
     run.write_text("report.html", page)
+    run.write_text("history.csv", _history_csv(results["history"] or []))
     return run.path / "report.html"
 
 
 def _confusions(metrics: Metrics) -> list[dict[str, Any]]:
     """List the most frequent confusions, more than metrics.json does."""
     return most_confused(np.array(metrics.confusion_matrix), list(metrics.per_class), _CONFUSIONS)
+
+
+def _history_csv(history: Sequence[EpochRecord]) -> str:
+    """Return the history as a table for spreadsheets."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, EpochRecord.model_fields, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(epoch.model_dump() for epoch in history)
+    return text.getvalue()
 
 
 def _percent(fraction: float | None, decimals: int = 2) -> str:
@@ -114,6 +127,10 @@ def show_metrics(metrics: Metrics) -> None:
         "value": [f"{metrics.accuracy:.2%}", f"{metrics.accuracy_tta:.2%}", f"{metrics.loss:.4f}"],
         "95% interval": [*intervals, ""],
     }
+    if metrics.top5_accuracy is not None and metrics.top5_accuracy_tta is not None:
+        total["metric"] += ["top-5 accuracy", "top-5 accuracy with test-time augmentation"]
+        total["value"] += [f"{metrics.top5_accuracy:.2%}", f"{metrics.top5_accuracy_tta:.2%}"]
+        total["95% interval"] += ["", ""]
     title = f"{metrics.recipe} on {metrics.dataset}: {metrics.split} split, {metrics.n:,} images"
     console.out.print(console.table(title, total))
     classes, which = list(metrics.per_class), "by class"

@@ -24,14 +24,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cifar import files, records
-from cifar.config import PROJECT, Config, allow_model, model_name
+from cifar import __version__, console, files, records
+from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, model_name
 from cifar.console import Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
 SHIPPED = Path(__file__).resolve().parent / "weights"  # the runs that come with the program
+LOG = "log.txt"  # what was printed
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
@@ -101,9 +102,9 @@ class Run:
     def resume_command(self) -> str:
         """The command that resumes the run, or the group that it belongs to."""
         if (self.path.parent / SUMMARY).exists() and self.record.command:
-            return f"python {shlex.join(self.record.command)}"
+            return f"{PIPELINE} {shlex.join(self.record.command[1:])}".strip()
         own_network = ["--model", self.config.model] if ":" in self.config.model else []
-        return shlex.join(["python", "main.py", "--resume", display_path(self.path), *own_network])
+        return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *own_network])
 
     def is_complete(self) -> bool:
         """Return whether the run was completed and evaluated; false if its files are damaged."""
@@ -192,9 +193,11 @@ class Run:
         resumed = [*earlier, {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
-    def claim(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
+        From then on, log.txt receives what this process prints.
         Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or if
         it comes with the program.
         """
@@ -206,7 +209,9 @@ class Run:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
-        return files.claimed(self.path / CONFIG)
+        with files.claimed(self.path / CONFIG):
+            console.log_to(self.path / LOG)
+            yield
 
     def status(self) -> str:
         """Return running, completed, interrupted, failed or killed.
@@ -266,8 +271,8 @@ def create(config: Config, **facts: Any) -> Run:
     run.checkpoints.mkdir()
     run.figures.mkdir()
     run.write(CONFIG, config.model_dump())
-    state = {"status": "running", "start": now(), "end": None, "seconds": {}}
-    run.write(RECORD, {**state, **provenance(), **facts})
+    state = {"status": "running", "start": now(), "end": None}
+    run.write(RECORD, {**state, "seconds": {}, **provenance(), **facts})
     return run
 
 
@@ -276,11 +281,13 @@ def make_directory(config: Config, suffix: str = "") -> Path:
     check_writable(config.output_dir)
     title = re.sub(r"[^\w.-]+", "-", config.title)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
-    for number in itertools.count(1):
-        path = Path(config.output_dir) / (name if number == 1 else f"{name}_{number}")
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    for unused in itertools.chain([name], numbered):
+        path = Path(config.output_dir) / unused
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-            return path.resolve()
+            break
+    return path.resolve()
 
 
 def check_writable(output_dir: str) -> None:
@@ -300,16 +307,20 @@ def provenance() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"cifar-suite": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
     }
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of git on this project; None without git or a repository."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        options = {"cwd": PROJECT, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
-        return subprocess.check_output(["git", *arguments], **options).strip()
+    """Return the output of git on this project; None without git or where it is not a clone."""
+    if not IS_CLONE:
+        return None  # the repository around an installed package is somebody else's
+    command = ["git", "-C", str(PROJECT), *arguments]
+    try:
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def now() -> str:
@@ -334,7 +345,7 @@ def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> R
     if evaluated and not name and not directories(Path(output_dir)):
         return Run(SHIPPED / "fast")
     if not name and not latest.exists():
-        problem = f"there is no finished run in {output_dir}; `python main.py` makes one"
+        problem = f"there is no finished run in {output_dir}; `{PIPELINE}` makes one"
         return _newest(output_dir, ("completed", *RESUMABLE), problem)
     path = _locate(output_dir, name) if name else latest
     if (path / SUMMARY).is_file():
@@ -371,7 +382,7 @@ def _locate(output_dir: str, name: str) -> Path:
     for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs), SHIPPED))):
         if path.exists():
             return path
-    raise UserError(f"there is no run named '{name}'; `invoke compare --output-dir {outputs}` lists the runs")
+    raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
 def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
@@ -423,7 +434,7 @@ def damaged(path: Path, problem: str) -> UserError:
 
 def _evaluation_of(path: Path) -> str:
     flag = " --corruptions" if path.name == "corruptions.json" else ""
-    return f"invoke evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
+    return f"{STAGES} evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
 
 
 def read_json(path: Path) -> Any:

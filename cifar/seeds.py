@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar import bench, compare, console, device, files, metrics, pipeline, runs
 from cifar.config import LOCATIONS, Config
@@ -53,7 +54,9 @@ class Group:
 
     def summarize(self, finished: Sequence[Run]) -> None:
         """Complete summary.json: the main metrics of each run, and their mean over the seeds."""
-        members = [{"seed": one.config.seed, "run": one.path.name, **compare.headline(one)} for one in finished]
+        members: list[dict[str, Any]] = [
+            {"seed": one.config.seed, "run": one.path.name, **compare.headline(one)} for one in finished
+        ]
         figures = {}
         for name, (_, _, most) in _METRICS.items():
             values = [member[name] for member in members]
@@ -125,9 +128,9 @@ def show_seeds(group: Group) -> None:
     """Print mean, standard deviation and interval of the group's metrics, from its summary.json."""
     summary, config = group.summary, group.config
     rows = []
-    for name, spread in summary.figures.items():
+    for name, spread in (summary.figures or {}).items():
         title, form, _ = _METRICS[name]
-        values = (spread.mean, spread.standard_deviation, *spread.interval_95)
+        values = (spread.mean, spread.standard_deviation, *(spread.interval_95 or (math.nan, math.nan)))
         mean, deviation, low, high = (format(value, form) for value in values)
         rows.append({"": title, "mean": mean, "standard deviation": deviation, "95% interval": f"{low} to {high}"})
     title = f"{config.title} on {Path(config.dataset).name}, seeds {group.seeds[0]} to {group.seeds[-1]}"

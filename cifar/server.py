@@ -16,8 +16,9 @@ import secrets
 import socket
 import time
 from collections import deque
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -83,7 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}: it is not a valid name") from None
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            reason = error.strerror.partition(" (")[0]  # without the repeated address
+            reason = (error.strerror or "").partition(" (")[0]  # without the repeated address
             raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None
     with socket.create_server((host, 0), family=family) as other:
         raise UserError(f"port {port} is in use; --port {other.getsockname()[1]} is free")
@@ -161,12 +162,12 @@ class _MessagesByVisitor(LRUCache):
 class _Connection(H11Protocol):
     """A connection to the server. When there are too many, the oldest is closed; so is one whose request is slow."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.opened = self.loop.time()
         self.deadline = self.loop.call_later(_MAX_SECONDS, self.expire)
         if len(self.connections) > _MAX_CONNECTIONS:
-            oldest = min(self.connections, key=lambda connection: connection.opened)
+            oldest = min(self.connections, key=attrgetter("opened"))
             self.connections.remove(oldest)
             oldest.transport.abort()
 
@@ -186,7 +187,9 @@ class _Body:
     def __init__(self, receive: Receive, headers: Headers, limit: int, arriving: dict[asyncio.Task, int]):
         """limit: bytes. arriving: of each request whose body has not ended, the bytes so far, oldest first."""
         self._receive, self._limit, self._arriving = receive, limit, arriving
-        self.task, self._received = asyncio.current_task(), 0
+        task = asyncio.current_task()
+        assert task  # the server's, for this request
+        self.task, self._received = task, 0
         self.has_more = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
@@ -210,7 +213,7 @@ class _Gate:
     def __init__(self, app: ASGIApp, hosts: set[str], auth: str | None):
         """hosts: the demo's names, besides IP addresses. auth: USER:PASSWORD."""
         self._app, self._hosts = app, hosts
-        self._password = auth and b"Basic " + base64.b64encode(auth.encode())
+        self._password = b"Basic " + base64.b64encode(auth.encode()) if auth else None
         self._attempts: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the visitor's address
         self._arriving: dict[asyncio.Task, int] = {}
 
@@ -319,7 +322,7 @@ def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, s
     url = f"http://{name}:{port}/"
     if share:
         url = _public_url(page, name, port)
-        hosts.add(urlsplit(url).hostname)
+        hosts.add(str(urlsplit(url).hostname))
     console.say(f"demo running at {url}; press Ctrl-C to stop")
     if not address.is_loopback and not auth:
         console.banner("Anyone who can reach this machine can use the demo; --auth USER:PASSWORD asks for a password.")
@@ -339,5 +342,5 @@ def _public_url(page: Page, host: str, port: int) -> str:
     return url.replace("http://", "https://")
 
 
-async def _refuse_address(url: str) -> None:
+async def _refuse_address(url: str) -> NoReturn:
     raise gr.Error("Upload the image itself: this server downloads nothing.", print_exception=False)

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any, Literal
 
 _backend = os.environ.pop("MPLBACKEND", None)  # may not be installed here, as in a notebook's `!python`
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home directory that is read-only
@@ -23,6 +24,7 @@ from rich.cells import cell_len
 
 from cifar import console
 
+_Layout = Literal["constrained", "compressed"]
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito 2008: safe if color-blind
 _STYLE = {
     "axes.spines.top": False,
@@ -42,7 +44,7 @@ _MORE_FONTS = (
 )
 
 
-def canvas(title: str, width: float, height: float, layout: str = "constrained") -> Figure:
+def canvas(title: str, width: float, height: float, layout: _Layout = "constrained") -> Figure:
     """Return an empty figure, in inches, independent of pyplot and of the user's backend."""
     figure = Figure(figsize=(width, height), layout=layout)
     figure.suptitle(title)
@@ -71,7 +73,7 @@ def label_percent(axes: Axes, which: str) -> None:
 def drawing() -> Iterator[None]:
     """Draw in the figures' style; characters that no font has become one sentence instead of warnings."""
     fonts = ["DejaVu Sans", *(font for font in _MORE_FONTS if font in font_manager.get_font_names())]
-    style = ["default", _STYLE, {"font.family": fonts}]
+    style: list[Any] = ["default", _STYLE, {"font.family": fonts}]
     with matplotlib.style.context(style), warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="Glyph")
         yield

@@ -6,6 +6,7 @@ To add a figure, write a function that draws it and add one entry to FIGURES.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def training_history(history: list[EpochRecord], kept_epoch: int, subject: str) 
     small = [line.epoch for line in history if line.image_size < last.image_size]
     hard = [line.epoch for line in history if line.images and first.images and line.images < first.images]
     training, validation = ("o-", BLUE, "training (augmented)"), ("s--", ORANGE, "validation")
-    panels = {
+    panels: dict[str, dict[str, tuple[str, str, str | None]]] = {
         "cross-entropy": {"train_loss": training, "val_loss": validation},
         "accuracy": {"train_accuracy": training, "val_accuracy": validation},
         "learning rate": {"lr": ("o-", GREEN, None)},
@@ -50,7 +51,7 @@ def training_history(history: list[EpochRecord], kept_epoch: int, subject: str) 
         if small:
             name = f"trained at {first.image_size}x{first.image_size}"
             axes.axvspan(small[0] - 0.5, small[-1] + 0.5, color=GREY, alpha=0.12, linewidth=0, label=name)
-        if hard:
+        if hard and first.images and last.images:
             name = f"trained on the hardest {last.images / first.images:.0%}"
             axes.axvspan(hard[0] - 0.5, hard[-1] + 0.5, color=GREY, alpha=0.3, linewidth=0, label=name)
         if kept_epoch:
@@ -128,11 +129,12 @@ def per_class_metrics(metrics: Metrics, subject: str) -> Figure:
 def precision_recall(analysis: Analysis, metrics: Metrics, subject: str) -> Figure:
     """Plot a curve for each class; only the three with the lowest average precision have a color and a name."""
     figure = canvas(f"Precision-recall curves by class: {subject},\n{PLAIN}", 8.5, 6)
-    axes, scores = figure.add_subplot(), metrics.average_precision
-    ranked = sorted(analysis.precision_recall, key=lambda name: scores[name])
+    axes, scores = figure.add_subplot(), metrics.average_precision or {}
+    ranked = sorted(analysis.precision_recall, key=lambda name: scores[name] or 0.0)
     looks = [(ORANGE, "-", 2), (BLUE, "--", 2), (GREEN, ":", 2), *[("#bbbbbb", "-", 1)] * len(ranked)]
     for rank, (name, (color, style, width)) in enumerate(zip(ranked, looks)):
-        curve, text = analysis.precision_recall[name], f"{label(name)}, average precision {scores[name]:.1%}"
+        curve = analysis.precision_recall[name]
+        text: str | None = f"{label(name)}, average precision {scores[name]:.1%}"
         if rank >= 3:
             text = f"other classes ({len(ranked) - 3})" if rank == 3 else None
         marker = "o" if len(set(curve.recall)) < 10 else None  # of few images; a single point has no line
@@ -177,11 +179,16 @@ def blocks(layers: Sequence[LayerRecord]) -> list[LayerRecord]:
     A part is named by the first two words of the dotted names, in deep networks by the first; else all are one.
     """
     for words in (2, 1, 0):
-        groups = groupby(layers, lambda layer, words=words: (layer.name.split(".")[:-1] or [layer.name])[:words])
+        groups = groupby(layers, partial(_part, words=words))
         found = [_block(".".join(path) or "all layers", list(members)) for path, members in groups]
         if len(found) <= _MAX_BLOCKS:
             break
     return found
+
+
+def _part(layer: LayerRecord, words: int) -> list[str]:
+    """Return the first words of the dotted name of what a layer belongs to."""
+    return (layer.name.split(".")[:-1] or [layer.name])[:words]
 
 
 def _block(name: str, layers: list[LayerRecord]) -> LayerRecord:

@@ -17,6 +17,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from cifar.config import MODELS, OTHER_MODELS, is_allowed
 from cifar.errors import UserError, describe, did_you_mean
 
 _SMALL = 64  # pixels
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def require(name: str) -> None:
@@ -62,7 +64,7 @@ def modules(name: str, classes: int, image_size: int, pretrained: bool = False) 
         _adapt_stem(network)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = max(module.momentum, 0.1)  # torch's default; MobileNet's lags by hundreds of steps
+            module.momentum = max(module.momentum or 0, 0.1)  # torch's default; MobileNet's lags by hundreds of steps
     size = _pretrained_size(network, name, image_size) if pretrained else _smallest_size(network, image_size)
     enlarge = {"enlarge": nn.Upsample((size, size), mode="bilinear")} if size != image_size else {}
     return {**enlarge, "network": network}
@@ -97,7 +99,8 @@ def _vision_transformer(name: str, classes: int, image_size: int) -> nn.Module:
     """Build a transformer for 8x8 patches; torchvision ties their size to the name, so it is changed afterwards."""
     patch_size = image_size // 8
     torchvisions_size = int(name.split("_")[2])
-    network = _torchvision(name, classes, image_size=torchvisions_size * (image_size // patch_size))
+    size = torchvisions_size * (image_size // patch_size)
+    network: models.VisionTransformer = _torchvision(name, classes, image_size=size)
     network.image_size, network.patch_size = image_size, patch_size
     network.conv_proj = nn.Conv2d(3, network.hidden_dim, patch_size, patch_size)
     nn.init.trunc_normal_(network.conv_proj.weight, std=(3 * patch_size**2) ** -0.5)  # as torchvision does
@@ -121,7 +124,7 @@ def _adapt_stem(network: nn.Module) -> None:
         network.set_submodule(_first(network, nn.MaxPool2d)[0], nn.Identity())
 
 
-def _first(network: nn.Module, kind: type[nn.Module]) -> tuple[str, nn.Module]:
+def _first(network: nn.Module, kind: type[_Layer]) -> tuple[str, _Layer]:
     return next((name, module) for name, module in network.named_modules() if isinstance(module, kind))
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cifar import console, errors
+from cifar.config import PROJECT
 from cifar.errors import UsageError, UserError
 from cifar.records import EpochRecord
 from commands import run
@@ -109,6 +112,35 @@ def test_a_banner_shows_a_sentence_and_nothing_without_one(capsys):
     shown = capsys.readouterr().out
     assert "this is [not] CIFAR-10" in shown
     assert max(map(len, shown.splitlines())) == 80
+
+
+LOGGED = """
+import sys
+from pathlib import Path
+from cifar import console
+console.say("before [the] log; " + "long " * 40)
+console.log_to(Path(sys.argv[1]))
+with console.counting_bar("images", 2) as advance:
+    advance(1)
+    console.say("beside a bar")
+console.log_to(Path(sys.argv[2]))
+console.out.print(console.table("scores", {"class": ["cat"], "F1": ["90%"]}))
+console.error("it \x1b[31m failed")
+console.say("last")
+console.log_to(Path("/no/such/folder"))
+console.say("lost")
+"""
+
+
+def test_a_log_has_what_was_printed_also_before_it_without_control_codes(tmp_path):
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-c", LOGGED, tmp_path / "first.txt", tmp_path / "second.txt"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    assert "\x1b[" in done.stdout  # the bar
+    first, second = ((tmp_path / name).read_text() for name in ("first.txt", "second.txt"))
+    assert " ".join(first.split()) == f"before [the] log; {'long ' * 40}beside a bar"
+    assert second.startswith("  scores")
+    assert second.splitlines()[-3:] == ["cat   │ 90%", "error: it \\x1b[31m failed", "last"]
 
 
 def test_a_pipe_shows_all_columns_of_a_table(capsys):

@@ -150,7 +150,7 @@ def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
     image_folder, small_cifar10, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CIFAR_DATA_DIR", str(tmp_path / "shared"))
-    monkeypatch.setattr(datasets, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(datasets, "HOME", tmp_path / "project")
     for place in (tmp_path / "shared", small_cifar10, small_cifar10.parent, image_folder, image_folder / "train"):
         before = set(tmp_path.rglob("*"))
         datasets.find(str(image_folder), str(place))
@@ -166,7 +166,7 @@ def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image
     run = SimpleNamespace(config=settings, dataset=record, path=Path("run"))
     image_folder.rename(moved)
     monkeypatch.chdir(moved.parent)
-    monkeypatch.setattr(datasets, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(datasets, "HOME", tmp_path / "project")
     with pytest.raises(UserError, match="my digits is missing: if it was moved, name its new place with --data-dir"):
         datasets.of_run(run, None)
     found = datasets.of_run(run, str(moved))

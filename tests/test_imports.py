@@ -12,7 +12,7 @@ def imported_by(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "cifar":
-            names |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names if path.with_stem(alias.name).exists()}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar."):
             names.add(node.module.removeprefix("cifar."))
     return names

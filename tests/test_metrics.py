@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 from scipy.stats import ttest_1samp
-from sklearn.metrics import average_precision_score, log_loss
+from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
 from cifar import metrics
 
@@ -32,6 +32,16 @@ def test_the_metrics_of_six_images_are_those_worked_out_by_hand():
     two_thirds = pytest.approx(2 / 3)
     assert measured["per_class"]["b"] == dict.fromkeys(("precision", "recall", "f1"), two_thirds) | {"support": 3}
     assert measured["confusion_matrix"] == [[2, 1], [1, 2]]
+
+
+def test_top5_accuracy_is_scikit_learns_and_absent_for_up_to_ten_classes():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 11)), np.arange(40) % 11
+    measured = metrics.measure(logits, -logits, labels, list("abcdefghijk"))
+    assert measured["top5_accuracy"] == top_k_accuracy_score(labels, logits, k=5)
+    assert measured["top5_accuracy_tta"] == top_k_accuracy_score(labels, -logits, k=5)
+    assert measured["top5_accuracy"] > measured["accuracy"]
+    assert "top5_accuracy" not in metrics.measure(logits[:, :10], logits[:, :10], labels % 10, list("abcdefghij"))
 
 
 def test_a_class_may_be_called_like_a_key_of_scikit_learns_report():

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import tasks
-from cifar import analysis, bench, demo, evaluate, export, trainer, visualize
+from cifar import analysis, bench, demo, evaluate, export, tasks, trainer, visualize
 from cifar.config import FIELDS, PROJECT, flag
 from cifar.errors import UserError
 from commands import INVOKE, MAIN, invoke, main, run
@@ -133,7 +132,7 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("evaluate", "--corruptions=yes"), 2, "--corruptions takes no value, so not 'yes'"),
         (("trian",), 2, "there is no task 'trian': did you mean train?"),
         (("--help", "trian"), 2, "there is no task 'trian': did you mean train?"),
-        (("-x",), 2, "there is no task '-x': `invoke --list` lists them"),
+        (("-x",), 2, "there is no task '-x': `invoke list` lists them"),
         (("compare", "-e"), 2, "invoke compare has no flag -e: `invoke compare --help` lists its flags"),
         (("predict", ""), 2, "a word after `invoke predict` must not be empty"),
         (("visualize", "--run", "{empty}"), 1, "{empty} is not a run directory"),

@@ -106,7 +106,16 @@ def test_the_users_matplotlib_is_left_alone():
 def test_a_backend_that_is_not_installed_does_not_matter(tmp_path):
     script = "import sys; from cifar import visualize; visualize.canvas('x', 2, 2).savefig(sys.argv[1])"
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
-    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path / "figure.png")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        script,
+        str(tmp_path / "figure.png"),
+    ]
     subprocess.run(command, cwd=PROJECT, env=environment, check=True)
     assert (tmp_path / "figure.png").stat().st_size
 

@@ -14,6 +14,12 @@ def network_of(name: str, classes: int, size: int) -> nn.Sequential:
     return nn.Sequential(*zoo.modules(name, classes, size).values())
 
 
+def test_a_network_of_timm_is_named_as_a_function_of_its_models(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "timm.models:test_efficientnet"])
+    assert network_of("timm.models:test_efficientnet", 7, 32).eval()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5"])
 @pytest.mark.parametrize("size", [32, 100])
 def test_torchvisions_networks_take_images_of_any_size(name, size):
