@@ -105,7 +105,7 @@ _log_console = Console(
 
 
 def log_to(path: Path) -> None:
-    """Append what is printed from now on to a file, after what this process has printed before, if it can be written."""
+    """Append what is printed from now on to a file, if it can be written, after what was printed before."""
     _log.path = path
     _log.write("")
 
