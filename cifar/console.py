@@ -106,7 +106,7 @@ _log_console = Console(
 
 
 def log_to(path: Path) -> None:
-    """Append to a file, if it can be written, what this process has printed so far and what it prints from now on."""
+    """Append what is printed from now on to a file, if it can be written, after what was printed before."""
     _log.path = path
     _log.write("")
 

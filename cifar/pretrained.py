@@ -55,11 +55,12 @@ def adapt(network: nn.Module, name: str, head: frozenset[str], body_lr: float) -
     network: of `model.build`. head: see `zoo.head_names`.
     """
     expected = preprocessing(name)
-    network.normalize.mean.copy_(torch.tensor(expected.mean).view(1, 3, 1, 1))
-    network.normalize.std.copy_(torch.tensor(expected.std).view(1, 3, 1, 1))
-    network.head_names = frozenset(f"network.{key}" for key in head)
+    network.get_buffer("normalize.mean").copy_(torch.tensor(expected.mean).view(1, 3, 1, 1))
+    network.get_buffer("normalize.std").copy_(torch.tensor(expected.std).view(1, 3, 1, 1))
+    names = frozenset(f"network.{key}" for key in head)
+    network.head_names = names  # type: ignore[assignment]  # torch's annotation leaves out other attributes
     for key, parameter in network.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and (body_lr > 0 or key in network.head_names))
+        parameter.requires_grad_(parameter.requires_grad and (body_lr > 0 or key in names))
 
 
 def load(network: nn.Module, config) -> None:
@@ -74,14 +75,15 @@ def load(network: nn.Module, config) -> None:
     else:
         source = str(_download(_torchvision_weights(config.model)))
         weights = read(Path(source))
-    head = {key.removeprefix("network.") for key in network.head_names}
+    head_names: frozenset[str] = getattr(network, "head_names", frozenset())
+    head, inner = {key.removeprefix("network.") for key in head_names}, network.get_submodule("network")
     body = {key: value for key, value in weights.items() if key not in head and not _AUXILIARY.match(key)}
-    own = {key: value for key, value in network.network.state_dict().items() if key not in head}
+    own = {key: value for key, value in inner.state_dict().items() if key not in head}
     if differences := _differences(body, own):
         raise UserError(f"{source} does not fit {config.model}: {listing(differences)}")
     if not all(value.isfinite().all() for value in body.values()):
         raise UserError(f"the weights in {source} are not finite")
-    network.network.load_state_dict(body, strict=False)
+    inner.load_state_dict(body, strict=False)
 
 
 def _differences(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
@@ -144,7 +146,7 @@ def _download(weights: models.WeightsEnum) -> Path:
     console.say(f"downloading {weights.url}, {weights.meta['_file_size']:.0f} MB")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        digest = torch.hub.HASH_REGEX.search(file)[1]
+        digest = torch.hub.HASH_REGEX.findall(file)[0]
         torch.hub.download_url_to_file(weights.url, str(folder / file), digest, progress=False)
     except (OSError, RuntimeError) as error:  # no network; another hash
         reason = first_line(getattr(error, "reason", error))

@@ -112,7 +112,7 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
     torch.manual_seed(config.seed)
     network = model.build(config.model, classes, train_set.image_size, config.is_pretrained)
     if config.is_pretrained:
-        head = zoo.head_names(config.model, network.network, classes)
+        head = zoo.head_names(config.model, network.get_submodule("network"), classes)
         pretrained.adapt(network, config.model, head, config.body_lr)
     else:
         images = (data.to_float(part.images) for part in train_set[:_WHITENING_IMAGES].chunks())
