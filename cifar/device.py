@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def compiled(network: nn.Module, mode: str) -> nn.Module:
     """Return the network with its calls compiled by torch.compile in a mode of its own, or as it is for `off`."""
-    return network if mode == "off" else torch.compile(network, mode=mode, dynamic=False)
+    return network if mode == "off" else cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
     if config.precision == "float16":
         optimizer.scaler = torch.amp.GradScaler(next(network.parameters()).device.type)
         for own in optimizer.optimizers:  # else fused SGD, when it leaves out its first step, keeps a momentum of noise
-            own._step_supports_amp_scaling = False
+            setattr(own, "_step_supports_amp_scaling", False)
     return optimizer
 
 
@@ -197,14 +197,14 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None):  # without annotations, as torch's own: Optimizer declares two signatures
         """Update all parameters that have a gradient, with few operations, since each takes a GPU's launch."""
         for group in self.param_groups:
-            if parameters := [parameter for parameter in group["params"] if parameter.grad is not None]:
-                self._update(parameters, group["lr"], group["momentum"])
+            gradients = {parameter: parameter.grad for parameter in group["params"] if parameter.grad is not None}
+            if gradients:
+                self._update(list(gradients), list(gradients.values()), group["lr"], group["momentum"])
 
-    def _update(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], lr: float, momentum: float) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
