@@ -107,10 +107,11 @@ class Checkpointer:
     def _outputs(self) -> Tensor:
         """Compute the logits of a few images, from which changed code of the network is noticed when it resumes."""
         network, images = self.training.network, self.dataset.train[:8].images.to(self.training.device)
-        was_training = network.training
+        in_training = [module for module in network.modules() if module.training]  # not frozen BatchNorm
         with torch.no_grad():
             logits = network.eval()(images / 255)
-        network.train(was_training)
+        for module in in_training:
+            module.training = True
         return logits.float().cpu()
 
     def _content(self, network: nn.Module) -> dict[str, Any]:

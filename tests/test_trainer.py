@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar import data, datasets, device, evaluate, metrics, optim, trainer
+from cifar import checkpoint, data, datasets, device, evaluate, metrics, optim, trainer
 from cifar.config import Config
 from cifar.errors import UserError
 
@@ -273,6 +273,15 @@ def test_fast_learns_real_images_in_a_short_training(real_cifar10, make_run):
     vars(few)["test"] = real_cifar10.test[:2500]
     run = make_run(dataset=few, recipe="fast", epochs=2, batch_size=250, small_size=16)
     assert evaluate.evaluate(run, few, "cpu").metrics.accuracy > 0.55
+
+
+def test_saving_leaves_each_layer_in_its_mode(training, make_run, digits):
+    checkpoints, frozen = checkpoint.Checkpointer(make_run(), training, digits), training.network.hidden
+    training.network.train()
+    frozen.eval()
+    checkpoints._outputs()
+    assert training.network.training
+    assert not frozen.training
 
 
 def test_resumed_processes_draw_different_dropout(training, monkeypatch):
