@@ -130,12 +130,12 @@ def _device(name: str) -> Iterator[Finding]:
 
     from cifar import device
 
-    chosen = device.choose(name)
+    chosen, has_cuda = device.choose(name), torch.version.cuda and importlib.util.find_spec("nvidia")
     if problem := device.unused_gpu():
         message = f"{chosen.type}: {problem}"
         hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
         yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
-    elif torch.version.cuda and not torch.cuda.is_available() and importlib.util.find_spec("nvidia"):
+    elif has_cuda and chosen.type == "cpu" and not torch.cuda.is_available():
         message = f"{chosen.type}: {device.describe(chosen)}; the CUDA libraries, some gigabytes, have no GPU to run on"
         yield Finding("device", "note", message, f"to save the space, in a new environment, first: {_CPU_TORCH}")
     else:

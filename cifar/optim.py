@@ -44,7 +44,7 @@ def build(network: nn.Module, config, steps_per_epoch: Sequence[int]) -> "Schedu
     if config.precision == "float16":
         optimizer.scaler = torch.amp.GradScaler(next(network.parameters()).device.type)
         for own in optimizer.optimizers:  # else fused SGD, when it leaves out its first step, keeps a momentum of noise
-            own._step_supports_amp_scaling = False
+            own._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # which GradScaler asks for
     return optimizer
 
 

@@ -5,13 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from invoke import Collection
 from PIL import Image
 from torch import nn
 from torchvision import models
 
-import main
-import tasks
-from cifar import checkpoint, datasets, evaluate, export, model, optim, pipeline, predict, pretrained, trainer, zoo
+from cifar import (
+    checkpoint,
+    datasets,
+    evaluate,
+    export,
+    main,
+    model,
+    optim,
+    pipeline,
+    predict,
+    pretrained,
+    tasks,
+    trainer,
+    zoo,
+)
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.errors import UserError
 
@@ -273,7 +286,7 @@ def test_timms_networks_take_a_file_of_theirs_and_say_where_it_is_to_be_had(fine
 def test_pretrained_is_a_switch_that_brings_the_recipe(words, expected):
     config = Config.create(main.parse(words)[0])
     assert (config.recipe, config.model, config.pretrained) == expected
-    assert tasks._spelled(deque(["train", *words]))[0] == "train"
+    assert tasks._spelled(deque(["train", *words]), Collection.from_module(tasks).tasks)[0] == "train"
 
 
 @pytest.mark.parametrize(

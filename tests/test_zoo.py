@@ -6,6 +6,7 @@ from torch import nn
 
 import cifar
 from cifar import checkpoint, config, evaluate, model, predict, zoo
+from cifar.config import allow_model
 from cifar.errors import UserError
 from commands import invoke, main
 
@@ -14,10 +15,11 @@ def network_of(name: str, classes: int, size: int) -> nn.Sequential:
     return nn.Sequential(*zoo.modules(name, classes, size).values())
 
 
-def test_a_network_of_timm_is_named_as_a_function_of_its_models(monkeypatch):
+def test_a_network_of_timm_may_be_named_as_a_function_of_its_models():
     pytest.importorskip("timm")
-    monkeypatch.setattr(sys, "argv", ["main.py", "--model", "timm.models:test_efficientnet"])
-    assert network_of("timm.models:test_efficientnet", 7, 32).eval()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    name = "timm.models:test_efficientnet"
+    allow_model(name)
+    assert network_of(name, 7, 32).eval()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5"])
