@@ -5,7 +5,7 @@ import sys
 
 from invoke import Collection, Exit, task
 
-from cifar import tasks
+from cifar import commands
 from cifar.config import PROJECT
 
 
@@ -30,7 +30,7 @@ def lint(context):
         context.run(f"{python} -m ruff check . && {python} -m ruff format --check . && {python} -m mypy")
 
 
-namespace = Collection.from_module(tasks)
+namespace = Collection.from_module(commands)
 for one in (test, lint):
     namespace.add_task(one)  # type: ignore[arg-type]  # invoke annotates what @task returns as a function
-tasks.read_command_line(namespace)
+commands.read_command_line(namespace)

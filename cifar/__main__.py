@@ -16,10 +16,10 @@ class _Loader(FilesystemLoader):
     def load(self, name: str | None = None) -> tuple[ModuleType, str]:
         from invoke import Collection
 
-        from cifar import tasks
+        from cifar import commands
 
-        tasks.read_command_line(Collection.from_module(tasks))
-        return tasks, os.getcwd()
+        commands.read_command_line(Collection.from_module(commands))
+        return commands, os.getcwd()
 
 
 def main() -> int:

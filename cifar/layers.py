@@ -208,7 +208,9 @@ class MaxPool2d(nn.MaxPool2d):
         super().__init__(2)
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.requires_grad and features.device.type == "cpu" and features.nbytes > CHUNK_BYTES:
+        if features.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(features)
+        if features.requires_grad and features.nbytes > CHUNK_BYTES:
             return _ChunkedMaxPool.apply(features)
         return super().forward(features)
 

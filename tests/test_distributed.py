@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
-from cifar import console, data, device, evaluate, model, optim, pipeline, trainer
+from cifar import console, data, device, evaluate, main, model, optim, pipeline, trainer
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run

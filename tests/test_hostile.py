@@ -201,7 +201,7 @@ def content_of(path: Path) -> list | bytes:
 @pytest.fixture(scope="module")
 def interrupted_run(tmp_path_factory) -> Run:
     """A run that was interrupted in its second epoch, and so has a previous.pt; do not change it."""
-    from cifar import pipeline, trainer
+    from cifar import checkpoint, pipeline, trainer
     from cifar.checkpoint import Checkpointer
 
     run, dataset = pipeline.create(quick_config(tmp_path_factory.mktemp("interrupted"), epochs=3))
@@ -212,6 +212,7 @@ def interrupted_run(tmp_path_factory) -> Run:
         save_if_due(checkpointer, signal.SIGINT if (training.epoch, training.step) == (2, 3) else None)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted), run.lifetime():
+        patch.setattr(checkpoint, "EPOCH_SECONDS", 0.0)
         patch.setattr(Checkpointer, "save_if_due", interrupt_once)
         trainer.fit(run, dataset)
     assert run.status() == "interrupted"

@@ -42,7 +42,7 @@ def test_one_command_without_cifar10_and_network_goes_the_whole_way_on_digits_an
     assert (tmp_path / "latest").resolve() == made
     assert stems(made) == {
         *("config", "run", "history", "metrics", "classification_report", "predictions"),
-        *("analysis", "saliency", "report", "checkpoints", "figures"),
+        *("analysis", "saliency", "report", "checkpoints", "figures", "log"),
     }
     assert stems(made / "figures") == DRAWN
     assert stems(made / "checkpoints") == {"last", "best"}
