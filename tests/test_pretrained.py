@@ -12,6 +12,7 @@ from torchvision import models
 
 from cifar import (
     checkpoint,
+    commands,
     datasets,
     evaluate,
     export,
@@ -21,7 +22,6 @@ from cifar import (
     pipeline,
     predict,
     pretrained,
-    tasks,
     trainer,
     zoo,
 )
@@ -286,7 +286,7 @@ def test_timms_networks_take_a_file_of_theirs_and_say_where_it_is_to_be_had(fine
 def test_pretrained_is_a_switch_that_brings_the_recipe(words, expected):
     config = Config.create(main.parse(words)[0])
     assert (config.recipe, config.model, config.pretrained) == expected
-    assert tasks._spelled(deque(["train", *words]), Collection.from_module(tasks).tasks)[0] == "train"
+    assert commands._spelled(deque(["train", *words]), Collection.from_module(commands).tasks)[0] == "train"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cifar import analysis, bench, demo, evaluate, export, tasks, trainer, visualize
+from cifar import analysis, bench, commands, demo, evaluate, export, trainer, visualize
 from cifar.config import FIELDS, PROJECT, flag
 from cifar.errors import UserError
 from commands import INVOKE, MAIN, invoke, main, run
@@ -268,7 +268,7 @@ def typed(chance: random.Random, port: int) -> list[str]:
     name = chance.choice(["main", *TASKS[:-2]])
     kinds = dict.fromkeys((*FIELDS, "config", "resume"), str)
     if name != "main":
-        kinds = {argument.name: argument.kind for argument in getattr(tasks, name).get_arguments()}
+        kinds = {argument.name: argument.kind for argument in getattr(commands, name).get_arguments()}
     flags = [field for field, kind in kinds.items() if kind is str]
     quick = dict(zip(("recipe", "dataset", "epochs"), QUICK[1::2])) | {"device": "cpu", "output_dir": "outputs"}
     given = {field: value for field, value in {**quick, "port": str(port)}.items() if field in flags}
