@@ -198,6 +198,7 @@ def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) ->
         made.checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.copy(run.path / runs.HISTORY, made.path / runs.HISTORY)
     defaults = {name: Config.model_fields[name].default for name in LOCATIONS}  # another machine has other folders
+    defaults["precision"] = "float32"  # so that predictions are the same on every processor, to 1e-4
     made.write(runs.CONFIG, run.config.model_dump() | defaults)
     made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
     kept = {key: content[key] for key in ("model", "image_size", "epoch")}
