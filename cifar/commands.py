@@ -219,7 +219,7 @@ def demo(
     try:
         from cifar import demo
     except ModuleNotFoundError as error:
-        raise UserError(f"the demo needs {error.name}: pip install 'gradio>=6.24,<7'") from None
+        raise UserError(f"the demo needs {error.name}: pip install 'gradio>=6.31,<7'") from None
 
     demo.serve(found, **places, share=share, auth=auth, device=config.device)
 
