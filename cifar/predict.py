@@ -141,7 +141,7 @@ def find_images(paths: Sequence[str]) -> list[Source]:
 
 def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Write predictions to a .csv or .json file. Raises UserError if it cannot be written."""
-    rows = [_row(prediction, predictor) for prediction in predictions]
+    rows = [_row(prediction) for prediction in predictions]
     nothing = dict.fromkeys(predictor.classes, "")
     lines = [[*_COLUMNS, *(f"{name} (class)" if name in _COLUMNS else name for name in predictor.classes)]]
     for row in rows:
@@ -155,38 +155,36 @@ def write(path: Path, predictions: Sequence[Prediction], predictor: Predictor) -
             csv.writer(file).writerows(map(csv_cell, line) for line in lines)
 
 
-def _row(prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
+def _row(prediction: Prediction) -> dict[str, Any]:
     """Return one prediction as a JSON file holds it."""
     if prediction.probabilities is None:
         return {"image": prediction.name, "error": prediction.error}
-    probabilities = dict(zip(predictor.classes, (round(float(p), 6) for p in prediction.probabilities)))
-    predicted = predictor.classes[prediction.probabilities.argmax()]
+    probabilities = dict(zip(prediction.classes, (round(float(p), 6) for p in prediction.probabilities)))
     return {
         "image": prediction.name,
-        "predicted": predicted,
-        "confidence": probabilities[predicted],
-        "probably_none": predictor.is_probably_none(prediction.probabilities),
+        "predicted": prediction.label,
+        "confidence": probabilities[prediction.label],
+        "probably_none": prediction.probably_none,
         "probabilities": probabilities,
     }
 
 
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
-    readable = [(one.name, one.probabilities) for one in predictions if one.probabilities is not None]
+    readable = [prediction for prediction in predictions if prediction.probabilities is not None]
     origin = ", which comes with this program," if predictor.run.is_shipped else ","
     console.say(f"predictions of {predictor.run.path.name}{origin} trained on {predictor.run.dataset.name}")
     shown = predictions
     if len(predictions) > _ROWS:
         shown = predictions[: _ROWS // 2]
-        predicted = Counter(predictor.classes[probabilities.argmax()] for _, probabilities in readable)
-        counts = predicted.most_common(_ROWS // 2)
+        counts = Counter(prediction.label for prediction in readable).most_common(_ROWS // 2)
         columns = {"most frequent": [name for name, _ in counts], "images": [f"{count:,}" for _, count in counts]}
         console.out.print(console.table(f"{len(predictions):,} images", columns))
     room = max(20, console.out.width - 60)  # three classes of CIFAR-10 with their probabilities need the rest
     names = [display_path(prediction.name) for prediction in shown]
     columns = {"image": [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]}
     for rank, place in enumerate(("first", "second", "third")[: len(predictor.classes)]):
-        columns[place] = [_cell(prediction, predictor, rank) for prediction in shown]
+        columns[place] = [_cell(prediction, rank) for prediction in shown]
     console.out.print(console.table("", columns))
     if len(predictions) > len(shown):
         console.say(f"and {len(predictions) - len(shown):,} more images; --output saves all predictions")
@@ -195,13 +193,13 @@ def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) ->
         console.say(f"cannot read {prediction.name}: {prediction.error}", style="red")
     if len(failed) > _ROWS // 2:
         console.say(f"and {len(failed) - _ROWS // 2:,} more that cannot be read", style="red")
-    if unsure := [name for name, probabilities in readable if predictor.is_probably_none(probabilities)]:
+    if unsure := [prediction.name for prediction in readable if prediction.probably_none]:
         console.say(f"probably none of the classes (confidence below {predictor.threshold:.1%}): {listing(unsure)}")
 
 
-def _cell(prediction: Prediction, predictor: Predictor, rank: int) -> str:
+def _cell(prediction: Prediction, rank: int) -> str:
     """Return the most probable class, for rank 0, or a less probable one, with its probability."""
     if prediction.probabilities is None:
         return "" if rank else "cannot be read"
-    number = prediction.probabilities.argsort()[::-1][rank]
-    return f"{predictor.classes[number]} {prediction.probabilities[number]:.1%}"
+    label, probability = prediction.top(rank + 1)[rank]
+    return f"{label} {probability:.1%}"

@@ -32,7 +32,6 @@ def stand_in(classes, threshold=0.5) -> SimpleNamespace:
         classes=tuple(classes),
         run=SimpleNamespace(path=Path("my-run"), dataset=SimpleNamespace(name="pets"), is_shipped=False),
         threshold=threshold,
-        is_probably_none=lambda probabilities: bool(probabilities.max() < threshold),
     )
 
 
@@ -113,11 +112,11 @@ def test_a_dash_is_standard_input_and_a_closed_one_is_an_error(monkeypatch):
             predict.find_images(["-"])
 
 
-def predictions_of(names, classes: int, sure=0.9) -> list[Prediction]:
-    """One prediction for each name; the first is of class 0, the second of class 1 and so on."""
-    rows = np.full((len(names), classes), (1 - sure) / max(1, classes - 1))
-    rows[np.arange(len(names)), np.arange(len(names)) % classes] = sure
-    return [Prediction(Path(name), row) for name, row in zip(names, rows)]
+def predictions_of(names, classes, sure=0.9, threshold=0.5) -> list[Prediction]:
+    """One prediction for each name; the first is of the first class, the second of the second and so on."""
+    rows = np.full((len(names), len(classes)), (1 - sure) / max(1, len(classes) - 1))
+    rows[np.arange(len(names)), np.arange(len(names)) % len(classes)] = sure
+    return [Prediction(Path(name), row, None, tuple(classes), sure < threshold) for name, row in zip(names, rows)]
 
 
 @pytest.fixture(params=[80, 120])
@@ -131,7 +130,7 @@ def written(request, monkeypatch) -> io.StringIO:
 def test_class_names_are_whole_and_control_characters_escaped_whatever_the_path(written):
     names = ["/data/" + "a_long_folder/" * 9 + "photo.png", "relative/[red].png", "bell\a.png"]
     classes = (*CIFAR10_CLASSES[:2], "[bold]cat\n")
-    predict.show_predictions(predictions_of(names, 3, sure=0.4), stand_in(classes))
+    predict.show_predictions(predictions_of(names, classes, sure=0.4), stand_in(classes))
     printed = written.getvalue()
     assert max(map(len, printed.splitlines()[:6])) <= console.out.width
     for part in ("_folder/photo.png", "relative/[red].png", r"bell\x07.png", "automobile 40.0%", r"[bold]cat\n 40.0%"):
@@ -141,9 +140,10 @@ def test_class_names_are_whole_and_control_characters_escaped_whatever_the_path(
 
 def test_of_many_images_a_summary_and_the_first_are_shown(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    predictions = predictions_of([f"{n:04}.png" for n in range(1200)], 13)
+    classes = [f"class {number}" for number in range(13)]
+    predictions = predictions_of([f"{n:04}.png" for n in range(1200)], classes)
     predictions[-1] = Prediction(Path("broken"), None, "the file is empty")
-    predict.show_predictions(predictions, stand_in(f"class {number}" for number in range(13)))
+    predict.show_predictions(predictions, stand_in(classes))
     printed = written.getvalue()
     summary = re.findall(r"class (\d+) *│ *(\d+)$", printed, re.MULTILINE)
     # Image n is of class n modulo 13, and 1200 is 92 times 13 and 4; the one that cannot be read was of class 3.
@@ -155,7 +155,10 @@ def test_of_many_images_a_summary_and_the_first_are_shown(written, tmp_path, mon
 
 def test_predictions_are_written_as_csv_and_json(tmp_path):
     classes = ("image", "error", "=1+1", "-")
-    predictions = [*predictions_of(["@a.png", "b.png", "c,\udc80.png"], 4, sure=0.7), Prediction(b"", None, "empty")]
+    predictions = [
+        *predictions_of(["@a.png", "b.png", "c,\udc80.png"], classes, sure=0.7),
+        Prediction(b"", None, "empty"),
+    ]
     for name in ("new/a.CSV", "a.JSON"):
         predict.write(tmp_path / name, predictions, stand_in(classes))
     rows = json.loads((tmp_path / "a.JSON").read_text(encoding="utf-8"))
