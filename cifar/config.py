@@ -17,7 +17,7 @@ from cifar.files import read
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
     "model": "airbench94",
-    "epochs": 12,
+    "epochs": 13,
     "batch_size": 1000,
     "optimizer": "muon",
     "lr": 0.17,
@@ -31,7 +31,7 @@ _FAST = {
     "flip": "alternating",
     "cutout": 0,
     "jitter": 0.0,
-    "small_epochs": 6,
+    "small_epochs": 7,
     "hard_epochs": 3,
 }
 # For any network that --model names: Adam with cosine decay.
