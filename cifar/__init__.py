@@ -56,8 +56,9 @@ def train(
     Raises UserError for a setting that is invalid or does not fit, and KeyboardInterrupt, saved, for Ctrl-C.
     """
     from cifar import console
-    from cifar.config import Config, load_settings
+    from cifar.config import Config
     from cifar.errors import UserError
+    from cifar.flags import load_settings
 
     given = load_settings({"recipe": recipe, "dataset": dataset, "epochs": epochs, **settings}, config)
     checked = Config.create(given)

@@ -9,9 +9,9 @@ import json
 import math
 import mmap
 import shutil
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar import console, files
+from cifar import files
 from cifar.data import Split
 from cifar.errors import UserError
 from cifar.files import atomic_write, open_regular
@@ -31,15 +31,9 @@ _ABOUT = "about.json"
 _ALWAYS_HASHED = 1e9
 
 
-@contextlib.contextmanager
-def locked(place: Path) -> Iterator[None]:
+def locked(place: Path) -> AbstractContextManager[None]:
     """Keep other processes from writing to the cache at the same time."""
-    with files.open_lock(place / "lock", create=True) as file:
-        if not files.lock(file):
-            console.say("another process is decoding these images: waiting for it")
-            while not files.lock(file):
-                time.sleep(0.2)
-        yield
+    return files.awaited(place / "lock", "waiting for another process that is decoding these images")
 
 
 def write(place: Path, images: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:

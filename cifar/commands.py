@@ -18,8 +18,9 @@ from invoke import Argument, Collection, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import FIELDS, HELP, PIPELINE, STAGES, SWITCHES, Config, help_page, load_settings, take_flag
+from cifar.config import FIELDS, PIPELINE, STAGES, Config
 from cifar.errors import UsageError, UserError, did_you_mean, display_path
+from cifar.flags import HELP, SWITCHES, help_page, load_settings, take_flag
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
 _HELP = HELP | {

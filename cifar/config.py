@@ -1,18 +1,13 @@
-"""Every setting of a run, the recipes, which are named sets of them, and the flags of the command lines."""
+"""Every setting of a run, and the recipes, which are named sets of them."""
 
-import argparse
-import json
 import os
-import tomllib
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from cifar.errors import UsageError, UserError, did_you_mean, display_path, known_name
-from cifar.files import read
+from cifar.errors import UsageError, UserError, display_path, known_name
 
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
@@ -381,64 +376,6 @@ def help_text(name: str) -> str:
     return "; ".join(parts)
 
 
-# The settings that are on without a value.
-SWITCHES = tuple(name for name, field in Config.model_fields.items() if field.annotation is bool)
-HELP = {name: help_text(name) for name in FIELDS} | {
-    "config": "file with settings, .toml or .json, such as a run's config.json; flags take precedence",
-    "resume": "resume an interrupted, failed or killed run: its directory, or its name in --output-dir",
-}
-
-
-def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command: str) -> tuple[str, str | bool]:
-    """Take a flag and its value from the front of a command line; returns both, the flag as `takes_value` spells it.
-
-    takes_value: of each flag; None where the value may be left out. The value is True where there is none. Underscores
-    count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value that is missing,
-    empty, as that of an unset shell variable, or one too many.
-    """
-    word, has_value, value = words.popleft().partition("=")
-    name = word.replace("_", "-").lower()
-    if name not in takes_value:
-        hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
-        raise UsageError(f"{command} has no flag {word}: {hint.strip()}")
-    if takes_value[name] is not False and not has_value and words and not words[0].startswith("--"):
-        has_value, value = "=", words.popleft()
-    if takes_value[name] is not None and takes_value[name] != bool(has_value):
-        raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else f"{name} needs a value")
-    if has_value and not value.strip():
-        raise UsageError(f"{name} must not be empty")
-    return name, os.path.expanduser(value) if has_value else True
-
-
-def help_page(command: str, description: str, texts: Mapping[str, str], takes_value: Mapping[str, bool | None]) -> str:
-    """Lay out the help of a command.
-
-    texts: of each flag, or of the words without a flag by a name without dashes. takes_value: as for `take_flag`.
-    """
-    words = [f"[{name.upper()} ...]" for name in texts if not name.startswith("-")]
-    usage = " ".join((command, "[FLAGS]", *words))
-    parser = argparse.ArgumentParser(usage=usage, description=description, add_help=False)
-    for name, text in texts.items():
-        value = {"metavar": name.split("-")[-1].upper(), "nargs": "?" if takes_value.get(name) is None else None}
-        options = {"action": "store_true"} if takes_value.get(name) is False else value
-        parser.add_argument(name, help=text.replace("%", "%%"), **options)
-    return parser.format_help()
-
-
-def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
-    """Return field name -> value: those of the settings file, overridden by the flags, which may name code to import.
-
-    flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
-    config.json are ignored. Raises UserError that names the file for an invalid one.
-    """
-    given = {name: value for name, value in flags.items() if value is not None}
-    allow_model(given.get("model"))
-    settings = _read_settings(Path(file)) if file else {}
-    if "recipe" in settings and given.get("recipe", settings["recipe"]).lower() != settings["recipe"].lower():
-        raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
-    return settings | given
-
-
 def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:
     """Fit the settings to a datasets.Dataset; returns them, and a sentence for each setting that had to change.
 
@@ -523,26 +460,3 @@ def _raise_sentence(error: ValidationError) -> NoReturn:
     if "parsing" in kind:
         raise UsageError(f"{flag(name)} {wording}, not '{shown}'")
     raise UserError(f"{flag(name)} {wording}, not {shown}")
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a file, of which each alone is valid."""
-    path = path / "config.json" if path.is_dir() else path
-    parsers = {".toml": tomllib.loads, ".json": json.loads}
-    suffix = path.suffix.lower()
-    if suffix not in parsers:
-        raise UserError(f"--config takes a file that ends in .toml or .json, not '{path}'")
-    text = read(path)
-    try:
-        content = parsers[suffix](text.decode("utf-8-sig"))  # editors on Windows begin with a mark
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must contain settings by name")
-    settings = {key.replace("-", "_"): value for key, value in content.items()}
-    try:
-        Config.create(settings)
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from None
-    is_of_run = path.name == "config.json" and (path.parent / "run.json").exists()
-    return {name: value for name, value in settings.items() if not (is_of_run and name in LOCATIONS)}

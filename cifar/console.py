@@ -105,8 +105,11 @@ _log_console = Console(
 )
 
 
-def log_to(path: Path) -> None:
-    """Append what is printed from now on to a file, if it can be written, after what was printed before."""
+def log_to(path: Path | None) -> None:
+    """Append what is printed from now on to a file, if it can be written, after what was printed before.
+
+    None: keep what is printed for the next file.
+    """
     _log.path = path
     _log.write("")
 
@@ -369,8 +372,10 @@ def counting_bar(name: str, total: int) -> Iterator[Callable[[float], None]]:
 class TrainingProgress(Progress):
     """The live line of a training, and a permanent line for each epoch."""
 
-    def __init__(self, steps: Sequence[int], costs: Sequence[float], forecast: Callable[[float], str] | None = None):
-        """steps: of each epoch. costs: of one step of each epoch, in any unit that is proportional to time.
+    def __init__(
+        self, steps: Sequence[int], image_sizes: Sequence[int], forecast: Callable[[float], str] | None = None
+    ):
+        """steps: of each epoch. image_sizes: of each epoch, in pixels; the time of a step is taken as their square.
 
         forecast: words what the training will take, given the seconds; printed as soon as these can be estimated.
         """
@@ -382,8 +387,8 @@ class TrainingProgress(Progress):
             "left",
         )
         super().__init__(SpinnerColumn(), *parts, console=out, transient=True, expand=True, disable=not is_live())
-        self.steps, self.costs = steps, costs
-        self.work = [0.0, *accumulate(map(mul, steps, costs))]  # until the end of each epoch
+        self.steps, self.costs = steps, [size**2 for size in image_sizes]
+        self.work = [0, *accumulate(map(mul, steps, self.costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process
         self.started, self.drawn = time.monotonic(), 0.0
         self.forecast = forecast

@@ -19,7 +19,7 @@ import httpx
 
 from cifar import console
 from cifar.errors import UsageError, UserError, first_line
-from cifar.files import lock, open_lock, writing
+from cifar.files import awaited, writing
 
 _TIMEOUT = 10.0  # seconds without a connection, an answer or a byte
 _SPEED_SECONDS = 15.0  # over which the speed is measured
@@ -151,11 +151,7 @@ def _one_process(folder: Path) -> Iterator[None]:
     """Wait until no other process downloads to the folder. The system releases the lock of a process that dies."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with open_lock(folder / ".cifar.lock", create=True) as file:
-        if not lock(file):
-            console.say(f"waiting for another process that is downloading the dataset to {folder}")
-            while not lock(file):
-                time.sleep(0.2)
+    with awaited(folder / ".cifar.lock", f"waiting for another process that is downloading the dataset to {folder}"):
         yield
 
 

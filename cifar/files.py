@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel
 
+from cifar import console
 from cifar.errors import UserError, display_path
 
 _PATIENCE = 1.0  # seconds to wait for a lock, which `Run.status` in another process holds for milliseconds
@@ -134,6 +135,17 @@ def claimed(path: Path, create: bool = False) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise UserError(f"{path.parent.name} is in use by another process")
             time.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
+def awaited(path: Path, message: str) -> Iterator[None]:
+    """Lock a file, which is made if it is missing; if another process has locked it, print the message and wait."""
+    with open_lock(path, create=True) as opened:
+        if not lock(opened):
+            console.say(message)
+            while not lock(opened):
+                time.sleep(0.2)
         yield
 
 

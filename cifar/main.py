@@ -6,8 +6,9 @@ from collections import deque
 from typing import Any, NoReturn
 
 from cifar import console
-from cifar.config import HELP, PIPELINE, STAGES, SWITCHES, Config, flag, help_page, load_settings, take_flag
+from cifar.config import PIPELINE, STAGES, Config, flag
 from cifar.errors import UsageError, UserError
+from cifar.flags import HELP, SWITCHES, help_page, load_settings, take_flag
 
 _TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for name in HELP}
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cifar import config
-from cifar.config import PROJECT, RECIPES, Config, load_settings, resolve
+from cifar.config import PROJECT, RECIPES, Config, resolve
 from cifar.data import Split
 from cifar.errors import UsageError, UserError
+from cifar.flags import load_settings
 
 
 def dataset(name: str, images: int, classes: int, size: int = 32, can_flip: bool = True, own_val: int = 0):
@@ -102,7 +103,7 @@ def test_a_model_without_a_recipe_brings_its_own_under_its_old_name_too(model, r
 
 
 def test_the_config_of_an_older_run_is_filled_in_from_its_recipe():
-    path = next((PROJECT / "outputs" / "reference").glob("*_convnet_cifar10")) / "config.json"
+    path = PROJECT / "tests" / "old_run" / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert "hard_epochs" not in content
     made = Config.from_file({**content, "model": "whitened"})

@@ -164,7 +164,7 @@ def test_a_terminal_shows_the_columns_that_fit(terminal, width, left_out):
 
 
 def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal):
-    with console.TrainingProgress([4, 4], [1.0, 1.0]) as progress:
+    with console.TrainingProgress([4, 4], [32, 32]) as progress:
         progress.step(1, 3, 0.4321, 0.871, 1034.4)
         assert not progress.is_due()
         progress.refresh()
@@ -177,14 +177,14 @@ def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal
 def test_how_long_training_will_take_is_said_after_its_second_step(monkeypatch, capsys):
     clock = iter([0.0, 9.0, 11.0, 30.0])  # started, and after three steps, of which the first takes longer
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    with console.TrainingProgress([10, 10], [1.0, 3.0], "takes {:.0f} s".format) as progress:
+    with console.TrainingProgress([10, 10], [16, 32], "takes {:.0f} s".format) as progress:
         for step in (1, 2, 3):
             progress.step(1, step, 0.5, 0.5, 10.0)
-    assert capsys.readouterr().out == "takes 80 s\n"  # 10 steps of 2 seconds, and 10 of 6
+    assert capsys.readouterr().out == "takes 100 s\n"  # 10 steps of 2 seconds, and 10 of 8
 
 
 def test_a_pipe_shows_one_line_for_each_epoch(capsys):
-    with console.TrainingProgress([22] * 11, [1.0] * 11) as progress:
+    with console.TrainingProgress([22] * 11, [32] * 11) as progress:
         progress.step(1, 22, 0.5, 0.871, 1034.4)
         progress.end_epoch(EPOCH, is_best=True)
         progress.end_epoch(EPOCH.model_copy(update={"val_loss": None, "val_accuracy": None}), is_best=True)
@@ -195,17 +195,19 @@ def test_a_pipe_shows_one_line_for_each_epoch(capsys):
 
 
 @pytest.mark.parametrize(
-    ("steps", "costs", "resumed", "left"),
+    ("steps", "image_sizes", "resumed", "left"),
     [
-        ([10, 5], [1.0, 1.0], None, "0:30"),  # half the steps are left
-        ([10, 10], [1.0, 3.0], None, "3:00"),  # at three times the cost
-        ([10, 10], [1.0, 1.0], (1, 5), "2:00"),  # five steps in 60 seconds, ten are left
+        ([10, 5], [32, 32], None, "0:30"),  # half the steps are left
+        ([10, 10], [16, 32], None, "4:00"),  # at four times the cost
+        ([10, 10], [32, 32], (1, 5), "2:00"),  # five steps in 60 seconds, ten are left
     ],
 )
-def test_the_time_left_counts_each_step_of_this_process_at_its_cost(steps, costs, resumed, left, monkeypatch, capsys):
+def test_the_time_left_counts_each_step_of_this_process_at_its_cost(
+    steps, image_sizes, resumed, left, monkeypatch, capsys
+):
     clock = iter([0.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock, 60.0))
-    with console.TrainingProgress(steps, costs) as progress:
+    with console.TrainingProgress(steps, image_sizes) as progress:
         if resumed:
             progress.resume(*resumed)
         progress.end_epoch(EPOCH, is_best=False)

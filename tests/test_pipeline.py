@@ -13,8 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from cifar import checkpoint, datasets, pipeline, report, trainer, visualize
-from cifar.config import PROJECT, Config, load_settings
+from cifar.config import PROJECT, Config
 from cifar.download import ARCHIVES
+from cifar.flags import load_settings
 from cifar.runs import Run
 from cifar.visualize import FIGURES
 from commands import INVOKE, MAIN, main, run
