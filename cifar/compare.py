@@ -50,8 +50,10 @@ def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def headline(run: Run) -> dict[str, float | None]:
     """Return the main metrics of a run. Raises UserError if it has not been evaluated or a file is damaged."""
-    seconds = run.record.seconds
-    return {**_measured(run.metrics), "seconds_train": seconds.get("train"), "seconds": sum(seconds.values())}
+    seconds, kept = run.record.seconds, run.kept_epoch
+    validation = {"val_accuracy": kept and kept.val_accuracy}
+    times = {"seconds_train": seconds.get("train"), "seconds": sum(seconds.values())}
+    return {**validation, **_measured(run.metrics), **times}
 
 
 def _measured(metrics: Metrics) -> dict[str, float]:

@@ -173,7 +173,7 @@ def learning_problems(run: Run) -> list[str]:
     """Return warnings, with advice, if an evaluated run has learned nothing, or only its training images."""
     if not run.has_metrics or run.metrics.n < 10:
         return []
-    metrics, history, problems = run.metrics, run.history(), []
+    metrics, kept, problems = run.metrics, run.kept_epoch, []
     chance = max(scores.support for scores in metrics.per_class.values()) / metrics.n  # by always naming that class
     if chance == 1:
         return []
@@ -182,8 +182,6 @@ def learning_problems(run: Run) -> list[str]:
             "The network gives every test image the same class, so it has not learned to tell the classes apart: "
             "look at figures/dataset_samples.png, or try more --epochs or another --recipe."
         )
-    epoch = metrics.epoch or 0
-    kept = history[epoch - 1] if 0 < epoch <= len(history) else None
     if kept is None or kept.val_accuracy is None:
         return problems
     above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]

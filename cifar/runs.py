@@ -154,6 +154,12 @@ class Run:
         except ValueError as error:
             raise damaged(self.path / HISTORY, str(error)) from None
 
+    @property
+    def kept_epoch(self) -> EpochRecord | None:
+        """The epoch whose weights were evaluated; None if the run's files do not name it."""
+        epoch, history = self.metrics.epoch or 0, self.history()
+        return history[epoch - 1] if 0 < epoch <= len(history) else None
+
     def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
         """Add the line of one epoch to history.jsonl."""
         line = json.dumps(files.as_dict(epoch), allow_nan=False).encode()

@@ -17,6 +17,7 @@ from cifar.runs import Run
 # Settings that a budget of minutes chooses.
 _PLANNED = ("epochs", "small_epochs", "hard_epochs", "warmup_epochs", "minutes")
 _METRICS = {  # of compare.headline: title, format and largest possible value
+    "val_accuracy": ("validation accuracy", ".2%", 1),
     "accuracy": ("accuracy", ".2%", 1),
     "accuracy_tta": ("accuracy (TTA)", ".2%", 1),
     "loss": ("loss (cross-entropy)", ".4f", math.inf),
@@ -76,6 +77,7 @@ def run(config: Config) -> None:
     with runs.claim_group(group.path) if is_first else contextlib.nullcontext():
         members, finished = device.broadcast_object(group.members() if is_first else None), []
         for number, seed in enumerate(group.seeds, start=1):
+            console.log_to(None)  # the last run's log has ended
             console.say(f"seed {seed}, {number} of {len(group.seeds)}", style="bold")
             member = group.config.replace(seed=seed, seeds=1, output_dir=display_path(group.path))
             if seed in members:

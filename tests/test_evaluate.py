@@ -214,9 +214,8 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
 def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train_accuracy, val_accuracy, said):
     supports = {str(number): SimpleNamespace(support=sum(row)) for number, row in enumerate(matrix)}
     metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2)
-    other, kept = ((0.0, 1.0), (train_accuracy, val_accuracy))
-    epochs = [SimpleNamespace(train_accuracy=train, val_accuracy=val) for train, val in (other, kept)]
-    run = SimpleNamespace(has_metrics=True, metrics=metrics, history=lambda: epochs)
+    kept = SimpleNamespace(train_accuracy=train_accuracy, val_accuracy=val_accuracy)
+    run = SimpleNamespace(has_metrics=True, metrics=metrics, kept_epoch=kept)
     problems = evaluate.learning_problems(run)
     assert len(problems) == len(said)
     for problem, part in zip(problems, said):

@@ -39,6 +39,9 @@ def test_the_same_command_resumes_a_killed_group(tmp_path, monkeypatch):
     first, killed = sorted(group.glob("*/"))
     before = (first / "run.json").stat()
     assert (Run(first).status(), Run(killed).status()) == ("completed", "killed")
+    log = (first / "log.txt").read_text()
+    assert "seed 3, 1 of 2\n" in log
+    assert "seed 4" not in log
 
     monkeypatch.setattr(visualize, "visualize", lambda *_: None)
     monkeypatch.setattr(report, "write", lambda *_: None)
