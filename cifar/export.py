@@ -204,8 +204,8 @@ def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) ->
     kept = {key: content[key] for key in ("model", "image_size", "epoch")}
     checkpoint.save(made.checkpoints / "best.pt", classes=tuple(content["classes"]), weights=weights, **kept)
     measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
-    float32 = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
-    made.write(runs.METRICS, {**measured, "float32": float32})
+    itself = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
+    made.write(runs.METRICS, {**measured, "original": itself})
     return made
 
 

@@ -9,8 +9,8 @@ from cifar import records
 from cifar.config import PROJECT
 
 REFERENCE = PROJECT / "outputs" / "reference"
-RUN = REFERENCE / "2026-11-21_10-12-15_convnet_cifar10"
-FILES = sorted(path for path in REFERENCE.rglob("*.json*") if path.name in records.RECORDS)
+RUN = PROJECT / "tests" / "old_run"  # of the first version
+FILES = sorted(path for folder in (REFERENCE, RUN) for path in folder.rglob("*.json*") if path.name in records.RECORDS)
 
 
 def load(path: Path):

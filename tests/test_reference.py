@@ -1,4 +1,4 @@
-"""The runs in outputs/reference can still be read, and the README's tables have their values and their commit."""
+"""The runs in outputs/reference can still be read, and the pages have their values and their commit."""
 
 import json
 import re
@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import compare, predict, report, runs
+from cifar import analysis, compare, doctor, evaluate, predict, report, runs, visualize
 from cifar.config import PROJECT
 from cifar.runs import Run
 
 REFERENCE = PROJECT / "outputs" / "reference"
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-EXPERIMENTS = (PROJECT / "docs" / "experiments.md").read_text(encoding="utf-8")
 (SEEDS,) = runs.groups(REFERENCE)
-MEMBERS = [path for path in runs.directories(REFERENCE) if path.parent == SEEDS.resolve()]
+MEMBERS = sorted(path for path in runs.directories(REFERENCE) if path.parent == SEEDS.resolve())  # by seed
 SINGLE = [path for path in runs.directories(REFERENCE) if path.parent == REFERENCE.resolve()]
 (CONVNET,) = [path for path in SINGLE if "_convnet_" in path.name]
 
@@ -55,58 +54,79 @@ def test_a_reference_run_gets_a_report_and_predicts_what_it_did(real_cifar10, tm
     assert sum(predicted == saved) >= 198  # it was made in bfloat16, which not every processor has
 
 
+def test_a_run_of_the_first_version_can_still_be_used(real_cifar10, tmp_path, capsys):
+    shutil.copytree(PROJECT / "tests" / "old_run", tmp_path / "2026-11-21_10-12-15_convnet_cifar10")
+    run = Run(tmp_path / "2026-11-21_10-12-15_convnet_cifar10")
+    (row,) = compare.leaderboard(str(tmp_path))
+    assert (row["recipe"], row["accuracy"], row["damaged"]) == ("convnet", 0.7919, [])
+    evaluation = evaluate.evaluate(run, real_cifar10, "cpu")
+    assert evaluation.metrics.accuracy == pytest.approx(0.7919, abs=0.002)  # it was made in another precision
+    analysis.write(run, real_cifar10, evaluation)
+    assert len(visualize.visualize(run, real_cifar10)) == len(visualize.FIGURES)
+    assert "79." in report.write(run, real_cifar10).read_text(encoding="utf-8")
+    assert doctor.examine_run(run)[0].level == "ok"
+
+
 def test_the_reference_checkpoint_loads_without_the_dataset():
     probabilities = predict.Predictor(Run(CONVNET), "cpu").probabilities(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert probabilities.sum(1) == pytest.approx(1)
 
 
-def rows_of(start: str) -> list[list[str]]:
-    """Return the cells of the README's table rows that start so, without the first."""
-    lines = [line for line in README.splitlines() if line.startswith(f"| {start}")]
-    return [[cell.strip(" *") for cell in line.split("|")[2:-1]] for line in lines]
+def rows(file: str, section: str) -> dict[str, list[str]]:
+    """Return the cells of the first table of a section, whose rows start with a recipe, by that recipe."""
+    text = (PROJECT / file).read_text(encoding="utf-8").split(section, 1)[1]
+    found = re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text.split("\n\n##", 1)[0], re.MULTILINE)
+    return {recipe: [cell.strip(" *") for cell in cells.split("|")] for recipe, cells in found}
 
 
-def expected(paths: list[Path]) -> dict[str, str]:
-    """Word the accuracies and the time of some runs of a recipe as the tables do."""
-    seconds = [sum(read(path, "run.json")["seconds"].values()) for path in paths]
-    values = {"seconds": f"{statistics.mean(seconds):.0f} s"}
+def expected(paths: list[Path]) -> list[str]:
+    """Word seeds, accuracy, accuracy with TTA and time of some runs of a recipe as the tables do."""
+    values = [str(len(paths))]
     for key in ("accuracy", "accuracy_tta"):
         percent = [100 * read(path, "metrics.json")[key] for path in paths]
         deviation = f" ± {statistics.stdev(percent):.2f}" if len(paths) > 1 else ""
-        values[key] = f"{statistics.mean(percent):.2f}%{deviation}"
-    return values
+        values.append(f"{statistics.mean(percent):.2f}%{deviation}")
+    return [*values, f"{statistics.mean(sum(read(path, 'run.json')['seconds'].values()) for path in paths):.0f} s"]
 
 
 @pytest.mark.parametrize(
     ("recipe", "paths"),
     [("fast", MEMBERS), *((read(path, "config.json")["recipe"], [path]) for path in SINGLE)],
 )
-def test_the_readme_has_the_values_of_the_runs(recipe, paths):
-    values = expected(paths)
-    first = rows_of(f"**`{recipe}`")
-    assert values["accuracy"] in {row[0] for row in first}
-    assert values["seconds"] in {row[2] for row in first}
-    (of_recipes,) = [row for row in rows_of(f"`{recipe}`") if len(row) == 6]
-    assert of_recipes[3:] == [values["accuracy"], values["accuracy_tta"], values["seconds"]]
+def test_readme_and_results_have_the_values_of_the_runs(recipe, paths):
+    seeds, accuracy, tta, seconds = expected(paths)
+    assert rows("README.md", "# ")[recipe][1:] == [accuracy, tta, seeds, seconds]
+    assert rows("docs/results.md", "## The recipes")[recipe][3:7] == [seeds, accuracy, tta, seconds]
     if recipe == "fast":
-        assert first[0][0] == values["accuracy_tta"]
+        results, experiments = ((PROJECT / "docs" / name).read_text() for name in ("results.md", "experiments.md"))
+        assert f"## Where the {seconds.removesuffix(' s')} seconds of `fast` go" in results
+        assert f"{tta}, {seeds} seeds |" in experiments
 
 
-def test_the_experiments_start_from_the_values_of_fast():
-    values = expected(MEMBERS)
-    assert f"test split: {values['accuracy_tta']}, {len(MEMBERS)} seeds" in EXPERIMENTS
-    assert f"## Where the {values['seconds'].removesuffix(' s')} seconds of `fast` go" in EXPERIMENTS
-
-
-def test_the_runs_were_made_by_the_commits_that_the_readme_names_without_changes():
-    named = set(re.findall(r"commit\s+`([0-9a-f]{9})`", README))
+def test_the_runs_were_made_by_the_commit_that_the_readme_names_without_changes():
+    (named,) = re.findall(r"at\s+commit\s+`([0-9a-f]{9})`", README.split("## Start")[0])
     records = [read(path, "run.json") for path in [*MEMBERS, *SINGLE]]
-    assert {record["commit"][:9] for record in records} == named
+    assert {record["commit"][:9] for record in records} == {named}
     assert {(record["dirty"], record["status"]) for record in records} == {(False, "completed")}
 
 
-def test_the_readmes_images_exist():
-    images = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert len(images) >= 5
-    for image in images:
-        assert (PROJECT / image).is_file()
+def test_the_shipped_network_is_that_of_the_first_reference_run():
+    shipped, first = PROJECT / "cifar" / "weights" / "fast", MEMBERS[0]
+    config = read(first, "config.json") | {"precision": "float32", "output_dir": "outputs"}
+    assert read(shipped, "config.json") == config
+    assert read(shipped, "run.json")["commit"] == read(first, "run.json")["commit"]
+    results = (PROJECT / "docs" / "results.md").read_text(encoding="utf-8").split("## The trained network")[1]
+    for path in (shipped, first):
+        scores = read(path, "metrics.json")
+        assert f"{scores['accuracy']:.2%}" in results
+        assert f"{scores['accuracy_tta']:.2%}" in results
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))])
+def test_every_link_of_a_page_within_the_repository_leads_somewhere(page):
+    path = PROJECT / page
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+        other = path.parent / target if target else path
+        assert other.exists(), target
+        headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
