@@ -51,7 +51,7 @@ def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 def headline(run: Run) -> dict[str, float | None]:
     """Return the main metrics of a run. Raises UserError if it has not been evaluated or a file is damaged."""
     seconds, kept = run.record.seconds, run.kept_epoch
-    validation = {"val_accuracy": kept and kept.val_accuracy}
+    validation = {"val_accuracy": kept.val_accuracy if kept else None}
     times = {"seconds_train": seconds.get("train"), "seconds": sum(seconds.values())}
     return {**validation, **_measured(run.metrics), **times}
 

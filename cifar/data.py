@@ -1,6 +1,6 @@
 """Images as uint8 tensors: the split into training and validation, augmentation, and batches.
 
-scikit-learn is imported where it is used: it takes a second, and the demo would wait for it.
+scikit-learn and torchvision are imported where they are used: each takes a second, and the demo would wait for it.
 """
 
 import collections
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2 as transforms
 
 from cifar import device
 
@@ -27,7 +26,6 @@ _CHUNK_PIXELS = 10_000 * 32**2  # of the images of `Split.chunks`, which take 30
 # Neighbours in a batch to which --auto-augment does the same: for one 32x32 image alone torchvision's RandAugment takes
 # 198 us and TrivialAugment 92 us, of four together 62 and 38 us; `convnet` trains on it in 200 us (one core).
 _ALIKE = 4
-_AUTO_AUGMENT = {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
@@ -421,7 +419,10 @@ def auto_augment(images: Tensor, seeds: Tensor, name: str) -> Tensor:
     Neighbours with the same seed get the same operations.
     Source: Cubuk et al. 2019, arXiv:1909.13719; Mueller and Hutter 2021, arXiv:2103.10158.
     """
-    augment, parts = _AUTO_AUGMENT[name](), []
+    from torchvision.transforms import v2 as transforms
+
+    augment = {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}[name]()
+    parts = []
     seeds, counts = seeds.unique_consecutive(return_counts=True)
     for seed, part in zip(seeds.tolist(), images.split(counts.tolist())):
         with _seeded(seed):
@@ -437,6 +438,8 @@ def mix(
     images: float (N, 3, H, W); labels: (N,). Returns images and class probabilities (N, classes).
     Source: Zhang et al. 2017, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899.
     """
+    from torchvision.transforms import v2 as transforms
+
     alphas = {transforms.MixUp: mixup, transforms.CutMix: cutmix}
     kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in alphas.items() if alpha]
     with _seeded(seed):

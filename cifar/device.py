@@ -80,7 +80,6 @@ def multiplies_tiles(device: torch.device) -> bool:
     return device.type == "cpu" and in_bfloat16 and _has_amx()
 
 
-@torch.compiler.assume_constant_result  # else torch.compile cannot see the network as one graph
 def _has_amx() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
@@ -92,7 +91,10 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def compiled(network: nn.Module, mode: str) -> nn.Module:
     """Return the network with its calls compiled by torch.compile in a mode of its own, or as it is for `off`."""
-    return network if mode == "off" else cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
+    if mode == "off":
+        return network
+    torch.compiler.assume_constant_result(_has_amx)  # or the network would not be one graph; importing this is slow
+    return cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out."""
+"""The networks: float images (N, 3, H, W) in 0..1 in, logits (N, classes) out.
+
+`zoo` is imported where it is used: torchvision, which it needs, takes a second.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -10,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar import zoo
 from cifar.layers import GELU, Conv2d, GlobalAveragePool, GlobalMaxPool, MaxPool2d
 from cifar.records import LayerRecord
 
@@ -178,6 +180,8 @@ NETWORKS = {network.__name__: network for network in (airbench94, airbench96, si
 def require(name: str, pretrained: bool = False) -> None:
     """Raise UserError, with the nearest names, unless `build` knows the network."""
     if name not in NETWORKS or pretrained:
+        from cifar import zoo
+
         zoo.require(name)
 
 
@@ -187,9 +191,11 @@ def build(name: str, classes: int, image_size: int, pretrained: bool = False) ->
     name: a key of NETWORKS, or one that `zoo` knows. pretrained: build it as pretrained weights need it.
     Raises UserError for an unknown name, and if the user's own network cannot be used.
     """
-    is_own = name in NETWORKS and not pretrained
-    modules = NETWORKS[name](classes, image_size) if is_own else zoo.modules(name, classes, image_size, pretrained)
-    return _chain(normalize=Normalize(), **modules)
+    if name in NETWORKS and not pretrained:
+        return _chain(normalize=Normalize(), **NETWORKS[name](classes, image_size))
+    from cifar import zoo
+
+    return _chain(normalize=Normalize(), **zoo.modules(name, classes, image_size, pretrained))
 
 
 def _chain(**modules: nn.Module) -> nn.Sequential:

@@ -34,7 +34,7 @@ def fit(run: Run, dataset: Dataset) -> None:
     hardware = device.choose(run.config.device)
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
-    network = new_network(config, train_set, len(dataset.classes)).to(hardware, memory_format=torch.channels_last)
+    network = new_network(config, train_set, len(dataset.classes)).to(hardware).to(memory_format=torch.channels_last)
     batches = data.Batches(train_set, config, hardware, len(dataset.classes))
     criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     optimizer = optim.build(network, config, batches.steps_per_epoch)
