@@ -3,6 +3,7 @@
 torch, pandas and matplotlib are imported where they are used, so that the leaderboard appears at once.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -50,7 +51,9 @@ def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def headline(run: Run) -> dict[str, float | None]:
     """Return the main metrics of a run. Raises UserError if it has not been evaluated or a file is damaged."""
-    seconds, kept = run.record.seconds, run.kept_epoch
+    seconds, kept = run.record.seconds, None
+    with contextlib.suppress(UserError):  # a damaged history takes nothing else away
+        kept = run.kept_epoch
     validation = {"val_accuracy": kept.val_accuracy if kept else None}
     times = {"seconds_train": seconds.get("train"), "seconds": sum(seconds.values())}
     return {**validation, **_measured(run.metrics), **times}
