@@ -16,6 +16,8 @@ _TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if os.environ.get("RANK", "0") != "0":
+        console.out.quiet = console.err.quiet = True
     if "-h" in arguments or "--help" in arguments:
         texts = {flag(name): text for name, text in HELP.items()}
         texts["--resume"] += "; without a name the newest"
@@ -24,8 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" not in os.environ:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
-    if os.environ["RANK"] != "0":
-        console.out.quiet = console.err.quiet = True
     return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
 
 
