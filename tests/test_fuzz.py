@@ -5,6 +5,7 @@ draws others, for ten minutes a target. An input that failed once stays as an ex
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import io
@@ -34,6 +35,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 SECONDS = pytest.mark.parametrize("seconds", [0, *slowly([600])])
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # by hypothesis, of a failure
 BATCH = 50  # examples, after which the time is looked at
 MOST = 60e6  # bytes that may be kept: allocators and caches grow for a while
 ESCAPES = "\33]0;title\7"
@@ -159,7 +161,7 @@ def with_odd_values(lines: list, changes: list[tuple[int, object]]) -> bytes:
             if value is ...:
                 del place[last]
             else:
-                place[last] = value
+                place[last] = copy.deepcopy(value)  # else a list could be put into itself
     return "\n".join(map(json.dumps, lines)).encode()
 
 
@@ -235,7 +237,7 @@ def test_command_lines(outputs, seconds, monkeypatch):  # noqa: F811
     for module, name in ((datasets, "find"), (datasets, "of_run"), (doctor, "examine"), (server, "listen")):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(bench, "run", reached)
-    monkeypatch.setattr(predict, "Predictor", lambda run, device: SimpleNamespace(predict=reached))
+    monkeypatch.setattr(predict, "Predictor", lambda run, device: SimpleNamespace(stream=reached))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"not an image")))
     folder = outputs.parent
 
