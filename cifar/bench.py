@@ -305,7 +305,7 @@ def _profile_step(config: Config, dataset: datasets.Dataset, size: int, hardware
     steps = training_steps(config, dataset, size)
     seconds = step_seconds(partial(next, steps), hardware, _SECONDS)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log off the terminal
-    with torch.profiler.profile(record_shapes=True) as profiler:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
         next(steps)
     averages = profiler.key_averages(group_by_input_shape=True)
     clock = "device" if hardware.type == "cuda" else "cpu"
