@@ -188,6 +188,7 @@ def predict(paths, run=None, model=None, fit="crop", output=None, device=None, o
     predict.show_predictions(predictions, predictor)
     if output:
         predict.write(Path(output), predictions, predictor)
+        console.say(f"all probabilities: {display_path(output)}")
     if failed := sum(prediction.error is not None for prediction in predictions):
         raise UserError(f"{failed} of {len(predictions)} images could not be read")
 
@@ -227,7 +228,7 @@ def demo(
 
 @command(
     output="file that ends in .pt2; default model.pt2 in the run's directory",
-    weights="write only a run with float16 weights, measured again, as cifar/weights has, into this folder",
+    weights="folder: write a small copy of the run instead, float16 weights and their test scores, as cifar/weights",
     model=_OWN_NETWORK,
 )
 def export(run=None, model=None, output=None, weights=None, data_dir=None, device=None, output_dir=None):

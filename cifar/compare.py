@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cifar import console, files, runs
 from cifar.config import LOCATIONS, PIPELINE, STAGES
-from cifar.errors import UserError, display_path, known_name, listing
+from cifar.errors import UserError, display_path, known_name, listing, plural
 from cifar.records import Metrics
 from cifar.runs import Run
 
@@ -134,7 +134,7 @@ def groups(output_dir: str) -> list[dict[str, Any]]:
 
 def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Print the rows of `leaderboard` and of `groups`. columns: by importance, where not all of them fit."""
-    title = f"{len(rows):,} run{'s' * (len(rows) != 1)}"
+    title = plural(len(rows), "run")
     show_table(title, [{column: _cell(row, column) for column in columns} for row in rows])
     cells = []
     for row in groups:

@@ -400,7 +400,7 @@ class TrainingProgress(Progress):
 
     def resume(self, epoch: int, step: int) -> None:
         """Say where training resumes, and count the work up to that step of the epoch as done before."""
-        self.work_before = self._work_until(epoch, step)
+        self.work_before, self.forecast = self._work_until(epoch, step), None
         if epoch <= len(self.steps):
             say(f"resuming at epoch {epoch}" + (f", step {step} of {self.steps[epoch - 1]}" if step else ""))
 

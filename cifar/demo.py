@@ -70,9 +70,8 @@ class Demo:
         for name in names:
             try:
                 if self._thread.submit(self._predictor, name).result().run.is_shipped and not self._first:
-                    console.say(
-                        f"no evaluated run in {self._output_dir}: {name}, which comes with this program, answers"
-                    )
+                    answers = f"the network that comes with this program ({name}) answers"
+                    console.say(f"no evaluated run in {self._output_dir}, so {answers}")
                 return name
             except UserError as error:
                 if name == names[-1]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cifar import console
 from cifar.config import IS_CLONE, PROJECT, STAGES, Config
-from cifar.errors import UserError, describe
+from cifar.errors import UserError, describe, plural
 from cifar.runs import RESUMABLE, Run
 
 # Packages that a run does without -> the task that needs them.
@@ -158,7 +158,7 @@ def _device(name: str) -> Iterator[Finding]:
 
 def _threads(threads: int, cores: int) -> Finding:
     """Compare torch's threads with the cores that this process may use, and look for other programs on them."""
-    message = f"{threads} on {cores} core{'s' * (cores != 1)}"
+    message = f"{threads} on {plural(cores, 'core')}"
     if threads > cores:
         message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")

@@ -42,6 +42,11 @@ def listing(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def plural(count: int, noun: str) -> str:
+    """Word a number of things: `1 epoch`, `1,200 epochs`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def describe(error: BaseException) -> str:
     """Name the error's type and quote the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"

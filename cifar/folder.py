@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cifar import cache, console
 from cifar.data import Split
-from cifar.errors import UserError, listing
+from cifar.errors import UserError, listing, plural
 from cifar.files import writing
 from cifar.images import decode_all
 
@@ -272,7 +272,7 @@ def _require_enough(root: Path, classes: Sequence[str], files: list[_File], note
     counts = Counter(file.label for file in files if file.part in ("train", ""))
     few = [name for label, name in enumerate(classes) if counts[label] < sum(least.values())]
     if few:
-        needed = f"each class needs at least {least['train']} training image{'s' * (least['train'] > 1)}"
+        needed = f"each class needs at least {plural(least['train'], 'training image')}"
         needed += " and 1 test image, all different" if least["test"] else ", all different"
         raise UserError(". ".join([f"{root} has too few images of {listing(few)}: {needed}", *notes]))
 
@@ -302,7 +302,7 @@ def _list_table(root: Path, table: Path) -> Found:
             f"{len(missing):,} of {len(rows):,} files that {table} names cannot be found in {root} (at most 1% may be "
             f"missing): {listing(missing)}"
         )
-    notes = [f"{len(missing):,} of {len(rows):,} files are missing: {listing(missing)}."] if missing else []
+    notes = [f"Missing {len(missing):,} of {plural(len(rows), 'file')}: {listing(missing)}."] if missing else []
     parts = {file.part for file in files.values()}
     if "" in parts and len(parts) > 1:
         raise UserError(f"{table} must give a split to each image or to none: {listing(sorted(parts - {''}))}")

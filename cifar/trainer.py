@@ -13,7 +13,7 @@ from cifar import console, data, device, evaluate, model, optim, pretrained, tra
 from cifar.checkpoint import Checkpointer
 from cifar.config import RECIPES, Config
 from cifar.datasets import Dataset
-from cifar.errors import UserError
+from cifar.errors import UserError, plural
 from cifar.records import EpochRecord
 from cifar.runs import Run
 
@@ -64,6 +64,8 @@ def fit(run: Run, dataset: Dataset) -> None:
             progress.end_epoch(record, is_best)
             track(record.model_dump(), record.epoch)
             checkpoints.save_if_due(received_signal())  # a signal during validation
+    if training.epoch <= config.epochs:
+        console.say(training.early_stop())
 
 
 def train_step(
@@ -86,9 +88,9 @@ def train_step(
 
 def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
     """Say how long the training will take and, where that is long, what less time would give."""
-    length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-    epochs = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
-    sentence = f"{epochs} in {config.precision} on {device.describe(hardware)} will take about {length}"
+    length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
+    where = f"in {config.precision} on {device.describe(hardware)}"
+    sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
     is_fast = all(getattr(config, name) == value for name, value in RECIPES["fast"].items())
     if seconds < _LONG * 60 or not is_fast or config.dataset != "cifar10":
         return sentence
@@ -197,6 +199,15 @@ class Training:
         """Say whether all epochs are done, or the last `patience`, if that is not 0, have brought no better one."""
         done = self.epoch - 1
         return done >= epochs or 0 < patience <= done - self.best_epoch
+
+    def early_stop(self) -> str:
+        """Say why the training has stopped before its last epoch."""
+        config, done = self.batches.config, self.epoch - 1
+        better = "lower validation loss" if config.early_stopping == "loss" else "higher validation accuracy"
+        return (
+            f"stopped after epoch {done} of {config.epochs}: no {better} for {plural(config.patience, 'epoch')} "
+            f"(--patience); the weights of epoch {self.best_epoch} are kept"
+        )
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of the epoch, or a weight, is not finite."""

@@ -87,7 +87,10 @@ def test_it_predicts_where_there_is_no_run_and_says_so(tmp_path, evaluated_run):
 def test_the_demo_offers_it_after_ones_own_runs(tmp_path, evaluated_run, capsys):
     demo = Demo(None, str(tmp_path), "nowhere", "cpu")
     assert demo.default == "fast"
-    assert f"no evaluated run in {tmp_path}: fast, which comes with this program, answers" in capsys.readouterr().out
+    assert (
+        f"no evaluated run in {tmp_path}, so the network that comes with this program (fast) answers"
+        in capsys.readouterr().out
+    )
     ((title, name),) = demo.choices()
     assert (title.startswith("fast on cifar10, 93."), title.endswith("comes with this program"), name) == (
         True,

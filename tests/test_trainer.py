@@ -311,3 +311,18 @@ def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, se
         del settings["hard_epochs"], settings["small_epochs"]
     said = trainer.forecast(Config.create(settings), torch.device("cpu"), seconds)
     assert (expected in said) if "reaches" in expected else (said == expected)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "sentence"),
+    [
+        ("accuracy", "stopped after epoch 3 of 60: no higher validation accuracy for 2 epochs (--patience); "),
+        ("loss", "stopped after epoch 3 of 60: no lower validation loss for 2 epochs (--patience); "),
+    ],
+)
+def test_an_early_stop_is_said(criterion, sentence, make_run, monkeypatch, capsys):
+    worse = iter([{"val_loss": 1.0, "val_accuracy": 0.9}, *[{"val_loss": 1.1, "val_accuracy": 0.8}] * 2])
+    monkeypatch.setattr(evaluate, "validate", lambda *_: next(worse))
+    run = make_run(recipe="mlp", epochs=60, patience=2, early_stopping=criterion)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{sentence}the weights of epoch 1 are kept"
+    assert len(run.history()) == 3
