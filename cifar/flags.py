@@ -26,7 +26,7 @@ def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command
 
     takes_value: of each flag; None where the value may be left out. The value is True where there is none. Underscores
     count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value that is missing,
-    empty, as that of an unset shell variable, or one too many.
+    empty, as that of an unset shell variable, itself a flag, or one too many.
     """
     word, has_value, value = words.popleft().partition("=")
     name = word.replace("_", "-").lower()
@@ -39,6 +39,8 @@ def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command
         raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else f"{name} needs a value")
     if has_value and not value.strip():
         raise UsageError(f"{name} must not be empty")
+    if value.startswith("--"):
+        raise UsageError(f"{name} needs a value, not '{value}'")
     return name, os.path.expanduser(value) if has_value else True
 
 

@@ -100,6 +100,7 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--xyz",), 2, " --help` lists its flags"),
         (("--epochs",), 2, "--epochs needs a value"),
         (("--epochs", "--lr", "1"), 2, "--epochs needs a value"),
+        (("--DATA-DIR=--device",), 2, "--data-dir needs a value, not '--device'"),
         (("--epochs", "1", "--epochs=x"), 2, "--epochs takes a whole number, not 'x'"),
         (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),
         (("fast",), 2, "'fast'"),
