@@ -90,7 +90,7 @@ class Checkpointer:
             weights = {name: tensor.clone() for name, tensor in content["weights"].items()}
             self.unsaved_best = {**content, "weights": weights}
         is_due = time.monotonic() - self.saved_at >= EPOCH_SECONDS
-        if is_due or self.training.has_finished(self.run.config.epochs, self.run.config.patience):
+        if is_due or self.training.has_finished:
             self._save()
 
     def _save(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from cifar.errors import UsageError, UserError, display_path, known_name
+from cifar.errors import UsageError, UserError, did_you_mean, display_path, known_name
 
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
@@ -103,6 +103,7 @@ _allowed: set[str] = set()  # networks of the user's own whose code may run: the
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
+_LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
 _OWN_MODELS = tuple(name for name in MODELS if name != "resnet18")  # torchvision has one of that name, too
@@ -236,6 +237,9 @@ class Config(BaseModel):
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
             cause = "--optimizer muon" if "optimizer" in settings else f"--recipe {recipe}"
             raise UserError(f"muon is for {' and '.join(_MUON_MODELS)} only: leave out {cause} for {self.model}")
+        preset, lr = RECIPES[recipe]["optimizer"], RECIPES[recipe]["lr"]
+        if "lr" not in settings and _LR_KIND.get(self.optimizer) != _LR_KIND.get(preset):
+            raise UserError(f"--optimizer {self.optimizer} needs --lr, too: {lr:g} of {recipe} is for {preset}")
         if self.is_pretrained and (self.model in _OWN_MODELS or (":" in self.model and not self.weights)):
             cause = "a network of torchvision or timm with --model" if self.model in _OWN_MODELS else "its --weights"
             raise UserError(f"there are no pretrained weights for {self.model}: name {cause}")
@@ -452,7 +456,8 @@ def _raise_sentence(error: ValidationError) -> NoReturn:
     if kind == "value_error":
         raise first["ctx"]["error"]
     if kind == "extra_forbidden":
-        known_name("setting", name, FIELDS)
+        hint = did_you_mean(name, FIELDS) or f"`{PIPELINE} --help` lists them"
+        raise UserError(f"unknown setting '{name}': {hint.strip()}")
     if choices := _choices(name):
         known_name(name.replace("_", " "), str(value), choices)
     wording = (_WORDINGS.get(kind) or _WORDINGS[kind.split("_")[0]]).format(**first.get("ctx", {}))

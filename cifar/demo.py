@@ -221,7 +221,7 @@ def _build_prediction(demo: Demo, chosen: gr.Dropdown) -> gr.Dataset:
 
 
 def _heading(run: Run) -> str:
-    classes, origin = run.dataset.classes, ", which comes with this program," if run.is_shipped else ""
+    classes, origin = run.dataset.classes, " that comes with this program" if run.is_shipped else ""
     names = escape(listing(classes, 20))
     return f"<h1>What is in the image?</h1><p>The network{origin} knows {len(classes)} classes: {names}.</p>"
 

@@ -182,14 +182,18 @@ def learning_problems(run: Run) -> list[str]:
             "The network gives every test image the same class, so it has not learned to tell the classes apart: "
             "look at figures/dataset_samples.png, or try more --epochs or another --recipe."
         )
-    if kept is None or kept.val_accuracy is None:
-        return problems
-    above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]
-    if above[0] >= 0.25 and above[1] <= 0.1:
+    if kept is not None and kept.val_accuracy is not None:
+        above = [(accuracy - chance) / (1 - chance) for accuracy in (kept.train_accuracy, kept.val_accuracy)]
+        if above[0] >= 0.25 and above[1] <= 0.1:
+            problems.append(
+                f"Validation accuracy is {kept.val_accuracy:.1%}, about what guessing gives ({chance:.1%}), at a "
+                f"training accuracy of {kept.train_accuracy:.1%}: the network knows its training images and nothing "
+                "beyond them. Check the labels, add images, or try another --recipe."
+            )
+    if not problems and metrics.interval_95[0] <= chance:
         problems.append(
-            f"Validation accuracy is {kept.val_accuracy:.1%}, about what guessing gives ({chance:.1%}), at a training "
-            f"accuracy of {kept.train_accuracy:.1%}: the network knows its training images and nothing beyond them. "
-            "Check the labels, add images, or try another --recipe."
+            f"Test accuracy is {metrics.accuracy:.1%}, which cannot be told from guessing ({chance:.1%}): the network "
+            f"has learned too little, or {metrics.n:,} test images are too few. Try more --epochs or images."
         )
     return problems
 

@@ -36,7 +36,8 @@ def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command
     if takes_value[name] is not False and not has_value and words and not words[0].startswith("--"):
         has_value, value = "=", words.popleft()
     if takes_value[name] is not None and takes_value[name] != bool(has_value):
-        raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else f"{name} needs a value")
+        missing = f"{name} needs a value: `{command} --help` says which"
+        raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else missing)
     if has_value and not value.strip():
         raise UsageError(f"{name} must not be empty")
     if value.startswith("--"):
@@ -66,6 +67,8 @@ def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
     config.json are ignored. Raises UserError that names the file for an invalid one.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    if {"minutes", "epochs"} <= given.keys():
+        raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
     allow_model(given.get("model"))
     settings = _read_settings(Path(file)) if file else {}
     if "recipe" in settings and given.get("recipe", settings["recipe"]).lower() != settings["recipe"].lower():

@@ -55,6 +55,7 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
     if config.device == "auto" and (problem := device.unused_gpu()):
         console.banner(f"Training on the CPU: {problem}. `invoke doctor` says what to do.")
     model.require(config.model, config.is_pretrained)
+    pretrained.require(config.weights)
     tracking.require(config.track)
     if config.is_pretrained and config.dataset not in DATASETS and "image_size" not in config.model_fields_set:
         config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))

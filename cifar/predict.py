@@ -172,7 +172,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
 def show_predictions(predictions: Sequence[Prediction], predictor: Predictor) -> None:
     """Print the most probable classes of each image; of many images, the number of each class and the first few."""
     readable = [prediction for prediction in predictions if prediction.probabilities is not None]
-    origin = ", which comes with this program," if predictor.run.is_shipped else ","
+    origin = " (which comes with this program)," if predictor.run.is_shipped else ","
     console.say(f"predictions of {predictor.run.path.name}{origin} trained on {predictor.run.dataset.name}")
     shown = predictions
     if len(predictions) > _ROWS:

@@ -49,6 +49,12 @@ def preprocessing(name: str) -> Preprocessing:
     return Preprocessing(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
 
 
+def require(weights: str | None) -> None:
+    """Raise UserError if there is no such file of weights."""
+    if weights and not Path(weights).is_file():
+        raise UserError(f"cannot read {weights}: there is no such file")
+
+
 def adapt(network: nn.Module, name: str, head: frozenset[str], body_lr: float) -> None:
     """Set the normalization that the weights expect, name the head's parameters, and freeze the body at a rate of zero.
 
@@ -80,7 +86,8 @@ def load(network: nn.Module, config) -> None:
     body = {key: value for key, value in weights.items() if key not in head and not _AUXILIARY.match(key)}
     own = {key: value for key, value in inner.state_dict().items() if key not in head}
     if differences := _differences(body, own):
-        raise UserError(f"{source} does not fit {config.model}: {listing(differences)}")
+        hint = "; name the network that it is of with --model" if len(differences) > 3 else ""
+        raise UserError(f"{source} does not fit {config.model}: {listing(differences)}{hint}")
     if not all(value.isfinite().all() for value in body.values()):
         raise UserError(f"the weights in {source} are not finite")
     inner.load_state_dict(body, strict=False)
@@ -149,8 +156,8 @@ def _download(weights: models.WeightsEnum) -> Path:
         digest = torch.hub.HASH_REGEX.findall(file)[0]
         torch.hub.download_url_to_file(weights.url, str(folder / file), digest, progress=False)
     except (OSError, RuntimeError) as error:  # no network; another hash
-        reason = first_line(getattr(error, "reason", error))
-        raise UserError(f"cannot download {weights.url} ({reason}): put {file} into {folder}") from None
+        problem = f"cannot download {weights.url} ({first_line(getattr(error, 'reason', error))})"
+        raise UserError(f"{problem}: put {file} into {folder}, or name it with --weights") from None
     return folder / file
 
 

@@ -132,9 +132,11 @@ def show_seeds(group: Group) -> None:
     rows = []
     for name, spread in (summary.figures or {}).items():
         title, form, _ = _METRICS[name]
-        values = (spread.mean, spread.standard_deviation, *(spread.interval_95 or (math.nan, math.nan)))
-        mean, deviation, low, high = (format(value, form) for value in values)
-        rows.append({"": title, "mean": mean, "standard deviation": deviation, "95% interval": f"{low} to {high}"})
+        # of two values it would be seventeen standard deviations wide
+        has_interval = len(group.seeds) > 2 and not name.startswith("seconds")
+        interval = " to ".join(format(end, form) for end in spread.interval_95 or ()) if has_interval else ""
+        mean, deviation = format(spread.mean, form), format(spread.standard_deviation, form)
+        rows.append({"": title, "mean": mean, "standard deviation": deviation, "95% interval": interval})
     title = f"{config.title} on {Path(config.dataset).name}, seeds {group.seeds[0]} to {group.seeds[-1]}"
     compare.show_table(title, rows)
     console.say(f"directory of the {config.seeds} runs: {display_path(group.path)}")

@@ -50,7 +50,7 @@ def fit(run: Run, dataset: Dataset) -> None:
     kernels = device.training_kernels(config.deterministic == "on")
 
     with tracking.tracking(run) as track, progress, kernels, console.deferred_interrupt() as received_signal:
-        while not training.has_finished(config.epochs, config.patience):
+        while not training.has_finished:
             model.set_training_mode(network)
             for batch in batches.epoch(training.epoch, skip=training.step):
                 losses, correct = train_step(ddp_network, optimizer, batch, criterion, config.precision)
@@ -195,10 +195,11 @@ class Training:
         self._start_epoch(self.epoch + 1)
         return is_best
 
-    def has_finished(self, epochs: int, patience: int) -> bool:
-        """Say whether all epochs are done, or the last `patience`, if that is not 0, have brought no better one."""
-        done = self.epoch - 1
-        return done >= epochs or 0 < patience <= done - self.best_epoch
+    @property
+    def has_finished(self) -> bool:
+        """Whether all epochs are done, or the last `patience`, if that is not 0, have brought no better one."""
+        config, done = self.batches.config, self.epoch - 1
+        return done >= config.epochs or 0 < config.patience <= done - self.best_epoch
 
     def early_stop(self) -> str:
         """Say why the training has stopped before its last epoch."""

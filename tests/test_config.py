@@ -58,6 +58,7 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
             {"recipe": "simple", "optimizer": "muon"},
             "muon is for airbench94 and airbench96 only: leave out --optimizer muon for simple",
         ),
+        ({"recipe": "fast", "optimizer": "adam"}, "--optimizer adam needs --lr, too: 0.17 of fast is for muon"),
         ({"recipe": "fast", "model": "vgg11"}, "muon is for airbench94 and airbench96 only: leave out --recipe fast"),
         ({"model": "resnet50", "small_epochs": 1}, "--small-epochs is for airbench94, "),
     ],
@@ -78,7 +79,7 @@ def test_text_that_is_no_number_is_a_usage_error(text):
 
 def test_known_names_are_taken_in_any_case_but_not_over_a_folder_of_that_name(tmp_path, monkeypatch):
     given = {"recipe": "Best", "dataset": "CIFAR10", "device": "GPU", "optimizer": "Adam", "model": "ResNet18"}
-    made = Config.create({**given, "precision": "BFloat16"})
+    made = Config.create({**given, "precision": "BFloat16", "lr": 1e-3})
     assert (made.recipe, made.dataset, made.device) == ("best", "cifar10", "cuda")
     assert (made.optimizer, made.model, made.precision) == ("adam", "resnet18", "bfloat16")
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from torch import nn
 
 from cifar import data, evaluate, model
 from cifar.errors import UserError
+from cifar.metrics import wilson_interval
 from cifar.runs import Run
 
 
@@ -206,14 +207,18 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
         ([[40, 0], [40, 0]], 0.5, 0.5, ["every test image the same class"]),
         ([[40, 0], [40, 0]], 0.9, 0.5, ["every test image the same class", "Validation accuracy is 50.0%"]),
         ([[20, 20], [20, 20]], 0.9, 0.54, [r"guessing gives \(50.0%\), at a training accuracy of 90.0%"]),
-        ([[20, 20], [20, 20]], 0.6, 0.5, []),  # it has not learned the training images either
+        ([[20, 20], [20, 20]], 0.6, 0.5, [r"Test accuracy is 50.0%, which cannot be told from guessing \(50.0%\)"]),
+        ([[25, 15], [17, 23]], 0.6, 0.58, ["Test accuracy is 60.0%"]),  # Wilson's interval is 49.0 to 70.0%
+        ([[27, 13], [17, 23]], 0.6, 0.58, []),  # and of 62.5% it is 51.5 to 72.3%
         ([[60, 12], [8, 0]], 0.95, 0.9, ["Validation accuracy is 90.0%"]),  # 72 of 80 images are of one class
-        ([[20, 20], [20, 20]], 0.9, None, []),
+        ([[20, 20], [20, 20]], 0.9, None, ["Test accuracy is 50.0%"]),
     ],
 )
 def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train_accuracy, val_accuracy, said):
     supports = {str(number): SimpleNamespace(support=sum(row)) for number, row in enumerate(matrix)}
-    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2)
+    accuracy = (matrix[0][0] + matrix[1][1]) / 80
+    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2, accuracy=accuracy)
+    metrics.interval_95 = wilson_interval(round(80 * accuracy), 80)
     kept = SimpleNamespace(train_accuracy=train_accuracy, val_accuracy=val_accuracy)
     run = SimpleNamespace(has_metrics=True, metrics=metrics, kept_epoch=kept)
     problems = evaluate.learning_problems(run)

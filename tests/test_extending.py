@@ -53,7 +53,21 @@ FLAGS = ("--recipe", "plain", "--device", "cpu", "--epochs", "2")
     ("flags", "shown"),
     [
         (("--dataset", "svhn", "--data-dir", ".", "--model", "tiny"), "--flip none instead of random"),
-        (("--dataset", "digits", "--model", "mine:network", "--optimizer", "nadam", "--grayscale", "0.5"), "accuracy"),
+        (
+            (
+                "--dataset",
+                "digits",
+                "--model",
+                "mine:network",
+                "--optimizer",
+                "nadam",
+                "--lr",
+                "1e-3",
+                "--grayscale",
+                "0.5",
+            ),
+            "accuracy",
+        ),
     ],
 )
 def test_what_the_page_adds_trains(flags, shown, extended):
@@ -68,7 +82,7 @@ import torch
 from cifar import data, datasets, model, optim, trainer
 from cifar.config import Config
 
-config = Config.create({"recipe": "plain", "dataset": "digits", "model": "tiny", "optimizer": "nadam",
+config = Config.create({"recipe": "plain", "dataset": "digits", "model": "tiny", "optimizer": "nadam", "lr": 1e-3,
                         "grayscale": 0.5, "epochs": 2, "val_size": 100, "flip": "none"})
 train_set = datasets.find("digits", ".")[0].train[:1024]
 

@@ -226,7 +226,7 @@ def test_an_interrupted_run_with_a_damaged_file_resumes_or_says_why_not(
 ):
     from cifar.trainer import Training
 
-    monkeypatch.setattr(Training, "has_finished", reached)  # as soon as it has resumed
+    monkeypatch.setattr(Training, "has_finished", property(reached))  # as soon as it has resumed
     shutil.copytree(interrupted_run.path, tmp_path / "run")
     damage(tmp_path / "run" / file, kind)
     code, out, err = call(tmp_path, "main", "--resume", "run")

@@ -78,10 +78,10 @@ def test_it_predicts_where_there_is_no_run_and_says_so(tmp_path, evaluated_run):
     words = ("predict", str(tmp_path / "photo.jpg"), "--output-dir")
     code, out, err = invoke(*words, str(tmp_path / "outputs"))
     assert (code, err) == (0, "")
-    assert out.startswith("predictions of fast, which comes with this program, trained on cifar10\n")
+    assert out.startswith("predictions of fast (which comes with this program), trained on cifar10\n")
     assert "predictions of evaluated" not in out
     assert invoke(*words, str(evaluated_run.path.parent))[1].startswith(f"predictions of {evaluated_run.path.name}, ")
-    assert invoke(*words, str(evaluated_run.path.parent), "--run", "fast")[1].startswith("predictions of fast, ")
+    assert invoke(*words, str(evaluated_run.path.parent), "--run", "fast")[1].startswith("predictions of fast (")
 
 
 def test_the_demo_offers_it_after_ones_own_runs(tmp_path, evaluated_run, capsys):

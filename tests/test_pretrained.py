@@ -246,7 +246,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_without_a_network_one_sentence_says_where_the_file_goes(finetune, hub):
     url = models.get_model_weights(MODEL).DEFAULT.url
-    sentence = rf"^cannot download {url} \(.*refused\): put {url.rpartition('/')[2]} into {hub}$"
+    sentence = rf"^cannot download {url} \(.*refused\): put {url.rpartition('/')[2]} into {hub}, or name it with "
     with pytest.raises(UserError, match=sentence):
         finetune(weights=None)
 

@@ -90,6 +90,7 @@ def test_main_has_help_wherever_it_is_asked_for():
     ("arguments", "code", "sentence"),
     [
         (("--dataset", "mnist"), 1, "unknown dataset 'mnist'"),
+        (("--weights", "nowhere.pth", "--dataset", "mnist"), 1, "cannot read nowhere.pth: there is no such file"),
         (("--model", "airbench"), 1, "unknown model 'airbench'"),
         (("--config", "none.toml"), 1, "cannot read none.toml"),
         (("--config", ""), 2, "--config must not be empty"),
@@ -100,6 +101,7 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--xyz",), 2, " --help` lists its flags"),
         (("--epochs",), 2, "--epochs needs a value"),
         (("--epochs", "--lr", "1"), 2, "--epochs needs a value"),
+        (("--epochs", "1", "--minutes", "1"), 2, "--minutes chooses the number of epochs: leave out --epochs or"),
         (("--DATA-DIR=--device",), 2, "--data-dir needs a value, not '--device'"),
         (("--epochs", "1", "--epochs=x"), 2, "--epochs takes a whole number, not 'x'"),
         (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),

@@ -184,8 +184,17 @@ def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts
     monkeypatch.setattr(training, "check_finite", lambda: None)
     assert [training.end_epoch(accuracy) for accuracy in (0.5, 0.75, 0.75, 0.7)] == [True, True, False, False]
     assert (training.best_epoch, training.best_score, training.epoch) == (2, 0.75, 5)
-    assert [training.has_finished(9, patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
-    assert [training.has_finished(epochs, 0) for epochs in (4, 5)] == [True, False]
+    config = training.batches.config
+    for epochs, patience, is_over in (
+        (9, 0, False),
+        (9, 1, True),
+        (9, 2, True),
+        (9, 3, False),
+        (4, 0, True),
+        (5, 0, False),
+    ):
+        training.batches.config = config.replace(epochs=epochs, patience=patience)
+        assert training.has_finished == is_over
 
 
 def test_the_first_step_whose_loss_is_not_finite_is_named(training):
