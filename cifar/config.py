@@ -237,9 +237,6 @@ class Config(BaseModel):
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
             cause = "--optimizer muon" if "optimizer" in settings else f"--recipe {recipe}"
             raise UserError(f"muon is for {' and '.join(_MUON_MODELS)} only: leave out {cause} for {self.model}")
-        preset, lr = RECIPES[recipe]["optimizer"], RECIPES[recipe]["lr"]
-        if "lr" not in settings and _LR_KIND.get(self.optimizer) != _LR_KIND.get(preset):
-            raise UserError(f"--optimizer {self.optimizer} needs --lr, too: {lr:g} of {recipe} is for {preset}")
         if self.is_pretrained and (self.model in _OWN_MODELS or (":" in self.model and not self.weights)):
             cause = "a network of torchvision or timm with --model" if self.model in _OWN_MODELS else "its --weights"
             raise UserError(f"there are no pretrained weights for {self.model}: name {cause}")
@@ -274,7 +271,12 @@ class Config(BaseModel):
             settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
         settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(HOME / "data"))
         settings.setdefault("output_dir", display_path(HOME / "outputs"))
-        return cls(**settings)
+        config = cls(**settings)
+        preset = RECIPES[config.recipe]
+        if "lr" not in settings and _LR_KIND.get(config.optimizer) != _LR_KIND.get(preset["optimizer"]):
+            problem = f"--optimizer {config.optimizer} needs --lr, too"
+            raise UserError(f"{problem}: {preset['lr']:g} of {config.recipe} is for {preset['optimizer']}")
+        return config
 
     @classmethod
     def from_file(cls, content: Mapping[str, Any]) -> "Config":

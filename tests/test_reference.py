@@ -98,7 +98,9 @@ def test_readme_and_results_have_the_values_of_the_runs(recipe, paths):
     assert rows("README.md", "# ")[recipe][1:] == [accuracy, tta, seeds, seconds]
     assert rows("docs/results.md", "## The recipes")[recipe][3:7] == [seeds, accuracy, tta, seconds]
     if recipe == "fast":
-        results, experiments = ((PROJECT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "experiments.md"))
+        results, experiments = (
+            (PROJECT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "experiments.md")
+        )
         assert f"## Where the {seconds.removesuffix(' s')} seconds of `fast` go" in results
         assert f"{tta}, {seeds} seeds |" in experiments
 

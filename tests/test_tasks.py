@@ -67,7 +67,8 @@ def test_every_setting_but_seeds_is_a_flag_of_main_and_of_train():
     for name in FIELDS:
         assert f"{flag(name)} " in texts[0]
         assert (f"{flag(name)} " in texts[1]) == (name != "seeds")
-    assert all("passes over the training images; default 13 (best: 40," in text for text in texts)
+    for text in texts:
+        assert "passes over the training images; default 13 (best: 40," in text
 
 
 @pytest.mark.parametrize("task", TASKS)
