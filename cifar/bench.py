@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
-from cifar import checkpoint, console, data, datasets, device, files, optim, runs, trainer
+from cifar import checkpoint, console, data, datasets, device, files, model, optim, runs, trainer
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, max_warmup_epochs
 from cifar.errors import UserError, display_path
 
@@ -94,11 +94,8 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     device.keep_freed_memory()
     hardware = device.choose(config.device)
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
-    network = trainer.new_network(config, dataset.train, len(dataset.classes))
-    network.to(hardware).to(memory_format=torch.channels_last).train()
-    batches = data.Batches(dataset.train, config, hardware, len(dataset.classes))
-    criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
-    optimizer = optim.build(network, config, batches.steps_per_epoch)
+    network, batches, criterion, optimizer = trainer.prepare(config, dataset.train, len(dataset.classes), hardware)
+    model.set_training_mode(network)
     compiled = device.compiled(network, config.compile)
     with device.training_kernels(config.deterministic == "on"):
         while True:
@@ -121,7 +118,10 @@ def image_seconds(config: Config, dataset: datasets.Dataset, image_size: int, se
 
     if hardware.type != "cpu":
         return measure(config.batch_size, seconds)
-    few, many = (max(4, min(config.batch_size, n * 32**2 // image_size**2)) for n in (_FEW_IMAGES, _TIMED_IMAGES))
+    few, many = (
+        max(4, device.world_size(), min(config.batch_size, n * 32**2 // image_size**2))
+        for n in (_FEW_IMAGES, _TIMED_IMAGES)
+    )
     estimate = measure(few, 0.1)
     return estimate if estimate * many > _SLOW else measure(many, seconds)
 

@@ -159,6 +159,8 @@ class Checkpointer:
         if device.rank():
             return
         self.run.truncate_history(epochs)
+        if not self.training.has_finished:
+            self.run.remove_evaluation()
         if self.training.optimizer.steps:
             seconds = time.perf_counter() - self.training.started
             self.run.mark_resumed(self.training.epoch, self.training.step, seconds)

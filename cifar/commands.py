@@ -101,7 +101,7 @@ def data(dataset=None, data_dir=None, labels=None, image_size=None, mirror=None)
 @command()
 def train(resume=None, config=None, **settings):
     """Train a network into a new run directory, or resume a run."""
-    given = load_settings(settings, config)
+    given = load_settings(settings, config, resume is not None)
     if (seeds := Config.create(given).seeds) > 1:
         raise UsageError(
             f"{config} has {seeds} seeds, but {STAGES} train makes one run: use {PIPELINE} with the same flags"
@@ -235,6 +235,8 @@ def export(run=None, model=None, output=None, weights=None, data_dir=None, devic
     """Export a run's network for others: .pt2, and if their packages are installed .onnx and a Hugging Face folder."""
     if output and Path(output).suffix.lower() != ".pt2":
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
+    if not weights and (data_dir or device):
+        raise UsageError("--data-dir and --device are for --weights: leave them out")
     config = Config.create({"device": device, "output_dir": output_dir})
     found = _find_run(output_dir, run, model, evaluated=True)
 

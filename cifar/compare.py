@@ -55,7 +55,7 @@ def headline(run: Run) -> dict[str, float | None]:
     with contextlib.suppress(UserError):  # a damaged history takes nothing else away
         kept = run.kept_epoch
     validation = {"val_accuracy": kept.val_accuracy if kept else None}
-    times = {"seconds_train": seconds.get("train"), "seconds": sum(seconds.values())}
+    times = {"seconds_train": seconds.get("train"), "seconds": run.record.total_seconds}
     return {**validation, **_measured(run.metrics), **times}
 
 
@@ -108,7 +108,7 @@ def _cells_from(run: Run, file: str) -> dict[str, Any]:
     if file == "run.json":
         record = run.record
         start = datetime.fromisoformat(record.start).astimezone()
-        return {"start": start, "status": run.status(), "seconds": sum(record.seconds.values())}
+        return {"start": start, "status": run.status(), "seconds": record.total_seconds}
     if file == "config.json":
         config = run.config
         return {"recipe": config.title, "dataset": Path(config.dataset).name, "seed": config.seed}
@@ -251,10 +251,9 @@ def _different_settings(settings: Sequence[Sequence[dict[str, Any]]]) -> list[di
     """List the settings that differ where they have an effect. settings: of each run, or of each seed of it."""
     rows = []
     for name in dict.fromkeys(name for members in settings for one in members for name in one):
-        by_run = [dict.fromkeys(str(one.get(name, NOT_SET)) for one in members) for members in settings]
-        values = [listing(list(values)) for values in by_run]
-        if len({*values} - {NO_EFFECT}) > 1:
-            rows.append({"name": name, "values": values})
+        by_run = [tuple(dict.fromkeys(str(one.get(name, NOT_SET)) for one in members)) for members in settings]
+        if len({*by_run} - {(NO_EFFECT,)}) > 1:
+            rows.append({"name": name, "values": list(map(listing, by_run))})
     return rows
 
 

@@ -103,6 +103,8 @@ _allowed: set[str] = set()  # networks of the user's own whose code may run: the
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
+_NO = ("no", "n", "false", "f", "off", "0")  # what pydantic takes as false
+_PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
 _LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
@@ -252,7 +254,9 @@ class Config(BaseModel):
         is_flag = cls.model_fields[name].annotation is bool
         if (isinstance(value, bool) and not is_flag) or (isinstance(value, str) and not _is_text(value)):
             raise UserError(f"{flag(name)} does not take {value!a}")
-        return _known_spelling(name, value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return os.path.expanduser(value) if name in _PATHS and value[0] == "~" else _known_spelling(name, value)
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
@@ -263,7 +267,7 @@ class Config(BaseModel):
         Raises UsageError for text that is not a number, UserError for other invalid values.
         """
         settings = {name: value for name, value in given.items() if value is not None}
-        if settings.keys() & {"pretrained", "weights"}:
+        if settings.get("weights") or str(settings.get("pretrained", "no")).lower() not in _NO:
             settings.setdefault("recipe", "finetune")
         elif "model" in settings:
             model = _known_spelling("model", str(settings["model"]))
@@ -385,12 +389,10 @@ def help_text(name: str) -> str:
 def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:
     """Fit the settings to a datasets.Dataset; returns them, and a sentence for each setting that had to change.
 
-    Raises UserError if the image size is wrong, or if training or validation would have fewer images than classes.
+    Raises UserError if training or validation would have fewer images than classes.
     """
     images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.image_size
     size = f"{image_size}x{image_size}"
-    if config.image_size != image_size:
-        raise UserError(f"--image-size is for folders of images; those of {dataset.name} are {size}: leave it out")
     # Without early stopping, validation chooses an epoch and a temperature, for which 2,000 images suffice.
     default = max(classes, images // 10 if config.patience else min(images // 10, 2000))
     own_val = dataset.train.own_val

@@ -77,6 +77,8 @@ def find(
     """
     if labels and name in DATASETS:
         raise UserError(f"--labels is for a folder of images: leave it out, or name the folder instead of {name}")
+    if image_size != 32 and name in DATASETS:
+        raise UserError("--image-size is for folders of images; those of other datasets are 32x32: leave it out")
     if name == "auto":
         try:
             return _cifar("cifar10", Path(data_dir), mirror), None
@@ -108,18 +110,18 @@ def check(name: str, labels: str | None = None) -> str:
     return f"a folder of {len(found.classes):,} classes, {len(found.files):,} files"
 
 
-def of_run(run: Run, data_dir: str | None) -> Dataset:
+def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset:
     """Find the run's dataset in `data_dir`, or else in CIFAR_DATA_DIR, or else where the run found it.
 
-    If the run's folder of images is no longer in its place, data_dir is the folder. Raises UserError if it does not
-    have the images that the run was trained on.
+    mirror: as for `find`; the one that the run has saved lacks its password. If the run's folder of images is no longer
+    in its place, data_dir is the folder. Raises UserError if it does not have the images that the run was trained on.
     """
     config = run.config
     # Where the run found it, unless that was relative to another working directory.
     recorded = config.data_dir if os.path.exists(config.data_dir) else str(HOME / "data")
     if config.dataset in DATASETS:
         data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or recorded
-        return find(config.dataset, data_dir, config.image_size, config.mirror)[0]
+        return find(config.dataset, data_dir, config.image_size, mirror or config.mirror)[0]
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
@@ -235,7 +237,7 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> t
 
 
 def _labels_file(labels: str | None) -> Path | None:
-    return Path(os.path.expanduser(labels)).resolve() if labels else None
+    return Path(labels).resolve() if labels else None
 
 
 def _folder_root(name: str) -> Path:

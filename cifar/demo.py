@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar import analysis, console, datasets, device, download, images, runs, server
-from cifar.config import PIPELINE, STAGES
+from cifar.config import PIPELINE
 from cifar.errors import UserError, known_name, listing
 from cifar.predict import Predictor
 from cifar.runs import Run
@@ -260,7 +260,7 @@ def _report(run: Run) -> str:
     ]
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
     figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
-    hint = f"<p>No figures yet; draw them with <code>{STAGES} visualize --run {escape(run.path.name)}</code></p>"
+    hint = f"<p>No figures yet; draw them with <code>{escape(run.command('visualize'))}</code></p>"
     hint = "" if run.is_shipped else hint
     return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
 

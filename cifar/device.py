@@ -272,9 +272,15 @@ def gather_slices(values: Tensor, total: int) -> Tensor:
     return joined
 
 
+def _exchange() -> str:
+    """Return the device whose tensors the processes exchange."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def all_reduce(values: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
+    """Sum a tensor over all processes."""
     if world_size() > 1:
+        values = values.to(_exchange())
         dist.all_reduce(values)
     return values
 
@@ -283,7 +289,7 @@ def maximum(value: int) -> int:
     """Return the maximum over all processes; every process must call it."""
     if world_size() == 1:
         return value
-    largest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    largest = torch.tensor(value, device=_exchange())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 

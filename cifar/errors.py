@@ -59,7 +59,8 @@ def first_line(error: BaseException) -> str:
 
 def csv_cell(value: Any) -> Any:
     """Return a cell of a CSV file, with an apostrophe before text that a spreadsheet would run as a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    is_formula = isinstance(value, str) and value.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
 
 
 def display_path(path: str | Path) -> str:

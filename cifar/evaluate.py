@@ -55,8 +55,7 @@ def validate(network: nn.Module, val_set: data.Split, precision: str) -> dict[st
     own = val_set[device.rank_slice(len(val_set))]
     logits = infer_split(network, own, precision=precision)
     sums = [F.cross_entropy(logits, own.labels, reduction="sum"), (logits.argmax(1) == own.labels).sum()]
-    totals = torch.stack([value.double() for value in sums]).to(next(network.parameters()).device)
-    loss, accuracy = (device.all_reduce(totals) / len(val_set)).tolist()
+    loss, accuracy = (device.all_reduce(torch.stack([value.double() for value in sums])) / len(val_set)).tolist()
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
@@ -190,7 +189,9 @@ def learning_problems(run: Run) -> list[str]:
                 f"training accuracy of {kept.train_accuracy:.1%}: the network knows its training images and nothing "
                 "beyond them. Check the labels, add images, or try another --recipe."
             )
-    if not problems and metrics.interval_95[0] <= chance:
+    recall, guessed = metrics.macro_average.recall, 1 / len(metrics.per_class)  # which unequal classes do not raise
+    is_chance = metrics.interval_95[0] <= chance <= metrics.interval_95[1]
+    if not problems and is_chance and recall - guessed <= 0.25 * (1 - guessed):
         problems.append(
             f"Test accuracy is {metrics.accuracy:.1%}, which cannot be told from guessing ({chance:.1%}): the network "
             f"has learned too little, or {metrics.n:,} test images are too few. Try more --epochs or images."

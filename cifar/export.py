@@ -150,7 +150,7 @@ def _card(predictor: Predictor) -> str:
     run, architecture = predictor.run, predictor.run.config.model
     metrics, record, corruptions = run.metrics, run.record, run.read_if_present("corruptions.json")
     packages = ["PyTorch", "safetensors"]
-    if architecture not in model.NETWORKS:
+    if run.config.is_pretrained or architecture not in model.NETWORKS:
         packages += ["this project's package `cifar`"]
     if ":" in architecture:
         packages += [f"the module `{architecture.partition(':')[0]}`"]

@@ -19,8 +19,8 @@ from cifar import console
 from cifar.errors import UserError, display_path
 
 _PATIENCE = 1.0  # seconds to wait for a lock, which `Run.status` in another process holds for milliseconds
-# Of a URL, as text in JSON: user:password@ and ?token=secret.
-_CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@|(?<=[\w/])\?[^\s"\\=]+=([^\s"\\]|\\.)*')
+_URL = re.compile(r'://(?:[^\s"\\]|\\.)+')  # from its colon on, as text in JSON
+_CREDENTIALS = re.compile(r"(?<=^://)([^/\\]|\\.)*@|\?[^=]+=.*")  # user:password@ and ?token=secret
 
 
 # Reading.
@@ -62,7 +62,7 @@ def write_json(path: Path, content: BaseModel | dict[str, Any]) -> None:
     """Replace a JSON file atomically, without the credentials of URLs in it."""
     text = json.dumps(as_dict(content), indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as partial:
-        partial.write_text(_CREDENTIALS.sub("", text), encoding="utf-8", newline="")
+        partial.write_text(_URL.sub(lambda url: _CREDENTIALS.sub("", url[0]), text), encoding="utf-8", newline="")
 
 
 def as_dict(content: BaseModel | dict[str, Any]) -> dict[str, Any]:

@@ -60,25 +60,49 @@ def help_page(command: str, description: str, texts: Mapping[str, str], takes_va
     return parser.format_help()
 
 
-def load_settings(flags: Mapping[str, Any], file: str | None) -> dict[str, Any]:
+def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool = False) -> dict[str, Any]:
     """Return field name -> value: those of the settings file, overridden by the flags, which may name code to import.
 
     flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
-    config.json are ignored. Raises UserError that names the file for an invalid one.
+    config.json are ignored. is_resumed: the settings of a run count, so that a file is refused.
+    Raises UserError for an invalid setting, which names the file if that alone is invalid.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    if {"minutes", "epochs"} <= given.keys():
-        raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
     allow_model(given.get("model"))
-    settings = _read_settings(Path(file)) if file else {}
-    if "recipe" in settings and given.get("recipe", settings["recipe"]).lower() != settings["recipe"].lower():
+    if not file:
+        return _without_conflict(given)
+    if is_resumed:
+        raise UsageError("--resume takes the settings of the run: leave out --config")
+    path = Path(file) / "config.json" if os.path.isdir(file) else Path(file)
+    settings = _read_settings(path)
+    if "epochs" in given:
+        settings.pop("minutes", None)
+    if "recipe" in given and str(settings.get("recipe", given["recipe"])).lower() != given["recipe"].lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
+    try:
+        Config.create(_without_conflict(settings) | _without_conflict(given))
+    except UserError as error:
+        place = "" if _is_valid(settings) else f"{path}: "
+        raise type(error)(f"{place}{error}") from None
     return settings | given
 
 
+def _is_valid(settings: dict[str, Any]) -> bool:
+    try:
+        return bool(Config.create(_without_conflict(settings)))
+    except UserError:
+        return False
+
+
+def _without_conflict(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings. Raises UsageError if two of them name the number of epochs."""
+    if {"minutes", "epochs"} <= settings.keys():
+        raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
+    return settings
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a file, of which each alone is valid."""
-    path = path / "config.json" if path.is_dir() else path
+    """Return the settings in a file by name."""
     parsers = {".toml": tomllib.loads, ".json": json.loads}
     suffix = path.suffix.lower()
     if suffix not in parsers:
@@ -90,10 +114,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain settings by name")
-    settings = {key.replace("-", "_"): value for key, value in content.items()}
-    try:
-        Config.create(settings)
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from None
+    settings = {key.replace("-", "_"): value for key, value in content.items() if value is not None}
     is_of_run = path.name == "config.json" and (path.parent / "run.json").exists()
     return {name: value for name, value in settings.items() if not (is_of_run and name in LOCATIONS)}

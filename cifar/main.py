@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
         name, value = take_flag(words, _TAKES_VALUE, PIPELINE)
         given[name.removeprefix("--").replace("-", "_")] = value
     file, resume = given.pop("config", None), given.pop("resume", None)
-    settings = load_settings(given, file)
+    settings = load_settings(given, file, resume is not None)
     Config.create(settings)  # a mistake is reported before the import of torch, which takes seconds
     return settings, "" if resume is True else resume
 

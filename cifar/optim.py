@@ -123,7 +123,7 @@ class ScheduledOptimizer:
         self.scaler = torch.amp.GradScaler(enabled=False)
         steps = sum(steps_per_epoch)
         self.warmup_steps = sum(steps_per_epoch[: config.warmup_epochs])
-        self.decay_steps = steps / config.epochs * (config.decay_epochs or config.epochs / 3)
+        self.decay_steps = steps_per_epoch[0] * (config.decay_epochs or config.epochs / 3)
         for group in self.groups:
             group["initial_lr"] = group["lr"]
             group.setdefault("schedule", config.schedule)

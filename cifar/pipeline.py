@@ -37,6 +37,7 @@ def create(config: Config) -> tuple[Run, Dataset]:
     available, or if the directory cannot be made.
     """
     started = time.perf_counter()
+    console.log_to(None)  # an earlier run's log has ended
     config, dataset, note = prepare(config)
     if config.minutes is not None:
         config = device.broadcast_object(bench.plan_epochs(config, dataset) if device.rank() == 0 else None)
@@ -108,11 +109,12 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     others = [field for field, value in given.items() if value is not None and field not in (*LOCATIONS, "model")]
     if others:
         raise UsageError(f"--resume takes the settings of the run: leave out {', '.join(map(flag, others))}")
+    console.log_to(None)
     output_dir = Config.create({field: given.get(field) for field in LOCATIONS}).output_dir
     run = device.broadcast_object(runs.find_resumable(output_dir, name) if device.rank() == 0 else None)
     run.allow_model(given.get("model"))
     run.check_dataset(Path(run.config.dataset).name)  # config.json may have been edited
-    dataset = datasets.of_run(run, given.get("data_dir"))
+    dataset = datasets.of_run(run, given.get("data_dir"), given.get("mirror"))
     record = run.record
     if record.status != "completed":
         _report_differences(run)

@@ -87,6 +87,11 @@ class RunRecord(Record):
     resumed: list[Record] | None = None  # time, epoch (from 1) and steps of it that were done
     seconds_before_resuming: dict[Text, Number] | None = None
 
+    @property
+    def total_seconds(self) -> float:
+        """The seconds of a whole run, without the corruptions, which it does not measure by itself."""
+        return sum(seconds for stage, seconds in self.seconds.items() if stage != "corruptions")
+
 
 class EpochRecord(Record):
     """A line of history.jsonl: one epoch of training. Validation is null without a validation split."""
@@ -94,7 +99,7 @@ class EpochRecord(Record):
     epoch: Count  # from 1
     image_size: Count  # in pixels; smaller in the first epochs with progressive resizing
     images: Count | None = None  # that the epoch trained on
-    lr: Number  # of the last step
+    lr: Number  # of the first step
     train_loss: Number
     train_accuracy: Fraction
     images_per_second: Number

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from cifar import analysis, console, evaluate, images, visualize
-from cifar.config import FIELDS, STAGES, help_text
+from cifar.config import FIELDS, help_text
 from cifar.datasets import Dataset
 from cifar.errors import display_path
 from cifar.metrics import most_confused
@@ -43,8 +43,7 @@ def write(run: Run, dataset: Dataset) -> Path:
     page = environment.get_template("report.html").render(
         results,
         name=run.path.name,
-        stages=STAGES,
-        path=display_path(run.path),
+        evaluation=run.command("evaluate"),
         record=record,
         command=shlex.join(record.command or []),
         unused=config.unused,

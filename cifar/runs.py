@@ -37,9 +37,6 @@ SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in 
 RESUMABLE = ("interrupted", "failed", "killed")
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
 _GROUP_LOCK = ".lock"
-_PATIENCE = 1.0  # seconds to wait for a lock, which `status` in another process holds for milliseconds
-# Of a URL, as text in JSON: user:password@ and ?token=secret.
-_CREDENTIALS = re.compile(r'(?<=://)([^/\s"\\]|\\.)*@|(?<=[\w/])\?[^\s"\\=]+=([^\s"\\]|\\.)*')
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Run:
             if (status := self.status()) in RESUMABLE and not (self.checkpoints / "best.pt").exists():
                 problem = f"{self.path.name} is {status} and has no weights to evaluate"
                 raise UserError(f"{problem}; resume it with `{self.resume_command}`")
-            raise UserError(f"{self.path.name} has not been evaluated; run `{_evaluation_of(self.path / METRICS)}`")
+            raise UserError(f"{self.path.name} has not been evaluated; run `{self.command('evaluate')}`")
         return self.read(METRICS)
 
     @property
@@ -103,8 +100,19 @@ class Run:
         """The command that resumes the run, or the group that it belongs to."""
         if (self.path.parent / SUMMARY).exists() and self.record.command:
             return f"{PIPELINE} {shlex.join(self.record.command[1:])}".strip()
-        own_network = ["--model", self.config.model] if ":" in self.config.model else []
-        return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *own_network])
+        return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *self._own_network])
+
+    def command(self, task: str) -> str:
+        """Return the command line of a task for this run, such as `invoke evaluate --run outputs/RUN`."""
+        return shlex.join([STAGES, *task.split(), "--run", display_path(self.path), *self._own_network])
+
+    @property
+    def _own_network(self) -> list[str]:
+        """The flags that allow the code of the run's network, if it is the user's own."""
+        with contextlib.suppress(UserError):  # a damaged config.json
+            if ":" in self.config.model:
+                return ["--model", self.config.model]
+        return []
 
     def is_complete(self) -> bool:
         """Return whether the run was completed and evaluated; false if its files are damaged."""
@@ -192,6 +200,12 @@ class Run:
                 before = (record.seconds_before_resuming or {}).get(name, 0.0)
                 seconds = round(time.perf_counter() - started + before, 3)
                 self.update(seconds={**record.seconds, name: seconds})
+
+    def remove_evaluation(self) -> None:
+        """Delete the results of weights that training is about to replace."""
+        for name in (*_EVALUATION, "classification_report.txt", "report.html"):
+            with files.writing(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
         """Record that training resumes now, after that step of the epoch, and how long it has taken so far."""
@@ -344,15 +358,22 @@ def _iso_time(seconds: float) -> str:
 def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> Run:
     """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
 
-    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not, and where there is no
-    run at all, return the one that comes with the program.
+    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not, and where no run has
+    ended, return the one that comes with the program.
     """
     latest = Path(output_dir) / "latest"
-    if evaluated and not name and not directories(Path(output_dir)):
-        return Run(SHIPPED / "fast")
+    if evaluated and not name and not (latest / METRICS).exists():
+        with_metrics = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
+        if run := next(with_metrics, None):
+            return run
     if not name and not latest.exists():
-        problem = f"there is no finished run in {output_dir}; `{PIPELINE}` makes one"
-        return _newest(output_dir, ("completed", *RESUMABLE), problem)
+        try:
+            problem = f"there is no finished run in {output_dir}; `{PIPELINE}` makes one"
+            return _newest(output_dir, ("completed", *RESUMABLE), problem)
+        except UserError:
+            if evaluated:
+                return Run(SHIPPED / "fast")
+            raise
     path = _locate(output_dir, name) if name else latest
     if (path / SUMMARY).is_file():
         raise UserError(f"{path} holds the runs of several seeds; name one of them (`ls {path}` lists them)")
@@ -360,8 +381,6 @@ def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> R
         raise UserError(f"{path} is not a run directory: it has no {' and no '.join(missing)}")
     run = Run(path.resolve())
     run.status()
-    if evaluated and not name and not run.has_metrics:
-        return next((other for other in map(Run, directories(Path(output_dir))) if other.has_metrics), run)
     return run
 
 
@@ -434,13 +453,9 @@ def group_status(group: Path) -> str:
 
 def damaged(path: Path, problem: str) -> UserError:
     """Return the error for a damaged file of a run; it names the command that writes the file again, if any."""
-    hint = f"; `{_evaluation_of(path)}` writes it again" if path.name in _EVALUATION else ""
+    task = "evaluate --corruptions" if path.name == "corruptions.json" else "evaluate"
+    hint = f"; `{Run(path.parent).command(task)}` writes it again" if path.name in _EVALUATION else ""
     return UserError(f"{display_path(path)} is damaged: {problem}{hint}")
-
-
-def _evaluation_of(path: Path) -> str:
-    flag = " --corruptions" if path.name == "corruptions.json" else ""
-    return f"{STAGES} evaluate{flag} --run {shlex.quote(display_path(path.parent))}"
 
 
 def read_json(path: Path) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cifar import console, data, device, evaluate, model, optim, pretrained, tracking, zoo
 from cifar.checkpoint import Checkpointer
-from cifar.config import RECIPES, Config
+from cifar.config import LOCATIONS, Config
 from cifar.datasets import Dataset
 from cifar.errors import UserError, plural
 from cifar.records import EpochRecord
@@ -21,6 +21,8 @@ _WHITENING_IMAGES = 5000  # that the whitening filters are computed from
 _LONG = 10  # minutes of training, from which a shorter one is offered
 # What `--minutes` reaches on CIFAR-10 with TTA in these fractions of the time of `fast` (docs/experiments.md).
 _SHORTER = {0.2: "89%", 0.55: "93%"}
+_FAST = Config(dataset="cifar10", val_size=2000, small_size=24, crop_scale=1.0)  # resolved
+_NOT_MEASURED = {"seed", "seeds", "device", "precision", "compile", "deterministic", "track", *LOCATIONS}
 
 
 def fit(run: Run, dataset: Dataset) -> None:
@@ -34,10 +36,7 @@ def fit(run: Run, dataset: Dataset) -> None:
     hardware = device.choose(run.config.device)
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
-    network = new_network(config, train_set, len(dataset.classes)).to(hardware).to(memory_format=torch.channels_last)
-    batches = data.Batches(train_set, config, hardware, len(dataset.classes))
-    criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
-    optimizer = optim.build(network, config, batches.steps_per_epoch)
+    network, batches, criterion, optimizer = prepare(config, train_set, len(dataset.classes), hardware)
     training = Training(network, optimizer, batches)
     checkpoints = Checkpointer(run, training, dataset)
     forecaster = partial(forecast, config, hardware)
@@ -58,7 +57,7 @@ def fit(run: Run, dataset: Dataset) -> None:
                 if progress.is_due():
                     progress.step(training.epoch, training.step, **training.running_means())
                 checkpoints.save_if_due(received_signal())
-            record = EpochRecord(**training.summary(), **evaluate.validate(training.kept, val_set, config.precision))
+            record = training.summary(evaluate.validate(training.kept, val_set, config.precision))
             is_best = training.end_epoch(_score(record, config.early_stopping))
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
@@ -66,6 +65,19 @@ def fit(run: Run, dataset: Dataset) -> None:
             checkpoints.save_if_due(received_signal())  # a signal during validation
     if training.epoch <= config.epochs:
         console.say(training.early_stop())
+
+
+def prepare(
+    config: Config, train_set: data.Split, classes: int, hardware: torch.device
+) -> tuple[nn.Module, data.Batches, nn.Module, optim.ScheduledOptimizer]:
+    """Make what `train_step` takes, on the device: a new network, the batches, the criterion and the optimizer.
+
+    config: resolved.
+    """
+    network = new_network(config, train_set, classes).to(hardware).to(memory_format=torch.channels_last)
+    batches = data.Batches(train_set, config, hardware, classes)
+    criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
+    return network, batches, criterion, optim.build(network, config, batches.steps_per_epoch)
 
 
 def train_step(
@@ -91,8 +103,7 @@ def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
     length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
     where = f"in {config.precision} on {device.describe(hardware)}"
     sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
-    is_fast = all(getattr(config, name) == value for name, value in RECIPES["fast"].items())
-    if seconds < _LONG * 60 or not is_fast or config.dataset != "cifar10":
+    if seconds < _LONG * 60 or config.model_dump(exclude=_NOT_MEASURED) != _FAST.model_dump(exclude=_NOT_MEASURED):
         return sentence
     offers = [f"--minutes {math.ceil(part * seconds / 60)} reaches {reached}" for part, reached in _SHORTER.items()]
     return f"{sentence} and reach about 94%; {', '.join(offers)}"
@@ -171,24 +182,30 @@ class Training:
         accuracy = self.correct.item() / images
         return {"loss": loss, "accuracy": accuracy, "speed": images / (time.perf_counter() - self.epoch_started)}
 
-    def summary(self) -> dict[str, Any]:
-        """Return the epoch's line of the history, but for validation. Raises UserError as `running_means`."""
+    def summary(self, validation: dict[str, Any]) -> EpochRecord:
+        """Return the epoch's line of the history. Raises UserError if a loss or a weight is not finite.
+
+        validation: of `evaluate.validate`.
+        """
+        self.check_finite()
+        if not math.isfinite(validation["val_loss"] or 0):
+            raise self._diverged("validation loss is", self.step)
         means = self.running_means()
         seconds = time.perf_counter() - self.epoch_started
-        return {
-            "epoch": self.epoch,
-            "image_size": self.batches.image_sizes[self.epoch - 1],
-            "images": self.step * self.batches.config.batch_size,
-            "lr": self.lr,
-            "train_loss": means["loss"],
-            "train_accuracy": means["accuracy"],
-            "images_per_second": round(means["speed"], 1),
-            "seconds": round(seconds, 3),
-        }
+        return EpochRecord(
+            epoch=self.epoch,
+            image_size=self.batches.image_sizes[self.epoch - 1],
+            images=self.step * self.batches.config.batch_size,
+            lr=self.lr,
+            train_loss=means["loss"],
+            train_accuracy=means["accuracy"],
+            images_per_second=round(means["speed"], 1),
+            seconds=round(seconds, 3),
+            **validation,
+        )
 
     def end_epoch(self, score: float | None) -> bool:
         """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last."""
-        self.check_finite()
         is_best = score is None or score > self.best_score
         if is_best:
             self.best_epoch, self.best_score = self.epoch, -math.inf if score is None else score

@@ -178,6 +178,12 @@ def test_only_settings_that_differ_are_listed_without_locations(tmp_path):
     ]
 
 
+def test_many_seeds_are_compared_in_full_and_shown_in_short():
+    first, second = ([{"seed": seed, "lr": 1} for seed in seeds] for seeds in ((0, 1, 2, 3, 4), (0, 1, 2, 7, 8)))
+    (row,) = compare._different_settings([first, second])
+    assert row == {"name": "seed", "values": ["0, 1, 2 and 2 more"] * 2}
+
+
 def test_settings_without_an_effect_are_no_difference(tmp_path):
     without = {"optimizer": "adam", "momentum": 0.9, "small_epochs": 0, "small_size": 16, "hard_epochs": 0}
     without |= {"hard_share": 0.5, "crop": 0, "crop_mode": "zeros"}

@@ -132,6 +132,17 @@ def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_on
 # Settings files.
 
 
+def test_a_home_directory_is_understood_everywhere(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    made = Config.create(dict.fromkeys(("dataset", "data_dir", "labels", "output_dir", "weights"), "~/x"))
+    assert {made.dataset, made.data_dir, made.labels, made.output_dir, made.weights} == {"/home/me/x"}
+
+
+@pytest.mark.parametrize(("value", "recipe"), [(False, "fast"), ("no", "fast"), (True, "finetune"), ("1", "finetune")])
+def test_weights_from_imagenet_bring_their_recipe_only_if_they_are_wanted(value, recipe):
+    assert Config.create({"pretrained": value}).recipe == recipe
+
+
 def test_flags_override_the_file_and_the_file_overrides_the_recipe(tmp_path):
     file = write(tmp_path, "recipe = 'simple'\nepochs = 1\nval-size = 100\nlr = 1")
     made = Config.create(load_settings({"epochs": "3", "crop": None}, file))
@@ -139,7 +150,11 @@ def test_flags_override_the_file_and_the_file_overrides_the_recipe(tmp_path):
     with pytest.raises(UsageError, match=r"run\.toml is for the recipe simple: leave out --recipe fast"):
         load_settings({"recipe": "fast"}, file)
     assert load_settings({"recipe": "Simple"}, file)["epochs"] == 1
-    assert load_settings({}, write(tmp_path, '\ufeff{"epochs": 2}', "RUN.JSON")) == {"epochs": 2}
+    assert load_settings({}, write(tmp_path, '\ufeff{"epochs": 2, "recipe": null}', "RUN.JSON")) == {"epochs": 2}
+    assert load_settings({"lr": "0.1"}, write(tmp_path, "optimizer = 'sgd'\nrecipe = 'plain'"))["lr"] == "0.1"
+    assert load_settings({"epochs": "2"}, write(tmp_path, "minutes = 3")) == {"epochs": "2"}
+    with pytest.raises(UsageError, match="the settings of the run: leave out --config"):
+        load_settings({}, file, is_resumed=True)
 
 
 def test_a_runs_own_config_gives_what_it_was_and_not_where(tmp_path):
@@ -158,6 +173,8 @@ def test_a_runs_own_config_gives_what_it_was_and_not_where(tmp_path):
         ("run.toml", "epochs = = 3", r"run\.toml is not valid TOML: .*line 1"),
         ("run.json", "[" * 10**5, r"run\.json is not valid JSON"),
         ("run.json", "[1]", "must contain settings by name"),
+        ("run.toml", "epochs = 3\nminutes = 1", r"run\.toml: --minutes chooses the number of epochs"),
+        ("run.toml", "optimizer = 'sgd'", r"run\.toml: --optimizer sgd needs --lr, too"),
         ("run.toml", "epochs = [3]", r"run\.toml: --epochs takes a whole number, not \[3\]"),
         ("run.yaml", "epochs: 3", r"ends in \.toml or \.json"),
         ("none.toml", None, r"cannot read .*none\.toml: No such file"),
@@ -246,7 +263,6 @@ def test_a_tenth_is_for_validation_with_room_for_every_class_and_more_if_trainin
     [
         ({"val_size": 5}, "--val-size 5 does not fit: digits has 1,437 .*use 0, or 10 to 1427"),
         ({"val_size": 1430}, "--val-size 1430 does not fit"),
-        ({"image_size": 64}, "--image-size is for folders of images; those of digits are 32x32"),
     ],
 )
 def test_what_cannot_be_had_from_the_dataset_is_refused(settings, sentence):

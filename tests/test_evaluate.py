@@ -188,15 +188,15 @@ def test_damaged_predictions_are_one_sentence(evaluated_run, tmp_path, damage):
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path):
-    classes, labels = ("NA", '=a "b", c'), np.array([0, 1, 1])
+    classes, labels = ("'=NA", '=a "b", c'), np.array([0, 1, 1])
     probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
     evaluate.write_predictions(Run(tmp_path), probabilities, labels, classes, ("a.png", "b/+.png", "-c.png"))
     table = evaluate.read_predictions(Run(tmp_path))
-    assert table["true"].tolist() == ["NA", '=a "b", c', '=a "b", c']
-    assert table["predicted"].tolist() == ["NA", "NA", '=a "b", c']
+    assert table["true"].tolist() == ["'=NA", '=a "b", c', '=a "b", c']
+    assert table["predicted"].tolist() == ["'=NA", "'=NA", '=a "b", c']
     assert table["confidence"].tolist() == [0.75, 0.5, 0.875]
     rows = saved_predictions(Run(tmp_path))
-    assert list(rows[0]) == ["index", "true", "predicted", "confidence", "file", "NA", '\'=a "b", c']  # no formula
+    assert list(rows[0]) == ["index", "true", "predicted", "confidence", "file", "''=NA", '\'=a "b", c']  # no formula
     assert [row["file"] for row in rows] == ["a.png", "b/+.png", "'-c.png"]
 
 
@@ -212,12 +212,15 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
         ([[27, 13], [17, 23]], 0.6, 0.58, []),  # and of 62.5% it is 51.5 to 72.3%
         ([[60, 12], [8, 0]], 0.95, 0.9, ["Validation accuracy is 90.0%"]),  # 72 of 80 images are of one class
         ([[20, 20], [20, 20]], 0.9, None, ["Test accuracy is 50.0%"]),
+        ([[63, 9], [1, 7]], 0.9, None, []),  # 87.5%, and 90% is guessed right, but of each class 87.5% are found
     ],
 )
 def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train_accuracy, val_accuracy, said):
     supports = {str(number): SimpleNamespace(support=sum(row)) for number, row in enumerate(matrix)}
     accuracy = (matrix[0][0] + matrix[1][1]) / 80
-    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, n=80, epoch=2, accuracy=accuracy)
+    recall = SimpleNamespace(recall=sum(row[number] / sum(row) for number, row in enumerate(matrix)) / 2)
+    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, macro_average=recall, n=80, epoch=2)
+    metrics.accuracy = accuracy
     metrics.interval_95 = wilson_interval(round(80 * accuracy), 80)
     kept = SimpleNamespace(train_accuracy=train_accuracy, val_accuracy=val_accuracy)
     run = SimpleNamespace(has_metrics=True, metrics=metrics, kept_epoch=kept)

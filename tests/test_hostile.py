@@ -224,9 +224,9 @@ def interrupted_run(tmp_path_factory) -> Run:
 def test_an_interrupted_run_with_a_damaged_file_resumes_or_says_why_not(
     quick, interrupted_run, tmp_path, monkeypatch, file, kind
 ):
-    from cifar.trainer import Training
+    from cifar import model
 
-    monkeypatch.setattr(Training, "has_finished", property(reached))  # as soon as it has resumed
+    monkeypatch.setattr(model, "set_training_mode", reached)  # as soon as it has resumed
     shutil.copytree(interrupted_run.path, tmp_path / "run")
     damage(tmp_path / "run" / file, kind)
     code, out, err = call(tmp_path, "main", "--resume", "run")

@@ -224,6 +224,8 @@ def test_train_does_what_the_command_does_in_silence_also_in_a_thread(tmp_path, 
     (trained,) = made
     assert (trained.status(), trained.metrics.dataset, trained.config.epochs) == ("completed", "digits", 1)
     assert (trained.path / "report.html").exists()
+    again = cifar.train(**options)
+    assert [(run.path / "log.txt").read_text().count("--flip none instead") for run in (trained, again)] == [1, 1]
     assert cifar.load(trained).classes == cifar.load(trained.path.name, output_dir=str(tmp_path)).classes
     (tmp_path / "settings.toml").write_text("lr = 1e-3")
     with pytest.raises(UserError, match="--val-size 9999 does not fit"):

@@ -44,6 +44,11 @@ def test_the_learning_rate_follows_its_schedule_step_by_step(schedule, expected)
     np.testing.assert_allclose(seen, [expected(step) for step in range(20)])
 
 
+def test_short_epochs_at_the_end_do_not_shorten_the_others():
+    settings = config.Config(recipe="resnet18", schedule="step", decay_epochs=2)
+    assert optim.build(nn.Linear(1, 1), settings, [10, 10, 10, 5]).decay_steps == 20
+
+
 def test_the_steps_are_at_thirds_of_the_training_unless_they_are_given():
     seen = learning_rates(20, schedule="step")
     np.testing.assert_allclose(seen, [0.1] * 7 + [0.01] * 7 + [0.001] * 6)  # 20 / 3 is 6.7, twice that 13.3

@@ -315,6 +315,18 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(inte
 
 
 @pytest.mark.slow
+def test_what_was_measured_before_it_resumes_is_not_taken_for_the_result(interrupted, digits):
+    run = interrupted.run
+    evaluate.evaluate(run, digits, "cpu")
+    with run.lifetime():
+        trainer.fit(run, digits)
+    assert (run.status(), run.has_metrics, run.is_complete()) == ("completed", False, False)
+    evaluate.evaluate(run, digits, "cpu")
+    with run.lifetime():
+        trainer.fit(run, digits)  # nothing is left to be trained
+    assert run.is_complete()
+
+
 def test_a_missing_last_checkpoint_falls_back_too(interrupted, uninterrupted):
     (interrupted.run.checkpoints / "last.pt").unlink()
     assert interrupted.finish() == uninterrupted

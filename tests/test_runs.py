@@ -64,6 +64,8 @@ def test_the_credentials_of_a_url_are_stored_nowhere(config, monkeypatch, passwo
     assert run.config.mirror == clean
     assert run.record.command[1:] == ["--mirror", clean, f"--mirror={clean}"]
     assert run.record.note == f"from {clean}"
+    run.update(note="what?a=b me@home")  # no addresses
+    assert run.record.note == "what?a=b me@home"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_the_claim_of_a_process_that_is_killed_ends_with_it(run, config):
 
 
 def test_a_claimed_run_cannot_be_claimed_again_until_it_is_released(run, monkeypatch):
-    monkeypatch.setattr(runs, "_PATIENCE", 0.0)
+    monkeypatch.setattr(files, "_PATIENCE", 0.0)
     with run.claim(), pytest.raises(UserError, match="is in use by another process"), run.lifetime():
         raise AssertionError("it was claimed twice")
     with run.claim():
@@ -192,7 +194,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(run, monkeypatch):
 
 
 def test_a_group_is_killed_when_it_says_running_and_nobody_works_on_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_PATIENCE", 0.0)
+    monkeypatch.setattr(files, "_PATIENCE", 0.0)
     files.write_json(tmp_path / "summary.json", {"status": "running", "config": {}})
     assert runs.group_status(tmp_path) == "killed"
     with runs.claim_group(tmp_path):
@@ -230,6 +232,29 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
     assert runs.find(config.output_dir).path == run.path
     monkeypatch.chdir(tmp_path)
     assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+
+
+def test_who_wants_to_predict_gets_the_newest_run_that_was_evaluated_or_the_one_that_comes_with_the_program(config):
+    running = runs.create(config)
+    with running.claim():
+        assert runs.find(config.output_dir, evaluated=True).is_shipped
+    evaluated, latest = runs.create(config), runs.create(config)
+    end(evaluated)
+    end(latest)
+    assert runs.find(config.output_dir, evaluated=True).path == latest.path  # which says that it is not evaluated
+    (evaluated.path / "metrics.json").touch()
+    for _ in range(2):
+        assert runs.find(config.output_dir, evaluated=True).path == evaluated.path
+        shutil.rmtree(latest.path, ignore_errors=True)  # where the link `latest` leads
+
+
+def test_the_command_for_a_run_can_be_pasted_and_allows_its_own_network(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = os.path.relpath(run.path)
+    assert run.command("evaluate") == f"invoke evaluate --run {place}"
+    run.write("config.json", Config(recipe="plain", model="my.net:build").model_dump() | {"val_size": 5})
+    moved = runs.Run(run.path.rename(run.path.with_name("a b")))
+    assert moved.command("visualize").endswith("a b' --model my.net:build")
 
 
 def test_the_newest_run_that_was_not_completed_is_the_one_to_resume(config):

@@ -152,9 +152,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, t
 def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
     summary = trainer.Training.summary
 
-    def spoil(training):
+    def spoil(training, validation):
         next(training.network.parameters()).data[0] = float("nan")
-        return summary(training)
+        return summary(training, validation)
 
     monkeypatch.setattr(trainer.Training, "summary", spoil)
     with pytest.raises(UserError, match="the weights are not finite at epoch 1"):
@@ -178,6 +178,14 @@ def test_the_learning_rate_is_named_only_after_it_has_changed_weights(training):
     training.record_step(images, torch.tensor([float("inf"), 1.0]), torch.tensor([False, True]))
     with pytest.raises(UserError, match=r"step 2; most often .*: try --lr 7\.5e-05$"):
         training.running_means()
+
+
+def test_a_validation_loss_that_overflows_stops_the_run(training):
+    training.record_step(data.Batch(*[torch.zeros(2)] * 3, torch.arange(2)), torch.ones(2), torch.tensor([True, False]))
+    record = training.summary({"val_loss": None, "val_accuracy": None})
+    assert (record.train_loss, record.train_accuracy) == (1, 1 / training.batches.config.batch_size)
+    with pytest.raises(UserError, match=r"^the validation loss is not finite at epoch 1, step 1; most often .* --lr "):
+        training.summary({"val_loss": float("inf"), "val_accuracy": 0.5})
 
 
 def test_the_best_epoch_is_the_first_of_the_highest_accuracy_and_patience_counts_from_it(training, monkeypatch):
@@ -310,6 +318,7 @@ def test_resumed_processes_draw_different_dropout(training, monkeypatch):
         (300, {}, "13 epochs in float32 on Xeon will take about 5 minutes"),
         (1800, {}, "about 30 minutes and reach about 94%; --minutes 6 reaches "),
         (1800, {"epochs": 1}, "1 epoch in float32 on Xeon will take about 30 minutes"),
+        (1800, {"mixup": 0.2}, "13 epochs in float32 on Xeon will take about 30 minutes"),
         (1800, {"dataset": "cifar100"}, "13 epochs in float32 on Xeon will take about 30 minutes"),
     ],
 )
@@ -318,7 +327,8 @@ def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, se
     settings = {"dataset": "cifar10", "precision": "float32", "hard_epochs": 0, "small_epochs": 0} | settings
     if "epochs" not in settings:
         del settings["hard_epochs"], settings["small_epochs"]
-    said = trainer.forecast(Config.create(settings), torch.device("cpu"), seconds)
+    resolved = {"val_size": 2000, "small_size": 24, "crop_scale": 1.0} | settings
+    said = trainer.forecast(Config.create(resolved), torch.device("cpu"), seconds)
     assert (expected in said) if "reaches" in expected else (said == expected)
 
 
