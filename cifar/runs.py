@@ -104,7 +104,8 @@ class Run:
 
     def command(self, task: str) -> str:
         """Return the command line of a task for this run, such as `invoke evaluate --run outputs/RUN`."""
-        return shlex.join([STAGES, *task.split(), "--run", display_path(self.path), *self._own_network])
+        own_network = [] if task == "visualize" else self._own_network  # which it does not need
+        return shlex.join([STAGES, *task.split(), "--run", display_path(self.path), *own_network])
 
     @property
     def _own_network(self) -> list[str]:

@@ -254,7 +254,8 @@ def test_the_command_for_a_run_can_be_pasted_and_allows_its_own_network(run, mon
     assert run.command("evaluate") == f"invoke evaluate --run {place}"
     run.write("config.json", Config(recipe="plain", model="my.net:build").model_dump() | {"val_size": 5})
     moved = runs.Run(run.path.rename(run.path.with_name("a b")))
-    assert moved.command("visualize").endswith("a b' --model my.net:build")
+    assert moved.command("evaluate").endswith("a b' --model my.net:build")
+    assert moved.command("visualize").endswith("a b'")
 
 
 def test_the_newest_run_that_was_not_completed_is_the_one_to_resume(config):
