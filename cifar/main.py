@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections import deque
 from typing import Any, NoReturn
 
@@ -10,6 +11,8 @@ from cifar.config import PIPELINE, STAGES, Config, flag
 from cifar.errors import UsageError, UserError
 from cifar.flags import HELP, SWITCHES, help_page, load_settings, take_flag
 
+# Seconds that rank 0 has to say what is wrong: torchrun ends all processes as soon as one of them has failed.
+_FIRST_WORD = 5
 _TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for name in HELP}
 
 
@@ -26,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" not in os.environ:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
-    return _exit_now(console.exit_code(lambda: _run_as_process(*parse(arguments))))
+    code = console.exit_code(lambda: _run_as_process(*parse(arguments)))
+    if code and os.environ["RANK"] != "0":
+        time.sleep(_FIRST_WORD)
+    return _exit_now(code)
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:

@@ -79,9 +79,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
-    except TypeError:  # from Python's encoding of names
+        host.encode("idna")  # as `bind` does, whose error would leave a socket open
+    except UnicodeError:
         raise UserError(f"cannot listen on {host}: it is not a valid name") from None
+    try:
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             reason = (error.strerror or "").partition(" (")[0]  # without the repeated address

@@ -125,7 +125,8 @@ def test_a_damaged_file_is_reported_or_not_needed(outputs, file, kind, command):
         assert err.count("\n") == 1
         assert Path(file).name in err or (file, kind) == ("metrics.json", "missing")
     elif kind == "a folder" and code:  # in the place of a file to write
-        assert err in (f"error: cannot write {outputs / 'run' / file}: Is a directory\n", "error: reached\n")
+        is_named = err.startswith("error: cannot write ") and err.endswith(f"/run/{file}: Is a directory\n")
+        assert is_named or err == "error: reached\n"
     else:
         assert (code, err) in ((0, ""), (1, "error: reached\n"))
 

@@ -206,7 +206,7 @@ def test_on_a_full_disk_the_run_fails_with_a_sentence_and_resumes_later(outputs,
     process = outputs.start(functools.partial(small_files, 10**6, from_save))
     process.join(60)
     name = "best.pt" if from_save == 1 else "last.pt"
-    sentence = f"cannot write {outputs.run.checkpoints / name}: File too large"
+    sentence = f"cannot write {display_path(outputs.run.checkpoints / name)}: File too large"
     assert (process.exitcode, outputs.said().splitlines()[-1]) == (1, f"error: {sentence}")
     assert (outputs.run.record.status, outputs.run.record.error) == ("failed", sentence)
     assert not list(outputs.run.path.rglob("*.partial"))
@@ -243,7 +243,7 @@ def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outpu
     process = outputs.start(functools.partial(lose_rights, outputs.folder, 30))
     process.join(60)
     assert process.exitcode == 1
-    sentence = f"error: cannot write {outputs.run.path / 'history.jsonl'}: Permission denied"
+    sentence = f"error: cannot write {display_path(outputs.run.path / 'history.jsonl')}: Permission denied"
     assert outputs.said().splitlines()[-1] == sentence
     for path in outputs.folder.rglob("*"):
         path.chmod(0o755)
