@@ -62,12 +62,14 @@ def command(**help: str) -> Callable:
 
 
 def _find_run(output_dir: str | None, name: str | None, model: str | None = None, evaluated: bool = False) -> runs.Run:
-    """Find the named run, or else that of the previous task, or else the latest or, as in runs.find, newest evaluated.
+    """Find the named run, or else that of the previous task, or else the latest.
 
+    evaluated: instead of a latest one without metrics, the run that `runs.find_evaluated` returns.
     Raises UserError if there is none, or if its network is not the given one.
     """
     name = name or next((str(run.path) for run in _previous), None)
-    found = runs.find(Config.create({"output_dir": output_dir}).output_dir, name, evaluated)
+    folder = Config.create({"output_dir": output_dir}).output_dir
+    found = runs.find_evaluated(folder) if evaluated and not name else runs.find(folder, name)
     found.allow_model(model)
     _previous[:] = [found]
     return found

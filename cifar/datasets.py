@@ -242,10 +242,9 @@ def _labels_file(labels: str | None) -> Path | None:
 
 def _folder_root(name: str) -> Path:
     """Return the absolute path of a folder of images. Raises UserError if there is none of that name."""
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        return Path(path).resolve()
-    if os.path.exists(path):
+    if os.path.isdir(name):
+        return Path(name).resolve()
+    if os.path.exists(name):
         raise UserError(f"{name} is a file: --dataset takes {IMAGE_FOLDER}")
     if os.sep in name:
         raise UserError(f"there is no folder {name}, or it may not be read")

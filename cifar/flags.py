@@ -70,17 +70,18 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
     given = {name: value for name, value in flags.items() if value is not None}
     allow_model(given.get("model"))
     if not file:
-        return _without_conflict(given)
+        return given
     if is_resumed:
         raise UsageError("--resume takes the settings of the run: leave out --config")
     path = Path(file) / "config.json" if os.path.isdir(file) else Path(file)
     settings = _read_settings(path)
-    if "epochs" in given:
-        settings.pop("minutes", None)
+    for name, other in (("epochs", "minutes"), ("minutes", "epochs")):
+        if name in given:
+            settings.pop(other, None)
     if "recipe" in given and str(settings.get("recipe", given["recipe"])).lower() != given["recipe"].lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     try:
-        Config.create(_without_conflict(settings) | _without_conflict(given))
+        Config.create(settings | given)
     except UserError as error:
         place = "" if _is_valid(settings) else f"{path}: "
         raise type(error)(f"{place}{error}") from None
@@ -89,16 +90,9 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
 
 def _is_valid(settings: dict[str, Any]) -> bool:
     try:
-        return bool(Config.create(_without_conflict(settings)))
+        return bool(Config.create(settings))
     except UserError:
         return False
-
-
-def _without_conflict(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings. Raises UsageError if two of them name the number of epochs."""
-    if {"minutes", "epochs"} <= settings.keys():
-        raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
-    return settings
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ SHIPPED = Path(__file__).resolve().parent / "weights"  # the runs that come with
 LOG = "log.txt"  # what was printed
 SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in the seed
 RESUMABLE = ("interrupted", "failed", "killed")
+_ENDED = ("completed", *RESUMABLE)
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
 _GROUP_LOCK = ".lock"
 
@@ -356,25 +357,13 @@ def _iso_time(seconds: float) -> str:
 # Finding runs.
 
 
-def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> Run:
-    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended.
-
-    evaluated: without a name, prefer the newest that has been evaluated to a latest that has not, and where no run has
-    ended, return the one that comes with the program.
-    """
+def find(output_dir: str, name: str | None = None) -> Run:
+    """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended."""
     latest = Path(output_dir) / "latest"
-    if evaluated and not name and not (latest / METRICS).exists():
-        with_metrics = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
-        if run := next(with_metrics, None):
-            return run
     if not name and not latest.exists():
-        try:
-            problem = f"there is no finished run in {output_dir}; `{PIPELINE}` makes one"
-            return _newest(output_dir, ("completed", *RESUMABLE), problem)
-        except UserError:
-            if evaluated:
-                return Run(SHIPPED / "fast")
-            raise
+        if run := _newest(output_dir, _ENDED):
+            return run
+        raise UserError(f"there is no finished run in {output_dir}; `{PIPELINE}` makes one")
     path = _locate(output_dir, name) if name else latest
     if (path / SUMMARY).is_file():
         raise UserError(f"{path} holds the runs of several seeds; name one of them (`ls {path}` lists them)")
@@ -385,11 +374,22 @@ def find(output_dir: str, name: str | None = None, evaluated: bool = False) -> R
     return run
 
 
+def find_evaluated(output_dir: str) -> Run:
+    """Return the latest run if it is evaluated, or else the newest that is, the latest, or the one in the program."""
+    latest = Path(output_dir) / "latest"
+    evaluated = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
+    if not (latest / METRICS).exists() and (run := next(evaluated, None)):
+        return run
+    return find(output_dir) if latest.exists() else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
+
+
 def find_resumable(output_dir: str, name: str | None = None) -> Run:
     """Return the run of that name as `find` does; without a name, the newest that was not completed."""
     if name:
         return find(output_dir, name)
-    return _newest(output_dir, RESUMABLE, f"there is no run in {output_dir} that can be resumed")
+    if run := _newest(output_dir, RESUMABLE):
+        return run
+    raise UserError(f"there is no run in {output_dir} that can be resumed")
 
 
 def find_all(output_dir: str, name: str) -> list[Run]:
@@ -411,13 +411,13 @@ def _locate(output_dir: str, name: str) -> Path:
     raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
-def _newest(output_dir: str, statuses: Sequence[str], problem: str) -> Run:
-    """Return the newest run, by name, with one of the statuses. Raises UserError(problem) if none has."""
+def _newest(output_dir: str, statuses: Sequence[str]) -> Run | None:
+    """Return the newest run, by name, with one of the statuses."""
     for run in map(Run, directories(Path(output_dir))):
         with contextlib.suppress(UserError):  # a damaged one is passed over
             if run.status() in statuses:
                 return run
-    raise UserError(problem)
+    return None
 
 
 def directories(outputs: Path) -> list[Path]:

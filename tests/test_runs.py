@@ -237,14 +237,14 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
 def test_who_wants_to_predict_gets_the_newest_run_that_was_evaluated_or_the_one_that_comes_with_the_program(config):
     running = runs.create(config)
     with running.claim():
-        assert runs.find(config.output_dir, evaluated=True).is_shipped
+        assert runs.find_evaluated(config.output_dir).is_shipped
     evaluated, latest = runs.create(config), runs.create(config)
     end(evaluated)
     end(latest)
-    assert runs.find(config.output_dir, evaluated=True).path == latest.path  # which says that it is not evaluated
+    assert runs.find_evaluated(config.output_dir).path == latest.path  # which says that it is not evaluated
     (evaluated.path / "metrics.json").touch()
     for _ in range(2):
-        assert runs.find(config.output_dir, evaluated=True).path == evaluated.path
+        assert runs.find_evaluated(config.output_dir).path == evaluated.path
         shutil.rmtree(latest.path, ignore_errors=True)  # where the link `latest` leads
 
 
@@ -431,14 +431,7 @@ def test_a_group_is_not_locked_through_a_link(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
-def test_without_a_name_the_newest_evaluated_run_can_be_preferred(config, tmp_path):
-    made = [runs.create(config) for _ in range(3)]
-    made[0].write("metrics.json", {})
-    end(made[2])
-    output_dir = str(made[0].path.parent)
-    assert runs.find(output_dir) == made[2]
-    assert runs.find(output_dir, evaluated=True) == made[0]
-    assert runs.find(output_dir, made[1].path.name, evaluated=True) == made[1]
-    made[1].update(status="interrupted")
+def test_a_run_that_was_interrupted_before_it_had_weights_is_to_be_resumed(run):
+    run.update(status="interrupted")
     with pytest.raises(UserError, match=r"interrupted and has no weights to evaluate; resume it with `python main\.py"):
-        made[1].metrics  # noqa: B018
+        run.metrics  # noqa: B018
