@@ -91,7 +91,7 @@ def test_a_convolution_in_bfloat16_has_the_gradients_of_torchs_within_its_precis
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "images"), [(7, 5), (8, 3), (31, 4)])
+@pytest.mark.parametrize(("size", "images"), [(7, 5), (8, 3), (31, 4), (200, 3)])  # with over 2**15 pixels, too
 def test_pooling_in_chunks_is_pooling(layout, dtype, size, images, monkeypatch):
     monkeypatch.setattr(layers, "CHUNK_BYTES", 2 * 8 * size**2 * dtype.itemsize)  # two images
     features = torch.randint(-3, 3, (images, 8, size, size), generator=torch.Generator().manual_seed(0))  # with ties
