@@ -50,8 +50,8 @@ def run(config: Config) -> torch.device:
     used = {*LOCATIONS, "dataset", "labels", "image_size", "device", "precision", "compile"}
     settings = config.model_dump(include=used)
     runs.check_writable(config.output_dir)
-    dataset, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    console.banner(note)
+    dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+    console.banner(dataset.note)
     fast, *others = (
         datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
         for recipe in ("fast", "simple", "convnet")

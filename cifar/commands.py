@@ -95,8 +95,8 @@ def data(dataset=None, data_dir=None, labels=None, image_size=None, mirror=None)
 
     from cifar import datasets
 
-    found, note = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    console.banner(note)
+    found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+    console.banner(found.note)
     datasets.show_dataset(found)
 
 

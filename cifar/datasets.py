@@ -48,6 +48,8 @@ class Dataset:
     """Raises UserError that names a damaged file, without reading images."""
     test_files: tuple[str, ...] = ()
     """Of a folder: the path of each test image, relative to it, with /."""
+    note: str | None = None
+    """What the user must not overlook."""
 
     @property
     def name(self) -> str:
@@ -67,8 +69,8 @@ class Dataset:
 
 def find(
     name: str, data_dir: str, image_size: int = 32, mirror: str | None = None, labels: str | None = None
-) -> tuple[Dataset, str | None]:
-    """Find a dataset, or download it; returns it with a note that the user must not overlook, or None.
+) -> Dataset:
+    """Find a dataset, or download it.
 
     name: one of DATASETS, or the path of a folder of images. data_dir: a folder that holds the dataset or receives it
     (see `download.ensure`), and that receives a cache of decoded images. image_size: of a folder's images, in pixels.
@@ -81,13 +83,14 @@ def find(
         raise UserError("--image-size is for folders of images; those of other datasets are 32x32: leave it out")
     if name == "auto":
         try:
-            return _cifar("cifar10", Path(data_dir), mirror), None
+            return _cifar("cifar10", Path(data_dir), mirror)
         except download.UnavailableError as error:
-            return _digits(), f"This is not CIFAR-10 but scikit-learn's digits, which need no download: {error}."
+            note = f"This is not CIFAR-10 but scikit-learn's digits, which need no download: {error}."
+            return replace(_digits(), note=note)
     if name in _CIFAR:
-        return _cifar(name, Path(data_dir), mirror), None
+        return _cifar(name, Path(data_dir), mirror)
     if name == "digits":
-        return _digits(), None
+        return _digits()
     return _folder(name, Path(data_dir), image_size, labels)
 
 
@@ -121,11 +124,11 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     recorded = config.data_dir if os.path.exists(config.data_dir) else str(HOME / "data")
     if config.dataset in DATASETS:
         data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or recorded
-        return find(config.dataset, data_dir, config.image_size, mirror or config.mirror)[0]
+        return find(config.dataset, data_dir, config.image_size, mirror or config.mirror)
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
-    dataset, _ = _folder(place, Path(recorded), config.image_size, config.labels)
+    dataset = _folder(place, Path(recorded), config.image_size, config.labels)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "
@@ -218,22 +221,22 @@ def _read_digits(part: str) -> Split:
     return Split(images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[indices]).long())
 
 
-def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> tuple[Dataset, str | None]:
+def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> Dataset:
     root = _folder_root(name)
     # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
     is_shared = str(data_dir) == os.environ.get("CIFAR_DATA_DIR") or data_dir.resolve().is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = HOME / "data"
     images = folder.load(root, image_size, data_dir, _labels_file(labels))
-    dataset = Dataset(
+    return Dataset(
         key=str(root),
         classes=images.classes,
         location=str(root),
         can_flip=True,
         read={"train": images.train, "test": images.test}.__getitem__,
         test_files=images.test_files,
+        note=images.note,
     )
-    return dataset, images.note
 
 
 def _labels_file(labels: str | None) -> Path | None:

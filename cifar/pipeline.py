@@ -38,17 +38,17 @@ def create(config: Config) -> tuple[Run, Dataset]:
     """
     started = time.perf_counter()
     console.log_to(None)  # an earlier run's log has ended
-    config, dataset, note = prepare(config)
+    config, dataset = prepare(config)
     if config.minutes is not None:
         config = device.broadcast_object(bench.plan_epochs(config, dataset) if device.rank() == 0 else None)
     run = create_run(config, dataset) if device.rank() == 0 else None
     if run:
-        run.update(note=note, seconds={"data": round(time.perf_counter() - started, 3)})
+        run.update(note=dataset.note, seconds={"data": round(time.perf_counter() - started, 3)})
     return device.broadcast_object(run), dataset
 
 
-def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
-    """Find the dataset and adapt the settings to it; returns a note, too, that must not be overlooked.
+def prepare(config: Config) -> tuple[Config, Dataset]:
+    """Find the dataset and adapt the settings to it.
 
     For pretrained weights a folder's images have the size that they expect, unless --image-size names another.
     """
@@ -62,15 +62,14 @@ def prepare(config: Config) -> tuple[Config, Dataset, str | None]:
         config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))
     if device.rank() == 0:
         runs.check_writable(config.output_dir)
-        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+        dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     device.broadcast_object(None)  # the others wait for a download
     if device.rank():
-        found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    dataset, note = found
-    console.banner(note)
+        dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+    console.banner(dataset.note)
     for line in datasets.summary_lines(dataset):
         console.say(line)
-    return datasets.resolve(config, dataset), dataset, note
+    return datasets.resolve(config, dataset), dataset
 
 
 def create_run(config: Config, dataset: Dataset) -> Run:

@@ -97,16 +97,16 @@ def create(config: Config) -> Group:
     --minutes is planned once, for all seeds. Raises UserError for a setting that does not fit the machine or the
     dataset, before any directory is made.
     """
-    config, dataset, note = pipeline.prepare(config)
-    group = (_find_unfinished(config) or _make(config, dataset, note)) if device.rank() == 0 else None
+    config, dataset = pipeline.prepare(config)
+    group = (_find_unfinished(config) or _make(config, dataset)) if device.rank() == 0 else None
     return device.broadcast_object(group)
 
 
-def _make(config: Config, dataset: Dataset, note: str | None) -> Group:
+def _make(config: Config, dataset: Dataset) -> Group:
     planned = config if config.minutes is None else bench.plan_epochs(config, dataset)
     path = runs.make_directory(planned, f"_{planned.seeds}-seeds")
     state = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
-    files.write_json(path / runs.SUMMARY, {**state, "note": note, "config": planned.model_dump()})
+    files.write_json(path / runs.SUMMARY, {**state, "note": dataset.note, "config": planned.model_dump()})
     return Group(path, planned)
 
 

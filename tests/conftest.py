@@ -78,7 +78,7 @@ def flat(content) -> list:
 def digits():
     from cifar import datasets
 
-    return datasets.find("digits", "nowhere")[0]
+    return datasets.find("digits", "nowhere")
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +87,7 @@ def real_cifar10():
 
     if not (Path(REAL_CIFAR10).is_file() or download.find(download.ARCHIVES["cifar10"], Path(REAL_CIFAR10))):
         pytest.skip("neither data/ nor CIFAR_DATA_DIR has CIFAR-10")
-    return datasets.find("cifar10", REAL_CIFAR10)[0]
+    return datasets.find("cifar10", REAL_CIFAR10)
 
 
 @pytest.fixture
@@ -120,10 +120,14 @@ def _small_cifar(name: str, parent: Path, monkeypatch, prefix: str, classes) -> 
     return folder
 
 
-def quick_config(output_dir: Path, **settings) -> Config:
-    """Return the settings of the quickest training, `mlp` on digits for one epoch, with the given ones over them."""
+def quick_config(output_dir: Path, minutes: float | None = None, **settings) -> Config:
+    """Return the settings of the quickest training, `mlp` on digits for one epoch, with the given ones over them.
+
+    minutes: chooses the number of epochs, in the proportions of the settings.
+    """
     quick = {"recipe": "mlp", "dataset": "digits", "epochs": 1, "output_dir": str(output_dir), "device": "cpu"}
-    return Config.create({**quick, **settings})
+    config = Config.create({**quick, **settings})
+    return config.replace(minutes=minutes) if minutes else config
 
 
 def _trained(config: Config, dataset):

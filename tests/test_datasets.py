@@ -47,14 +47,14 @@ def test_cifar10_is_read_from_its_folder_the_parent_or_the_archive_as_torchvisio
     monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(ARCHIVES["cifar10"], **facts))
     renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
     for path in (small_cifar10.parent, small_cifar10, renamed, archive, archive.parent):
-        dataset, note = datasets.find("cifar10", str(path))
-        assert (dataset.name, dataset.can_flip, note) == ("cifar10", True, None)
+        dataset = datasets.find("cifar10", str(path))
+        assert (dataset.name, dataset.can_flip, dataset.note) == ("cifar10", True, None)
         assert_equals_torchvision(dataset, torchvision.datasets.CIFAR10, small_cifar10)
         dataset.verify()
 
 
 def test_cifar100_is_read_with_its_fine_classes_and_a_damaged_file_is_named_before_training(small_cifar100):
-    dataset = datasets.find("cifar100", str(small_cifar100.parent))[0]
+    dataset = datasets.find("cifar100", str(small_cifar100.parent))
     assert_equals_torchvision(dataset, torchvision.datasets.CIFAR100, small_cifar100)
     (small_cifar100 / "test").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="cifar-100-python/test is damaged"):
@@ -62,9 +62,9 @@ def test_cifar100_is_read_with_its_fine_classes_and_a_damaged_file_is_named_befo
 
 
 def test_the_training_split_is_read_without_the_test_file(small_cifar10):
-    expected = datasets.find("cifar10", str(small_cifar10))[0].train.sha256()
+    expected = datasets.find("cifar10", str(small_cifar10)).train.sha256()
     (small_cifar10 / "test_batch").unlink()
-    dataset = datasets.find("cifar10", str(small_cifar10))[0]
+    dataset = datasets.find("cifar10", str(small_cifar10))
     assert dataset.train.sha256() == expected
     with pytest.raises(UserError, match="test_batch is missing"):
         _ = dataset.test
@@ -73,16 +73,16 @@ def test_the_training_split_is_read_without_the_test_file(small_cifar10):
 def test_without_a_network_auto_uses_digits_and_cifar10_says_where_to_put_the_archive(tmp_path, monkeypatch):
     unreachable = dataclasses.replace(ARCHIVES["cifar10"], urls=("http://127.0.0.1:9/x",))
     monkeypatch.setitem(ARCHIVES, "cifar10", unreachable)
-    dataset, note = datasets.find("auto", str(tmp_path))
+    dataset = datasets.find("auto", str(tmp_path))
     assert dataset.name == "digits"
-    assert note.startswith("This is not CIFAR-10 but scikit-learn's digits, which need no download: cannot download")
+    assert dataset.note.startswith("This is not CIFAR-10 but scikit-learn's digits, which need no download: cannot")
     with pytest.raises(UserError, match=r"\(127\.0\.0\.1:9: Connection refused\); put the archive into .*--data-dir"):
         datasets.find("cifar10", str(tmp_path))
 
 
 def test_a_damaged_cifar10_is_not_replaced_by_digits(small_cifar10):
     (small_cifar10 / "data_batch_3").write_bytes(b"rubbish")
-    dataset = datasets.find("auto", str(small_cifar10))[0]
+    dataset = datasets.find("auto", str(small_cifar10))
     with pytest.raises(UserError, match="data_batch_3 is damaged"):
         _ = dataset.train
 
@@ -124,9 +124,9 @@ def image_folder(digits, tmp_path) -> Path:
 
 
 def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, image_folder, tmp_path):
-    dataset, note = datasets.find(str(image_folder), str(tmp_path / "cache"))
+    dataset = datasets.find(str(image_folder), str(tmp_path / "cache"))
     assert (dataset.name, dataset.key, dataset.classes) == ("my digits", str(image_folder), digits.classes)
-    assert note.startswith("Too few images to learn well, fewer than 20 in train: 0: 9,")
+    assert dataset.note.startswith("Too few images to learn well, fewer than 20 in train: 0: 9,")
     assert [name.split("/")[1] for name in dataset.test_files] == [str(int(label)) for label in dataset.test.labels]
     for part in ("train", "test"):
         found, expected = (
@@ -160,7 +160,7 @@ def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
 
 
 def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image_folder, tmp_path, monkeypatch):
-    moved, dataset = tmp_path / "moved", datasets.find(str(image_folder), str(tmp_path / "cache"))[0]
+    moved, dataset = tmp_path / "moved", datasets.find(str(image_folder), str(tmp_path / "cache"))
     record = SimpleNamespace(train_sha256=dataset.train.sha256())
     settings = config.Config(dataset=str(image_folder), data_dir="elsewhere")
     run = SimpleNamespace(config=settings, dataset=record, path=Path("run"))
@@ -204,4 +204,4 @@ def test_the_sizes_of_all_classes_are_said_in_two_bounded_lines():
 
 def test_the_start_of_a_training_says_nothing_about_a_test_split_that_it_must_not_read(small_cifar10):
     (small_cifar10 / "test_batch").unlink()
-    assert datasets.summary_lines(datasets.find("cifar10", str(small_cifar10))[0]) == []
+    assert datasets.summary_lines(datasets.find("cifar10", str(small_cifar10))) == []

@@ -84,7 +84,7 @@ from cifar.config import Config
 
 config = Config.create({"recipe": "plain", "dataset": "digits", "model": "tiny", "optimizer": "nadam", "lr": 1e-3,
                         "grayscale": 0.5, "epochs": 2, "val_size": 100, "flip": "none"})
-train_set = datasets.find("digits", ".")[0].train[:1024]
+train_set = datasets.find("digits", ".").train[:1024]
 
 def training():
     network = trainer.new_network(config, train_set, 10)

@@ -42,7 +42,7 @@ def photos(tmp_path_factory) -> datasets.Dataset:
             phase = (rows, columns, rows + columns)[number] // 4 + index
             pixels = np.where(phase[..., None] % 2, rng.integers(0, 90, 3), rng.integers(160, 256, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
-    return datasets.find(str(folder), str(tmp_path_factory.mktemp("data")))[0]
+    return datasets.find(str(folder), str(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")

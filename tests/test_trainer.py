@@ -35,11 +35,11 @@ def test_the_same_seed_repeats_a_recipe_with_all_its_augmentation(make_run, reci
 
 def test_scrambling_the_test_file_of_cifar10_changes_no_weight(small_cifar10, make_run):
     settings = {"recipe": "convnet", "epochs": 1, "val_size": 50}
-    before = record(make_run(dataset=datasets.find("cifar10", str(small_cifar10))[0], **settings))
+    before = record(make_run(dataset=datasets.find("cifar10", str(small_cifar10)), **settings))
     content = pickle.loads((small_cifar10 / "test_batch").read_bytes())
     scrambled = {"data": content["data"][::-1] ^ 255, "labels": content["labels"][::-1]}
     (small_cifar10 / "test_batch").write_bytes(pickle.dumps(scrambled))
-    assert record(make_run(dataset=datasets.find("cifar10", str(small_cifar10))[0], **settings)) == before
+    assert record(make_run(dataset=datasets.find("cifar10", str(small_cifar10)), **settings)) == before
 
 
 def test_scrambling_the_test_set_changes_no_weight(make_run, digits):
