@@ -76,17 +76,6 @@ def test_a_pipe_in_place_of_a_checkpoint_is_not_waited_for(tmp_path):
         checkpoint.load(tmp_path / "best.pt")
 
 
-def test_a_single_wrong_bit_among_the_weights_is_found(tmp_path):
-    path = tmp_path / "best.pt"
-    save(path)
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(network().head.weight.detach().numpy().tobytes()) + 5] ^= 1
-    path.write_bytes(whole)
-    torch.load(path, weights_only=True)  # torch itself notices nothing
-    with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load(path)
-
-
 class _Command:
     def __init__(self, path):
         self.path = path

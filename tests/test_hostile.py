@@ -1,11 +1,9 @@
 """Damaged run directories, over all commands: one sentence, or whatever works without the file; never a traceback."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +12,8 @@ import pytest
 
 import commands
 from cifar import files, runs
-from cifar.console import Interrupted
 from cifar.errors import UserError
 from cifar.runs import Run
-from conftest import quick_config
 from processes import slowly
 
 LAST, PREVIOUS, BEST = (f"checkpoints/{name}.pt" for name in ("last", "previous", "best"))
@@ -197,48 +193,6 @@ def test_nothing_is_written_through_a_link_in_a_run(outputs, tmp_path, monkeypat
 
 def content_of(path: Path) -> list | bytes:
     return sorted((file, file.read_bytes()) for file in path.iterdir()) if path.is_dir() else path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def interrupted_run(tmp_path_factory) -> Run:
-    """A run that was interrupted in its second epoch, and so has a previous.pt; do not change it."""
-    from cifar import checkpoint, pipeline, trainer
-    from cifar.checkpoint import Checkpointer
-
-    run, dataset = pipeline.create(quick_config(tmp_path_factory.mktemp("interrupted"), epochs=3))
-    save_if_due = Checkpointer.save_if_due
-
-    def interrupt_once(checkpointer, signal_number):
-        training = checkpointer.training
-        save_if_due(checkpointer, signal.SIGINT if (training.epoch, training.step) == (2, 3) else None)
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted), run.lifetime():
-        patch.setattr(checkpoint, "EPOCH_SECONDS", 0.0)
-        patch.setattr(Checkpointer, "save_if_due", interrupt_once)
-        trainer.fit(run, dataset)
-    assert run.status() == "interrupted"
-    return run
-
-
-@pytest.mark.parametrize("file", ["run.json", "config.json", "history.jsonl", LAST, PREVIOUS, BEST])
-@pytest.mark.parametrize("kind", ["truncated", *slowly(kind for kind in DAMAGES if kind != "truncated")])
-def test_an_interrupted_run_with_a_damaged_file_resumes_or_says_why_not(
-    quick, interrupted_run, tmp_path, monkeypatch, file, kind
-):
-    from cifar import model
-
-    monkeypatch.setattr(model, "set_training_mode", reached)  # as soon as it has resumed
-    shutil.copytree(interrupted_run.path, tmp_path / "run")
-    damage(tmp_path / "run" / file, kind)
-    code, out, err = call(tmp_path, "main", "--resume", "run")
-    assert (code, err.count("\n")) == (1, 1)
-    if file in (LAST, PREVIOUS):
-        assert err == "error: reached\n"
-        assert "resuming at epoch 2" + (", step 3 of" if file == PREVIOUS else "\n") in out
-        assert ("resuming from previous.pt" in " ".join(out.replace("│", " ").split())) == (file == LAST)
-    else:
-        assert err != "error: reached\n"
-        assert Path(file).name in err
 
 
 SEEDS = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--seeds", "2")

@@ -388,14 +388,6 @@ def test_a_file_that_cannot_be_written_keeps_its_content(run, monkeypatch, faili
     assert not list(run.path.glob("*.partial"))
 
 
-def test_the_file_before_is_kept_under_another_name(tmp_path):
-    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    for content in ("first", "second", "third"):
-        with files.atomic_write(path, previous) as partial:
-            partial.write_text(content)
-    assert (previous.read_text(), path.read_text()) == ("second", "third")
-
-
 # Symbolic links inside a run directory, through which a copied run could overwrite other files.
 
 
