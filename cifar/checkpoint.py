@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cifar import console, device
-from cifar.config import LOCATIONS, MAX_IMAGE_SIZE, PIPELINE, Config, model_name
+from cifar.config import LOCATIONS, MAX_CLASSES, MAX_IMAGE_SIZE, PIPELINE, Config, model_name
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
 from cifar.files import atomic_write
@@ -23,7 +23,6 @@ FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
 _MAX_BYTES = 16_000_000_000  # of a file: twice torchvision's largest network with Adam's state
 _MAX_PICKLED_BYTES = 4_000_000  # of the part that is not tensors
-_MAX_CLASSES = 10_000
 _SAVE_SECONDS = 50.0  # between checkpoints within an epoch; leaves a minute time for a step and the writing
 EPOCH_SECONDS = 5.0  # between checkpoints at the ends of epochs, which on a GPU take less time than the writing
 
@@ -290,7 +289,7 @@ def _problem(model: Any, classes: Any, image_size: Any, epoch: Any, weights: Any
     """Return what is wrong with the parts of a checkpoint, if anything is."""
     if type(model) is not str:
         return "its network has no name"
-    if type(classes) is not list or not 0 < len(classes) <= _MAX_CLASSES or {type(name) for name in classes} != {str}:
+    if type(classes) is not list or not 0 < len(classes) <= MAX_CLASSES or {type(name) for name in classes} != {str}:
         return "its classes are not names"
     if type(image_size) is not int or not 8 <= image_size <= MAX_IMAGE_SIZE:
         return "its image size is not possible"

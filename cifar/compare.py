@@ -283,7 +283,9 @@ def _difference(before: Sequence[Run], after: Sequence[Run], read: Callable) -> 
     metrics = [run.metrics for run in (*before, *after)]
     supports = [[(name, scores.support) for name, scores in one.per_class.items()] for one in metrics]
     if len({one.test_sha256 for one in metrics} - {None}) > 1 or any(one != supports[0] for one in supports):
-        raise UserError("the test sets differ")
+        sizes = sorted({str(run.config.image_size) for run in (*before, *after)})
+        cause = f" (--image-size {' and '.join(sizes)})" if len(sizes) > 1 else ""
+        raise UserError(f"the test sets differ{cause}")
     if len(before) == len(after) == 1:
         return _mcnemar(read(before[0]), read(after[0]))
     if 1 in (len(before), len(after)):

@@ -97,6 +97,7 @@ MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
 OTHER_MODELS = "a classification network of torchvision, timm/NAME of timm, or package.module:factory"
 MAX_EPOCHS = 100_000
 MAX_IMAGE_SIZE = 384  # pixels
+MAX_CLASSES = 10_000  # of which the confusion matrix has 100 million cells
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
 _allowed: set[str] = set()  # networks of the user's own whose code may run: the user has named them
@@ -111,6 +112,7 @@ _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are buil
 _OWN_MODELS = tuple(name for name in MODELS if name != "resnet18")  # torchvision has one of that name, too
 _REQUIRED = ("recipe", "dataset", "seed", "val_size", "model", "flip", "precision")  # in a run's config.json
 _SMALL, _CROP_SCALE = 64, 0.35  # pixels; above them, images get random resized crops, as fastai's Imagenette baselines
+_LEAST_ALPHA = 0.01  # of the Beta distribution
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
 _WORDINGS = {  # by pydantic's type of error, or its first word
@@ -236,6 +238,9 @@ class Config(BaseModel):
             _raise_sentence(error)
         if self.seed + self.seeds - 1 > _MAX_SEED:
             raise UserError(f"--seed {self.seed} with --seeds {self.seeds} exceeds the largest seed, {_MAX_SEED}")
+        for name in ("mixup", "cutmix"):  # torch draws wrong values for less: mostly one half, where most are 0 or 1
+            if 0 < getattr(self, name) < _LEAST_ALPHA:
+                raise UserError(f"{flag(name)} must be 0 or at least {_LEAST_ALPHA}, not {getattr(self, name):g}")
         if self.optimizer == "muon" and self.model not in _MUON_MODELS:
             cause = "--optimizer muon" if "optimizer" in settings else f"--recipe {recipe}"
             raise UserError(f"muon is for {' and '.join(_MUON_MODELS)} only: leave out {cause} for {self.model}")
@@ -406,10 +411,11 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
             f"--val-size {val_size} does not fit: {dataset.name} has {images:,} training images in {classes:,} "
             f"classes; use 0, or {classes} to {images - classes}"
         )
+    epochs = config.epochs if config.minutes is None else MAX_EPOCHS  # those that fit into the minutes have the limits
     limits = {
-        "small_epochs": (max_small_epochs(config.epochs), "at most two thirds of the epochs may use small images"),
-        "warmup_epochs": (max_warmup_epochs(config.epochs), "the learning rate may rise in half of the epochs at most"),
-        "hard_epochs": (max_hard_epochs(config.epochs), "at most a quarter of the epochs may leave out easy images"),
+        "small_epochs": (max_small_epochs(epochs), "at most two thirds of the epochs may use small images"),
+        "warmup_epochs": (max_warmup_epochs(epochs), "the learning rate may rise in half of the epochs at most"),
+        "hard_epochs": (max_hard_epochs(epochs), "at most a quarter of the epochs may leave out easy images"),
         "batch_size": _batch_limit(config.batch_size, images - val_size, image_size, processes),
         "small_size": (image_size, f"the images are {size}"),
         "cutout": (image_size // 2, f"at most half of {size} images may be cut out"),

@@ -128,7 +128,10 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
-    dataset = _folder(place, Path(recorded), config.image_size, config.labels)
+    labels = config.labels
+    if labels and place != config.dataset and Path(labels).is_relative_to(config.dataset):  # moved with the folder
+        labels = str(Path(place) / Path(labels).relative_to(config.dataset))
+    dataset = _folder(place, Path(recorded), config.image_size, labels)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "

@@ -228,9 +228,10 @@ def write_predictions(
 ) -> None:
     """Write predictions.csv: a row per test image with its calibrated probabilities (N, classes)."""
     names = [csv_cell(name) for name in classes]
+    columns = [*_COLUMNS, *(["file"] if files else [])]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*_COLUMNS, *(["file"] if files else []), *names])
+    writer.writerow([*columns, *(f"{name} (class)" if name in columns else name for name in names)])
     for index, (row, label) in enumerate(zip(probabilities, labels)):
         winner = int(row.argmax())
         file = [csv_cell(files[index])] if files else []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cifar import cache, console
+from cifar.config import MAX_CLASSES
 from cifar.data import Split
 from cifar.errors import UserError, listing, plural
 from cifar.files import writing
@@ -83,7 +84,8 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
     found = list_images(root, labels)
     place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
     fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
-    if images := _read_cache(place, fingerprint, found, size):
+    images = _read_cache(place, fingerprint, found, size)
+    if images and not _can_read_more(place, root, size):
         return images
     try:
         with writing(place):
@@ -94,7 +96,10 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # stays mapped after its end
             return _write_cache(Path(temporary), fingerprint, root, found, size)
     with cache.locked(place):
-        return _read_cache(place, fingerprint, found, size) or _write_cache(place, fingerprint, root, found, size)
+        if not images:  # another process may have written them by now
+            images = _read_cache(place, fingerprint, found, size)
+            return images or _write_cache(place, fingerprint, root, found, size)
+        return _write_cache(place, fingerprint, root, found, size)
 
 
 def _sha256(content: object) -> str:
@@ -142,6 +147,8 @@ def _list(root: Path) -> Found:
 
 def _found(root: Path, classes: Sequence[str], files: list[_File], notes: list[str]) -> Found:
     """Check that there are enough images, and sort them by their names."""
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{root} has {len(classes):,} classes: at most {MAX_CLASSES:,} are possible")
     _require_enough(root, classes, files, notes)
     if "train" in (parts := {file.part for file in files}) and "test" not in parts:
         notes.append("Without test images of their own, a fifth of the training images is the test split.")
@@ -167,6 +174,12 @@ def _find_splits(root: Path) -> dict[str, Path]:
     parts = {part: root / names[0] for part, names in spelled.items()}
     with_classes = [name for names in spelled.values() for name in names if _folders(root / name)]
     if not with_classes:  # a class may be called train
+        folders = _folders(root)
+        if len(folders) > 1 and all(name.lower() in _SPLITS for name in folders):
+            raise UserError(
+                f"{listing(folders)} in {root} have no folders of classes: put the images of each class into a folder "
+                "of its name there"
+            )
         return {"": root}
     if "train" not in parts or any(len(names) > 1 for names in spelled.values()):
         raise UserError(
@@ -443,6 +456,15 @@ def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> Image
     return None
 
 
+def _can_read_more(place: Path, root: Path, size: int) -> bool:
+    """Whether one of the files, of twenty at most, that could not be read when the cache was written can be now.
+
+    The disk, a missing permission or a machine at its limits may have been the reason.
+    """
+    failed = cache.read_about(place).get("failed", [])[:20]
+    return any(isinstance(image, Tensor) for image in decode_all([root / name for name in failed], size))
+
+
 def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder:
     """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
     images = f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels,"
@@ -464,7 +486,7 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     parts = {"train": files[: len(files) - len(test)], "test": test}
     about: dict[str, Any] = {part: [file.name for file in own] for part, own in parts.items()}
     about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
-    about |= {"own_val": sum(file.part == "val" for file in files)}
+    about |= {"own_val": sum(file.part == "val" for file in files), "failed": [file.name for file in errors]}
     cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
     written = _read_cache(place, fingerprint, found, size)
     if written is None:

@@ -33,7 +33,7 @@ MAX_BYTES = 400_000_000  # 100 million pixels of 4 bytes
 _MEMORY = 950_000_000  # bytes of data, those of Python and its libraries included
 _SECONDS = 5  # for each image
 _GROUP, _GROUP_BYTES = 25, 200_000  # that a worker gets at once
-_TIFF_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "LAB", "I", "I;16", "F")
+_TIFF_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "LAB", "I", "F")
 _CORES = min(32, cpu_count())
 # Workers, None for those that have not been started; at least 4, so that slow images do not keep others waiting.
 _workers: queue.LifoQueue["_Worker | None"] = queue.LifoQueue()
@@ -62,7 +62,7 @@ def decode_all(sources: Sequence[Source], size: int, fit: str = "crop") -> list[
 
 
 def as_source(image: AnyImage) -> Source:
-    """Return a path, or the bytes of a file: an image in memory becomes a TIFF, to be decoded as any other.
+    """Return a path, or the bytes of a file: an image in memory becomes a TIFF or PNG, to be decoded as any other.
 
     Arrays are (H, W), (H, W, 3) or (H, W, 4), tensors (H, W), (3, H, W) or (4, H, W): uint8, or float in 0..1.
     Raises UserError for what is no image.
@@ -83,8 +83,12 @@ def as_source(image: AnyImage) -> Source:
         if "transparency" in upright.info or upright.mode.startswith("P"):  # a palette can be transparent too
             upright = upright.convert("RGBA")
         file = io.BytesIO()
-        saved = upright if upright.mode in _TIFF_MODES else upright.convert("RGB")
-        saved.save(file, "TIFF", compression="raw")
+        if upright.mode.startswith("I;16"):  # in another byte order it cannot be saved
+            native = upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")
+            native.save(file, "TIFF" if image.format == "TIFF" else "PNG")  # only a TIFF file can mean 12 of 16 bits
+        else:
+            saved = upright if upright.mode in _TIFF_MODES else upright.convert("RGB")
+            saved.save(file, "TIFF", compression="raw")
     except Exception as error:  # Pillow reads a file when the pixels are needed, and its decoders raise any type
         raise UserError(f"Pillow cannot read the image: {describe(error)}") from None
     return file.getvalue()
@@ -135,7 +139,7 @@ def _read(source: Source) -> bytes | UserError:
     try:
         if isinstance(source, Path) and source.exists() and not source.is_file():
             return UserError(
-                "this is a folder without images" if source.is_dir() else "this is not a regular file"
+                "this is a folder, not an image" if source.is_dir() else "this is not a regular file"
             )  # opening a named pipe would wait for its writer
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > MAX_BYTES:

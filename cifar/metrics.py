@@ -118,7 +118,7 @@ def calibrate(val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
     Without validation images the temperature is 1 and there is no threshold.
     """
     temperature = fit_temperature(val_logits, val_labels) if len(val_labels) else 1.0
-    confidence = softmax(val_logits / temperature, axis=1).max(1, initial=0)
+    confidence = softmax(val_logits.astype(np.float64) / temperature, axis=1).max(1, initial=0)
     return {
         "temperature": temperature,
         "threshold": float(np.quantile(confidence, BELOW_THRESHOLD)) if len(val_labels) else None,
@@ -128,12 +128,19 @@ def calibrate(val_logits: np.ndarray, val_labels: np.ndarray) -> dict[str, Any]:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the T in 0.01..100 that minimizes the cross-entropy of logits (N, classes) / T against labels (N,)."""
+    """Return the T in 0.01..100 that minimizes the cross-entropy of logits (N, classes) / T against labels (N,).
+
+    A label counts as 1 - 1 / (N + 2), the other classes share the rest (Platt 1999, section 2.2): if the network is
+    right for all N images, T would otherwise go to zero, and every confidence to one.
+    """
     from scipy.optimize import minimize_scalar
 
+    count, classes = logits.shape
+    targets = np.full(logits.shape, 1 / (count + 2) / max(1, classes - 1))
+    targets[np.arange(count), labels] = 1 - 1 / (count + 2)
+
     def loss(log_temperature: float) -> float:
-        scaled = log_softmax(logits.astype(np.float64) / math.exp(log_temperature), axis=1)
-        return -scaled[np.arange(len(labels)), labels].mean()
+        return -(targets * log_softmax(logits.astype(np.float64) / math.exp(log_temperature), axis=1)).mean()
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 

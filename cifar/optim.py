@@ -111,9 +111,10 @@ class ScheduledOptimizer:
     """Optimizers and their learning-rate schedule behind one `step`.
 
     The learning rates rise linearly in the warm-up and then follow the schedule.
-    A parameter group may have its own `schedule` and `schedule_steps`, from the end of the warm-up. When its learning
-    rate has reached zero, its parameters are frozen, which spares their gradients. The learning rates are a function of
-    the steps done (torch's LambdaLR has no way to go to a step), so the state is the step and what the optimizers keep.
+    A parameter group may have its own `schedule` and `schedule_steps`, from the end of the warm-up. When that has
+    ended at a learning rate of zero, its parameters are frozen, which spares their gradients. The learning rates are a
+    function of the steps done (torch's LambdaLR has no way to go to a step), so the state is the step and what the
+    optimizers keep.
     In float16, `scaler` multiplies the loss, so that small gradients are not rounded to zero, and leaves out a step
     whose gradients are too large.
     """
@@ -166,7 +167,7 @@ class ScheduledOptimizer:
             progress, periods = min(1.0, decaying / group["schedule_steps"]), decaying / self.decay_steps
             fraction = SCHEDULES[group["schedule"]](progress, periods, self.config.decay_rate)
             group["lr"] = group["initial_lr"] * warmup * fraction
-            has_ended = group["lr"] == 0 < group["initial_lr"]
+            has_ended = progress == 1 and group["lr"] == 0 < group["initial_lr"]
             for parameter in group["params"]:
                 parameter.requires_grad_(not has_ended)
 

@@ -98,7 +98,7 @@ def create(config: Config) -> Group:
     dataset, before any directory is made.
     """
     config, dataset = pipeline.prepare(config)
-    group = (_find_unfinished(config) or _make(config, dataset)) if device.rank() == 0 else None
+    group = (_find_unfinished(config, dataset) or _make(config, dataset)) if device.rank() == 0 else None
     return device.broadcast_object(group)
 
 
@@ -110,8 +110,8 @@ def _make(config: Config, dataset: Dataset) -> Group:
     return Group(path, planned)
 
 
-def _find_unfinished(config: Config) -> Group | None:
-    """Find the newest group with these settings whose process ended before all seeds were done."""
+def _find_unfinished(config: Config, dataset: Dataset) -> Group | None:
+    """Find the newest group with these settings and images whose process ended before all seeds were done."""
     ignored = {*LOCATIONS, *(_PLANNED if config.minutes is not None else ())}
     for path in runs.groups(Path(config.output_dir)):
         try:
@@ -119,8 +119,11 @@ def _find_unfinished(config: Config) -> Group | None:
             recorded = Config.from_file(summary.config)
             is_same = recorded.model_dump(exclude=ignored) == config.model_dump(exclude=ignored)
             if is_same and summary.minutes == config.minutes and runs.group_status(path) == "killed":
+                group = Group(path, recorded.replace(**config.model_dump(include=set(LOCATIONS))))
+                if {run.dataset.train_sha256 for run in group.members().values()} - {dataset.train.sha256()}:
+                    raise UserError("its training images were others")
                 console.say(f"resuming {display_path(path)}")
-                return Group(path, recorded.replace(**config.model_dump(include=set(LOCATIONS))))
+                return group
         except UserError as error:
             console.say(f"{display_path(path)} cannot be resumed: {error}")
     return None

@@ -22,6 +22,7 @@ _LONG = 10  # minutes of training, from which a shorter one is offered
 # What `--minutes` reaches on CIFAR-10 with TTA in these fractions of the time of `fast` (docs/experiments.md).
 _SHORTER = {0.2: "89%", 0.55: "93%"}
 _FAST = Config(dataset="cifar10", val_size=2000, small_size=24, crop_scale=1.0)  # resolved
+_LOWEST = (-math.inf, -math.inf)  # score
 _NOT_MEASURED = {"seed", "seeds", "device", "precision", "compile", "deterministic", "track", *LOCATIONS}
 
 
@@ -109,11 +110,11 @@ def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
     return f"{sentence} and reach about 94%; {', '.join(offers)}"
 
 
-def _score(record: EpochRecord, criterion: str) -> float | None:
-    """Return what the best epoch has most of: validation accuracy, or the negative loss; None without validation."""
-    if record.val_loss is None:
+def _score(record: EpochRecord, criterion: str) -> tuple[float, float] | None:
+    """Return what the best epoch has most of: validation accuracy, then negative loss, or only that; None without."""
+    if record.val_loss is None or record.val_accuracy is None:
         return None
-    return record.val_accuracy if criterion == "accuracy" else -record.val_loss
+    return record.val_accuracy if criterion == "accuracy" else 0.0, -record.val_loss
 
 
 def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Module:
@@ -144,7 +145,7 @@ class Training:
         self.network, self.optimizer, self.batches = network, optimizer, batches
         self.device = batches.device
         self.averaged = optim.averaged(network, batches.config.ema)
-        self.best_epoch, self.best_score = 0, -math.inf
+        self.best_epoch, self.best_score = 0, _LOWEST
         self.started = time.perf_counter()
         self._start_epoch(1)
 
@@ -204,11 +205,14 @@ class Training:
             **validation,
         )
 
-    def end_epoch(self, score: float | None) -> bool:
-        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last."""
+    def end_epoch(self, score: tuple[float, float] | None) -> bool:
+        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last.
+
+        score: accuracy and negative loss; of equal accuracies, which few validation images often give, the lower loss.
+        """
         is_best = score is None or score > self.best_score
         if is_best:
-            self.best_epoch, self.best_score = self.epoch, -math.inf if score is None else score
+            self.best_epoch, self.best_score = self.epoch, score or _LOWEST
         self._start_epoch(self.epoch + 1)
         return is_best
 
@@ -274,7 +278,8 @@ class Training:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.epoch, self.step, self.lr = epoch, step, state["lr"]
-        self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
+        score = state["best_score"]  # a number in the checkpoints of earlier versions
+        self.best_epoch, self.best_score = state["best_epoch"], score if isinstance(score, tuple) else (score, math.inf)
         self.started = time.perf_counter() - state["seconds"]
         self.epoch_started = time.perf_counter() - state["epoch_seconds"]
         self.losses = torch.zeros(len(self.batches), device=self.device)

@@ -39,6 +39,7 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
     ("given", "sentence"),
     [
         ({"epochs": "0"}, "--epochs must be at least 1, not 0"),
+        ({"mixup": "1e-300"}, "--mixup must be 0 or at least 0.01, not 1e-300"),
         ({"epochs": 10**400}, "--epochs must be at most 100000, not 1000000000"),
         ({"lr": "nan"}, "--lr must be finite, not nan"),
         ({"epochs": 3.5}, "--epochs takes a whole number, not 3.5"),
@@ -217,6 +218,11 @@ def test_images_above_64_pixels_get_random_resized_crops_unless_it_is_said_other
     config = resolve(Config(image_size=96, crop_scale=1), dataset("pets", 20_000, 2, size=96))[0]
     assert (config.crop_scale, "crop" in config.unused) == (1, False)
     assert {"crop", "crop_mode"} <= config.replace(crop_scale=0.9).unused
+
+
+def test_the_epochs_that_fit_into_the_minutes_have_their_own_limits():
+    settings = {"small_epochs": 20, "hard_epochs": 9, "warmup_epochs": 9}
+    assert len(resolve(Config(**settings), PETS)[1]) == 3 + len(resolve(Config(**settings, minutes=60), PETS)[1])
 
 
 def test_validation_images_of_the_dataset_itself_are_used():

@@ -177,6 +177,19 @@ def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image
         datasets.of_run(run, str(moved))
 
 
+def test_a_table_of_labels_that_was_moved_with_its_folder_is_found_there(image_folder, tmp_path):
+    files = [path.relative_to(image_folder) for path in sorted(image_folder.rglob("*.png"))]
+    table = image_folder / "labels.csv"
+    table.write_text("\n".join(["path,label", *(f"{file},{file.parts[-2]}" for file in files)]))
+    cache = str(tmp_path / "cache")
+    dataset = datasets.find(str(image_folder), cache, labels=str(table))
+    settings = config.Config(dataset=str(image_folder), data_dir=cache, labels=str(table))
+    record = SimpleNamespace(train_sha256=dataset.train.sha256())
+    moved = image_folder.rename(tmp_path / "moved")
+    found = datasets.of_run(SimpleNamespace(config=settings, dataset=record, path=Path("run")), str(moved))
+    assert (found.classes, found.location) == (dataset.classes, str(moved))
+
+
 def test_show_dataset_lists_the_splits_and_escapes_names(digits, capsys):
     names = ("[bold]a", "b\x1b[0m", *"23456789")
     datasets.show_dataset(dataclasses.replace(digits, key="/data/[red]\x1b[31m", classes=names))

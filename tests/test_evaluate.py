@@ -198,6 +198,8 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
     rows = saved_predictions(Run(tmp_path))
     assert list(rows[0]) == ["index", "true", "predicted", "confidence", "file", "''=NA", '\'=a "b", c']  # no formula
     assert [row["file"] for row in rows] == ["a.png", "b/+.png", "'-c.png"]
+    evaluate.write_predictions(Run(tmp_path), probabilities, labels, ("true", "file"))
+    assert list(saved_predictions(Run(tmp_path))[0])[4:] == ["true (class)", "file"]
 
 
 @pytest.mark.parametrize(

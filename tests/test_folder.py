@@ -16,7 +16,7 @@ from cifar.config import PROJECT
 from cifar.data import Split
 from cifar.errors import UserError
 from cifar.folder import ImageFolder
-from cifar.images import decode
+from cifar.images import decode, decode_all
 from conftest import as_nobody
 
 
@@ -262,6 +262,23 @@ def test_up_to_one_percent_of_files_may_be_unreadable_and_they_are_named(tmp_pat
     assert "b/2-007.png (the file cannot be read: Permission denied)" in images.note
 
 
+def test_an_image_that_could_not_be_read_is_read_by_the_next_run_that_can(root, monkeypatch):
+    fill(root / "train" / "cat", 80, seed=9)
+
+    def decode_but_one(sources, size):
+        failed = UserError("the file cannot be read: Input/output error")
+        decoded = zip(sources, decode_all(sources, size))
+        return [failed if path.name == "9-003.png" else image for path, image in decoded]
+
+    for _ in range(2):
+        monkeypatch.setattr(folder, "decode_all", decode_but_one)
+        assert "1 of 140 files could not be read" in load(root).note
+    monkeypatch.setattr(folder, "decode_all", decode_all)
+    for _ in range(2):
+        images = load(root)
+        assert (len(images.train), "could not be read" in (images.note or "")) == (120, False)
+
+
 def test_an_image_in_train_and_test_is_reported_with_both_names(root):
     shutil.copy(root / "test" / "dog" / "2-001.png", root / "train" / "dog" / "copy.png")
     assert load(root).note == (
@@ -458,6 +475,10 @@ BROKEN = {
         lambda root: shutil.rmtree(root / "train" / "dog"),
         "train has only one class, cat: at least two are needed$",
     ),
+    "splits without classes": (
+        lambda root: [shutil.rmtree(root), fill(root / "train", 5, seed=1), fill(root / "test", 5, seed=2)],
+        "test, train in .*pets have no folders of classes: put the images of each class into a folder of its name",
+    ),
     "no folder of training images": (
         lambda root: shutil.rmtree(root / "train"),
         "pets has test, but needs exactly one train folder and .* alone, use .*pets/test: a fifth of it becomes",
@@ -514,6 +535,12 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(root, kind):
         load(root)
     root.chmod(0o755)
     assert "\n" not in str(caught.value)
+
+
+def test_more_classes_than_a_checkpoint_may_have_are_refused(root, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_CLASSES", 1)
+    with pytest.raises(UserError, match=r"pets has 2 classes: at most 1 are possible$"):
+        folder.list_images(root)
 
 
 def test_300_classes_have_one_label_each_and_training_images_are_mixed(tmp_path):

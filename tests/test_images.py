@@ -1,3 +1,4 @@
+import io
 import os
 import queue
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from cifar import images
 from cifar.errors import UserError
-from cifar.images import FITS, decode, decode_all, read_rgb
+from cifar.images import FITS, as_source, decode, decode_all, read_rgb
 from image_files import ANY, COLORS, COSTLY, GOOD, GREYS, REFUSED, SIZE, empty_scans, quarters, sample, saved, wide
 from processes import slowly
 
@@ -47,6 +48,16 @@ def test_malformed_exif_is_ignored(exif):
 def test_an_image_of_the_networks_size_keeps_every_pixel(digits):
     for image in digits.test.images[:20]:
         assert torch.equal(decode(saved(Image.fromarray(image.permute(1, 2, 0).numpy()), "PNG"), SIZE), image)
+
+
+@pytest.mark.parametrize(("factor", "order", "format"), [(15, "<u2", "PNG"), (15, "<u2", "TIFF"), (257, ">u2", "TIFF")])
+def test_sixteen_bits_in_memory_are_seen_as_in_their_file(factor, order, format):
+    values = np.array(wide(np.uint16, factor)).astype(order)
+    mode = "I;16B" if order == ">u2" else "I;16"
+    file = saved(Image.frombytes(mode, values.shape[::-1], values.tobytes()), format)
+    opened = Image.open(io.BytesIO(file))
+    assert opened.mode == mode
+    assert torch.equal(decode(as_source(opened), SIZE), decode(file, SIZE))
 
 
 @pytest.mark.parametrize("kind", [(np.uint16, 257), (np.int32, 257), (np.float32, 1 / 255)])

@@ -121,6 +121,14 @@ def test_the_temperature_undoes_a_scaling_and_lowers_the_error_on_other_images()
     assert errors["after"]["expected_calibration_error"] < 0.02
 
 
+def test_the_temperature_is_finite_where_all_validation_images_are_right():
+    labels = np.arange(48) % 2
+    calibration = metrics.calibrate(5.0 * np.eye(2)[labels], labels)
+    # The sigmoid of 5 / T is then 49 / 50, so that exp(5 / T) is 49.
+    assert calibration["temperature"] == pytest.approx(5 / np.log(49), rel=1e-4)
+    assert calibration["threshold"] == pytest.approx(0.98, abs=1e-4)
+
+
 def test_all_but_a_twentieth_of_the_validation_images_reach_the_threshold():
     logits, labels = random_logits(1000)
     calibration = metrics.calibrate(logits, labels)

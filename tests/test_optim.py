@@ -44,6 +44,15 @@ def test_the_learning_rate_follows_its_schedule_step_by_step(schedule, expected)
     np.testing.assert_allclose(seen, [expected(step) for step in range(20)])
 
 
+def test_a_learning_rate_too_small_for_a_number_freezes_nothing():
+    network = nn.Linear(1, 1)
+    optimizer = optim.build(network, config.Config(recipe="resnet18", schedule="step", decay_epochs=1e-3), [10, 10])
+    optimizer.set_step(15)
+    assert (optimizer.lr, network.weight.requires_grad) == (0, True)
+    optimizer.set_step(20)
+    assert not network.weight.requires_grad  # the end of the training
+
+
 def test_short_epochs_at_the_end_do_not_shorten_the_others():
     settings = config.Config(recipe="resnet18", schedule="step", decay_epochs=2)
     assert optim.build(nn.Linear(1, 1), settings, [10, 10, 10, 5]).decay_steps == 20

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cifar import bench, files, report, runs, seeds, visualize
+from cifar import bench, files, pipeline, report, runs, seeds, visualize
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
@@ -73,6 +73,16 @@ with runs.claim_group(Path(sys.argv[1])):
     print(flush=True)
     input()
 """
+
+
+def test_a_killed_group_with_other_images_is_not_resumed(tmp_path, digits, capsys):
+    config = quick_config(tmp_path, seeds=2)
+    held = seeds.create(config)
+    member = pipeline.create_run(held.config.replace(seeds=1, output_dir=str(held.path)), digits)
+    assert seeds.create(config) == held
+    member.update(dataset=member.record.dataset.model_dump() | {"train_sha256": "0" * 64})
+    assert seeds.create(config) != held
+    assert f"{held.path.name} cannot be resumed: its training images were others" in capsys.readouterr().out
 
 
 def test_only_a_killed_group_of_the_same_settings_is_resumed(tmp_path, capsys):
