@@ -51,6 +51,7 @@ class ImageFolder:
     test: Split
     test_files: tuple[str, ...]  # of each test image: relative to the folder, with /
     note: str | None  # what the user must not overlook
+    left_out: tuple[str, ...]  # the files that could not be read
 
 
 class _File(NamedTuple):
@@ -85,7 +86,7 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
     place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
     fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
     images = _read_cache(place, fingerprint, found, size)
-    if images and not _can_read_more(place, root, size):
+    if images and not _can_read_one(root, images.left_out, size):
         return images
     try:
         with writing(place):
@@ -96,10 +97,8 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # stays mapped after its end
             return _write_cache(Path(temporary), fingerprint, root, found, size)
     with cache.locked(place):
-        if not images:  # another process may have written them by now
-            images = _read_cache(place, fingerprint, found, size)
-            return images or _write_cache(place, fingerprint, root, found, size)
-        return _write_cache(place, fingerprint, root, found, size)
+        written = None if images else _read_cache(place, fingerprint, found, size)  # by another process
+        return written or _write_cache(place, fingerprint, root, found, size)
 
 
 def _sha256(content: object) -> str:
@@ -450,19 +449,19 @@ def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> Image
         train, test = (cache.read(place, part, _labels(own), size, about) for part, own in files.items())
         if len(by_name) <= len(found.files) / 100 and 0 <= about["own_val"] < len(train):
             train, names = replace(train, own_val=about["own_val"]), tuple(file.name for file in files["test"])
-            return ImageFolder(found.classes, train, test, names, about["note"] and str(about["note"]))
+            note = about["note"] and str(about["note"])
+            return ImageFolder(found.classes, train, test, names, note, tuple(by_name))
     except Exception:  # a damaged file can make anything fail
         pass
     return None
 
 
-def _can_read_more(place: Path, root: Path, size: int) -> bool:
-    """Whether one of the files, of twenty at most, that could not be read when the cache was written can be now.
+def _can_read_one(root: Path, names: Sequence[str], size: int) -> bool:
+    """Whether one of the files, of the first twenty, can be read now.
 
-    The disk, a missing permission or a machine at its limits may have been the reason.
+    That it could not before may have been due to the disk, a missing permission, or a machine at its limits.
     """
-    failed = cache.read_about(place).get("failed", [])[:20]
-    return any(isinstance(image, Tensor) for image in decode_all([root / name for name in failed], size))
+    return any(isinstance(image, Tensor) for image in decode_all([root / name for name in names[:20]], size))
 
 
 def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder:
@@ -486,7 +485,7 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     parts = {"train": files[: len(files) - len(test)], "test": test}
     about: dict[str, Any] = {part: [file.name for file in own] for part, own in parts.items()}
     about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
-    about |= {"own_val": sum(file.part == "val" for file in files), "failed": [file.name for file in errors]}
+    about |= {"own_val": sum(file.part == "val" for file in files)}
     cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
     written = _read_cache(place, fingerprint, found, size)
     if written is None:

@@ -30,7 +30,8 @@ def fit(run: Run, dataset: Dataset) -> None:
     """Train the run's network on the dataset's training split alone; writes history.jsonl, last.pt and best.pt.
 
     If the run has a checkpoint, the training resumes from it. best.pt has the weights of the epoch that was best on
-    validation, the earlier one of equals; without validation, of the last. With `ema` they are the averaged ones.
+    validation, of equal accuracies that with the lower loss; without validation, of the last. With `ema` they are the
+    averaged ones.
     Raises UserError, with epoch and step, if the loss is not finite; after saving, Interrupted for Ctrl-C and SIGTERM.
     """
     device.keep_freed_memory()
@@ -111,10 +112,11 @@ def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
 
 
 def _score(record: EpochRecord, criterion: str) -> tuple[float, float] | None:
-    """Return what the best epoch has most of: validation accuracy, then negative loss, or only that; None without."""
-    if record.val_loss is None or record.val_accuracy is None:
+    """Return what the best epoch has most of, and what decides between equals; None without validation."""
+    if record.val_accuracy is None or record.val_loss is None:
         return None
-    return record.val_accuracy if criterion == "accuracy" else 0.0, -record.val_loss
+    accuracy, negative_loss = record.val_accuracy, -record.val_loss
+    return (accuracy, negative_loss) if criterion == "accuracy" else (negative_loss, accuracy)
 
 
 def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Module:
@@ -206,10 +208,7 @@ class Training:
         )
 
     def end_epoch(self, score: tuple[float, float] | None) -> bool:
-        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last.
-
-        score: accuracy and negative loss; of equal accuracies, which few validation images often give, the lower loss.
-        """
+        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last."""
         is_best = score is None or score > self.best_score
         if is_best:
             self.best_epoch, self.best_score = self.epoch, score or _LOWEST

@@ -198,6 +198,11 @@ def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_and_patien
         assert training.has_finished == is_over
 
 
+def test_the_best_score_of_an_earlier_version_is_beaten_only_by_a_higher_one(training):
+    training.load_state_dict(training.state_dict() | {"best_epoch": 1, "best_score": 0.75})
+    assert [training.end_epoch(score) for score in ((0.75, -0.1), (0.76, -0.9))] == [False, True]
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits, ema):
     run = make_run(epochs=2, ema=ema)
