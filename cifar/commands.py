@@ -239,6 +239,8 @@ def export(run=None, model=None, output=None, weights=None, data_dir=None, devic
         raise UserError(f"--output takes a file that ends in .pt2, not '{output}'")
     if not weights and (data_dir or device):
         raise UsageError("--data-dir and --device are for --weights: leave them out")
+    if weights and output:
+        raise UsageError("--weights writes a folder, and --output a file: leave one of them out")
     config = Config.create({"device": device, "output_dir": output_dir})
     found = _find_run(output_dir, run, model, evaluated=True)
 
@@ -246,6 +248,7 @@ def export(run=None, model=None, output=None, weights=None, data_dir=None, devic
 
     if weights:
         made = export.write_weights(found, datasets.of_run(found, data_dir), Path(weights), config.device)
+        console.say(f"the run with small weights: {display_path(made.path)}")
         return report.show_metrics(made.metrics)
     folder = Path(config.output_dir) / "export" / found.path.name if found.is_shipped else found.path
     export.show_export(export.export(found, Path(output) if output else folder / "model.pt2"))
@@ -269,8 +272,8 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
         rows = compare.leaderboard(output_dir, sort)
         return compare.show_runs(rows, compare.groups(output_dir), compare.columns(sort))
     comparison = compare.compare([run for name in names for run in runs.find_all(output_dir, name)], pairs)
-    folder = compare.write(comparison, Path(output) if output else compare.folder(output_dir, comparison))
     compare.show_comparison(comparison)
+    folder = compare.write(comparison, Path(output) if output else compare.folder(output_dir, comparison))
     console.say(f"figure and numbers: {display_path(folder)}")
 
 

@@ -98,13 +98,13 @@ OTHER_MODELS = "a classification network of torchvision, timm/NAME of timm, or p
 MAX_EPOCHS = 100_000
 MAX_IMAGE_SIZE = 384  # pixels
 MAX_CLASSES = 10_000  # of which the confusion matrix has 100 million cells
+YES, NO = ("yes", "y", "true", "t", "on", "1"), ("no", "n", "false", "f", "off", "0")  # for pydantic
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
 _allowed: set[str] = set()  # networks of the user's own whose code may run: the user has named them
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
-_NO = ("no", "n", "false", "f", "off", "0")  # what pydantic takes as false
 _PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
 _LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
@@ -274,7 +274,7 @@ class Config(BaseModel):
         settings = {name: value for name, value in given.items() if value is not None}
         if {"minutes", "epochs"} <= settings.keys():
             raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
-        if settings.get("weights") or str(settings.get("pretrained", "no")).lower() not in _NO:
+        if settings.get("weights") or str(settings.get("pretrained", "no")).lower() not in NO:
             settings.setdefault("recipe", "finetune")
         elif "model" in settings:
             model = _known_spelling("model", str(settings["model"]))

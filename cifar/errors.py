@@ -66,6 +66,6 @@ def csv_cell(value: Any) -> Any:
 def display_path(path: str | Path) -> str:
     """Return the path relative to the working directory, or the absolute one if that is shorter."""
     try:
-        return min(os.path.relpath(path), os.path.abspath(path), key=len)
+        return min(os.path.relpath(path), os.path.abspath(path), key=len).replace(os.sep, "/")  # also on Windows
     except ValueError:  # on another drive of Windows
         return str(path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cifar import checkpoint, console, evaluate, files, model, runs
 from cifar.config import LOCATIONS, Config
 from cifar.datasets import Dataset
-from cifar.errors import UserError, describe, display_path
+from cifar.errors import UserError, describe, display_path, listing
 from cifar.predict import Predictor
 from cifar.runs import Run
 
@@ -29,6 +29,7 @@ _RECORDED = {  # of run.json, in weights for others
     *("status", "start", "end", "seconds", "commit", "dirty", "versions", "device", "hardware", "precision", "threads"),
     *("processes", "seed", "dataset", "model"),
 }
+_HUB_FILES = ("model.safetensors", "config.json", "model.py", "load.py", "README.md")
 _HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 
 
@@ -47,10 +48,11 @@ def export(run: Run, path: Path) -> list[Path]:
     """Export the run's network to `path`, a .pt2 file, and beside it to .onnx and a folder for the Hugging Face Hub.
 
     The last two only if the packages that they need are installed. Returns what was written. Raises UserError if the
-    run has not been evaluated or torch.export does not support its network.
+    run has not been evaluated, torch.export does not support its network, or the folder has other files.
     """
     predictor = Predictor(run, "cpu")
     predictor.network.to(memory_format=torch.contiguous_format).requires_grad_(False)
+    _require_own(path.with_suffix(""))
     return [*_write_programs(predictor, path), *_write_hub_folder(predictor, path.with_suffix(""))]
 
 
@@ -69,9 +71,13 @@ def _write_programs(predictor: Predictor, path: Path) -> list[Path]:
         partial.write_bytes(content.getbuffer())
     if not _are_installed("onnx", "onnxscript"):
         return [path]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # torch's own, about its future versions
-        converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # torch's own, about its future versions
+            converted = torch.onnx.export(program, dynamo=True, output_names=["probabilities"])
+    except Exception as error:  # ONNX lacks some of torch's operations
+        console.say(f"no .onnx file was written: torch.onnx.export fails: {describe(error)}")
+        return [path]
     assert converted is not None  # as it is without dynamo
     converted.model.metadata_props[ABOUT] = about
     with files.atomic_write(path.with_suffix(".onnx")) as partial:
@@ -104,13 +110,12 @@ def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
         return []
     from safetensors.torch import save
 
-    if folder.is_symlink():
-        raise UserError(f"remove the symbolic link {display_path(folder)}: an export writes to its own folder only")
     architecture = predictor.run.config.model
     facts = {"architecture": architecture, **_facts(predictor), "temperature": predictor.temperature}
+    state = predictor.network.state_dict()
     contents = {
         "model.safetensors": save(
-            {name: tensor.contiguous() for name, tensor in predictor.network.state_dict().items()}
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         ),
         "config.json": json.dumps(facts, indent=2).encode() + b"\n",
         "model.py": _source(architecture, predictor.run.config.is_pretrained).encode(),
@@ -122,6 +127,15 @@ def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content)
     return [folder]
+
+
+def _require_own(folder: Path) -> None:
+    """Raise UserError if the folder has something that no export has written."""
+    if folder.is_symlink():
+        raise UserError(f"remove the symbolic link {display_path(folder)}: an export writes to its own folder only")
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in names if name not in _HUB_FILES and not name.startswith(".")):
+        raise UserError(f"{display_path(folder)} has other files ({listing(others)}): name another file with --output")
 
 
 def _source(architecture: str, pretrained: bool) -> str:
@@ -151,7 +165,7 @@ def _card(predictor: Predictor) -> str:
     metrics, record, corruptions = run.metrics, run.record, run.read_if_present("corruptions.json")
     packages = ["PyTorch", "safetensors"]
     if run.config.is_pretrained or architecture not in model.NETWORKS:
-        packages += ["this project's package `cifar`"]
+        packages += ["this project's package `cifar`", *(["timm"] if architecture.startswith("timm/") else [])]
     if ":" in architecture:
         packages += [f"the module `{architecture.partition(':')[0]}`"]
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True)
@@ -190,6 +204,8 @@ def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) ->
     folder cannot be written.
     """
     made, original = Run(folder.resolve()), run.metrics
+    if (made.checkpoints / "last.pt").exists():
+        raise UserError(f"{display_path(folder)} is a run: name another folder with --weights")
     _, content = evaluate.load_network(run, dataset.classes)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()
@@ -216,7 +232,7 @@ def show_export(written: Sequence[Path]) -> None:
         console.say(f"{display_path(file)}, {size / 1e6:.1f} MB")
     loaded = f"torch.export.load('{display_path(written[0])}').module()"
     console.say(f"{loaded} takes uint8 RGB images and returns calibrated probabilities")
-    if not any(file.suffix == ".onnx" for file in written):
+    if not _are_installed("onnx", "onnxscript"):
         console.say("no .onnx file was written: that needs two more packages, `pip install onnx onnxscript`")
     if written[-1].is_dir():
         console.say(

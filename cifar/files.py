@@ -94,7 +94,8 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
             if previous and path.exists():
                 path.replace(previous)
             partial.replace(path)
-            _sync(path.parent)
+            with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+                _sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()

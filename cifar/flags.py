@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar.config import FIELDS, LOCATIONS, Config, allow_model, help_text
+from cifar.config import FIELDS, LOCATIONS, NO, YES, Config, allow_model, help_text
 from cifar.errors import UsageError, UserError, did_you_mean
 from cifar.files import read
 
@@ -33,7 +33,9 @@ def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command
     if name not in takes_value:
         hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
         raise UsageError(f"{command} has no flag {word}: {hint.strip()}")
-    if takes_value[name] is not False and not has_value and words and not words[0].startswith("--"):
+    is_switch = name.removeprefix("--").replace("-", "_") in SWITCHES  # whose value is yes or no, if it has one
+    follows = words and not words[0].startswith("--") and (not is_switch or words[0].lower() in (*YES, *NO))
+    if takes_value[name] is not False and not has_value and follows:
         has_value, value = "=", words.popleft()
     if takes_value[name] is not None and takes_value[name] != bool(has_value):
         missing = f"{name} needs a value: `{command} --help` says which"

@@ -22,7 +22,7 @@ from cifar import (
     trainer,
     visualize,
 )
-from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, Config, flag
+from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, STAGES, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError
 from cifar.records import ModelRecord
@@ -54,7 +54,7 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
     """
     device.require_precision(config.precision, device.choose(config.device))
     if config.device == "auto" and (problem := device.unused_gpu()):
-        console.banner(f"Training on the CPU: {problem}. `invoke doctor` says what to do.")
+        console.banner(f"Training on the CPU: {problem}. `{STAGES} doctor` says what to do.")
     model.require(config.model, config.is_pretrained)
     pretrained.require(config.weights)
     tracking.require(config.track)

@@ -279,7 +279,7 @@ class Run:
         self.update(**changes, end=now())
         outputs = self.path.parent
         outputs = outputs.parent if (outputs / SUMMARY).exists() else outputs
-        with contextlib.suppress(OSError):  # the file system may have no links
+        with contextlib.suppress(OSError):  # the file system may have no links, and a copy a directory of this name
             (outputs / "latest").unlink(missing_ok=True)
             (outputs / "latest").symlink_to(self.path.relative_to(outputs), target_is_directory=True)
 
@@ -326,12 +326,18 @@ def provenance() -> dict[str, Any]:
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib")
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *_without_password(sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "versions": {"cifar-suite": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
     }
+
+
+def _without_password(words: Sequence[str]) -> list[str]:
+    """Hide what --auth, of the demo in the same command line, has as its value."""
+    hidden = [re.sub("^--auth=.*", "--auth=***", word) for word in words]
+    return ["***" if before == "--auth" else word for before, word in zip(["", *hidden], hidden)]
 
 
 def _git(*arguments: str) -> str | None:
@@ -359,12 +365,12 @@ def _iso_time(seconds: float) -> str:
 
 def find(output_dir: str, name: str | None = None) -> Run:
     """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended."""
-    latest = Path(output_dir) / "latest"
-    if not name and not latest.exists():
+    latest = _latest(output_dir)
+    if not name and not latest:
         if run := _newest(output_dir, _ENDED):
             return run
         raise UserError(f"there is no finished run in {output_dir}; `{PIPELINE}` makes one")
-    path = _locate(output_dir, name) if name else latest
+    path = latest if latest and not name else _locate(output_dir, str(name))
     if (path / SUMMARY).is_file():
         raise UserError(f"{path} holds the runs of several seeds; name one of them (`ls {path}` lists them)")
     if missing := [name for name in (RECORD, CONFIG) if not (path / name).is_file()]:
@@ -376,11 +382,11 @@ def find(output_dir: str, name: str | None = None) -> Run:
 
 def find_evaluated(output_dir: str) -> Run:
     """Return the latest run if it is evaluated, or else the newest that is, the latest, or the one in the program."""
-    latest = Path(output_dir) / "latest"
+    latest = _latest(output_dir)
     evaluated = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
-    if not (latest / METRICS).exists() and (run := next(evaluated, None)):
+    if not (latest and (latest / METRICS).exists()) and (run := next(evaluated, None)):
         return run
-    return find(output_dir) if latest.exists() else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
+    return find(output_dir) if latest else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
 
 
 def find_resumable(output_dir: str, name: str | None = None) -> Run:
@@ -411,8 +417,14 @@ def _locate(output_dir: str, name: str) -> Path:
     raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
+def _latest(output_dir: str) -> Path | None:
+    """Return the link to the latest run; None without one, as in a copy, where `latest` may be a directory."""
+    latest = Path(output_dir) / "latest"
+    return latest if latest.is_symlink() and latest.exists() else None
+
+
 def _newest(output_dir: str, statuses: Sequence[str]) -> Run | None:
-    """Return the newest run, by name, with one of the statuses."""
+    """Return the newest run with one of the statuses."""
     for run in map(Run, directories(Path(output_dir))):
         with contextlib.suppress(UserError):  # a damaged one is passed over
             if run.status() in statuses:
@@ -421,16 +433,26 @@ def _newest(output_dir: str, statuses: Sequence[str]) -> Run | None:
 
 
 def directories(outputs: Path) -> list[Path]:
-    """List the directories of all runs, those in groups and damaged ones too, newest first by name."""
+    """List the directories of all runs, those in groups and damaged ones too, the one that was started last first."""
     marks = (RECORD, CONFIG, HISTORY, METRICS)  # a directory with one of them is, or was, a run's
     found = (path for folder in (outputs, *groups(outputs)) for path in folder.glob("*/*") if path.name in marks)
-    return sorted({path.parent.resolve() for path in found}, key=lambda path: path.name, reverse=True)
+    places = {path.parent.resolve() for path in found if path.parent.name != "latest"}  # a link, or a copy of one
+    return sorted(places, key=lambda place: (_start(place), place.name), reverse=True)
+
+
+def _start(run: Path) -> float:
+    """Return when a run was started, in seconds since 1970; of a damaged one, when its directory has last changed."""
+    try:
+        return datetime.fromisoformat(read_json(run / RECORD).start or "").timestamp()
+    except (UserError, ValueError):
+        return run.stat().st_mtime
 
 
 def groups(outputs: Path) -> list[Path]:
     """List the directories with the runs of several seeds, newest first by name, even if they lack summary.json."""
     with_summary = (path.parent for path in outputs.glob(f"*/{SUMMARY}"))
-    return sorted({*with_summary, *outputs.glob("*-seeds/")}, reverse=True)
+    named_so = (path for path in outputs.glob("*-seeds/") if not (path / RECORD).exists())  # not a run of such a name
+    return sorted({*with_summary, *named_so}, reverse=True)
 
 
 def claim_group(group: Path) -> contextlib.AbstractContextManager[None]:

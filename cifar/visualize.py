@@ -135,6 +135,8 @@ def precision_recall(analysis: Analysis, metrics: Metrics, subject: str) -> Figu
     for rank, (name, (color, style, width)) in enumerate(zip(ranked, looks)):
         curve = analysis.precision_recall[name]
         text: str | None = f"{label(name)}, average precision {scores[name]:.1%}"
+        if name.startswith("_"):
+            text = f" {text}"  # or Matplotlib would leave it out of the legend
         if rank >= 3:
             text = f"other classes ({len(ranked) - 3})" if rank == 3 else None
         marker = "o" if len(set(curve.recall)) < 10 else None  # of few images; a single point has no line

@@ -20,7 +20,7 @@ def cifar10(root: Path) -> None:
     from cifar import datasets
     from cifar.config import Config
 
-    dataset, _ = datasets.find("cifar10", Config.create({}).data_dir)
+    dataset = datasets.find("cifar10", Config.create({}).data_dir)
     for part in ("train", "test"):
         split = getattr(dataset, part)
         for number, (image, label) in enumerate(zip(split.images, split.labels)):

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import runpy
 import shutil
 import tarfile
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_cifar10_is_read_from_its_folder_the_parent_or_the_archive_as_torchvisio
         assert (dataset.name, dataset.can_flip, dataset.note) == ("cifar10", True, None)
         assert_equals_torchvision(dataset, torchvision.datasets.CIFAR10, small_cifar10)
         dataset.verify()
+
+
+def test_the_program_of_the_docs_writes_cifar10_as_a_folder_of_images(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DATA_DIR", str(small_cifar10))
+    runpy.run_path(str(config.PROJECT / "docs" / "example_folders.py"))["cifar10"](tmp_path / "made")
+    original = datasets.find("cifar10", str(small_cifar10))
+    for part, split in (("train", original.train), ("test", original.test)):
+        for number, (image, label) in enumerate(zip(split.images, split.labels)):
+            file = tmp_path / "made" / part / original.classes[label] / f"{number:05}.png"
+            assert np.array_equal(np.asarray(Image.open(file)), image.permute(1, 2, 0))
 
 
 def test_cifar100_is_read_with_its_fine_classes_and_a_damaged_file_is_named_before_training(small_cifar100):

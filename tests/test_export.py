@@ -57,6 +57,25 @@ def test_without_their_packages_no_onnx_file_and_no_folder_are_written(evaluated
     assert re.search("pip install onnx onnxscript.*pip install safetensors", capsys.readouterr().out, re.DOTALL)
 
 
+def test_what_no_export_has_written_is_not_overwritten(evaluated_run, tmp_path):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "net"
+    for _ in range(2):
+        export.export(evaluated_run, tmp_path / "net.pt2")
+    before = (folder / "config.json").read_bytes()
+    (folder / "run.json").touch()
+    with pytest.raises(UserError, match=r"net has other files \(run\.json\): name another file with --output$"):
+        export.export(evaluated_run, tmp_path / "net.pt2")
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_an_operation_that_onnx_lacks_is_one_sentence(evaluated_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "_are_installed", lambda *packages: "onnx" in packages)
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: 1 / 0)
+    assert export.export(evaluated_run, tmp_path / "model.pt2") == [tmp_path / "model.pt2"]
+    assert "no .onnx file was written: torch.onnx.export fails: ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_the_onnx_file_gives_the_probabilities_of_predict(files, predictor, digits):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(files[1]))
@@ -104,6 +123,7 @@ def test_a_card_shows_measured_corruptions_and_escapes_what_markdown_would_run(c
     metrics["per_class"] = {odd[name]: scores for name, scores in metrics["per_class"].items()}
     metrics["average_precision"] = None
     copied.write("metrics.json", metrics)
+    copied.write("run.json", copied.record.model_dump(exclude={"model"}))  # as runs of earlier versions
     card = export._card(predict.Predictor(copied, "cpu"))
     assert "| &lt;b&gt;3&#124;x\\n | " in card
     rows = re.findall(r"^\| (\w+) \| (?:[\d.]+% \| ){5}$", card, re.MULTILINE)

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +68,13 @@ def test_the_credentials_of_a_url_are_stored_nowhere(config, monkeypatch, passwo
     assert run.record.note == f"from {clean}"
     run.update(note="what?a=b me@home")  # no addresses
     assert run.record.note == "what?a=b me@home"
+
+
+def test_the_password_of_a_demo_in_the_same_command_is_stored_nowhere(config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["invoke", "train", "demo", "--auth", "me:secret", "--auth=me:secret"])
+    run = runs.create(config)
+    assert run.record.command[3:] == ["--auth", "***", "--auth=***"]
+    assert b"secret" not in (run.path / "run.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +243,22 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
     assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
 
 
+def test_a_copy_of_latest_is_no_run_and_a_renamed_run_is_no_newer(config):
+    older, newer = runs.create(config), runs.create(config)
+    for run, year in ((older, 2024), (newer, 2025)):
+        run.update(start=f"{year}-11-26T10:00:00+01:00", status="interrupted")
+    shutil.copytree(older.path, older.path.parent / "latest")
+    renamed = older.path.rename(older.path.with_name("z"))
+    assert runs.directories(renamed.parent) == [newer.path, renamed]
+    for found in (runs.find, runs.find_evaluated, runs.find_resumable):
+        assert found(config.output_dir).path == newer.path
+
+
+def test_a_run_on_a_dataset_of_seeds_is_no_group(config, tmp_path):
+    runs.create(config.replace(dataset=str(tmp_path / "pumpkin-seeds")))
+    assert runs.groups(Path(config.output_dir)) == []
+
+
 def test_who_wants_to_predict_gets_the_newest_run_that_was_evaluated_or_the_one_that_comes_with_the_program(config):
     running = runs.create(config)
     with running.claim():
@@ -304,6 +329,8 @@ def test_runs_are_listed_newest_first_with_those_of_groups_and_damaged_ones_and_
     for file in (*files, "05_2-seeds/06_d/run.json", "reference/07_e/run.json", "notes/text"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("")
+    for path in tmp_path.rglob("0*_?"):  # they are damaged, so that the time of their last change counts
+        os.utime(path, (int(path.name[:2]),) * 2)
     (tmp_path / "latest").symlink_to("04_c")
     assert [path.name for path in runs.directories(tmp_path)] == ["06_d", "04_c", "02_b", "01_a"]
     assert runs.directories(tmp_path / "nowhere") == []
@@ -386,6 +413,19 @@ def test_a_file_that_cannot_be_written_keeps_its_content(run, monkeypatch, faili
         run.update(note=float("nan"))
     assert run.record == before
     assert not list(run.path.glob("*.partial"))
+
+
+def test_a_file_is_written_where_the_system_cannot_sync_a_folder(run, monkeypatch):
+    sync = os.fsync
+
+    def sync_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    run.update(note="written")
+    assert run.record.note == "written"
 
 
 # Symbolic links inside a run directory, through which a copied run could overwrite other files.

@@ -7,6 +7,7 @@ import resource
 import shutil
 import socket
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from cifar import analysis, bench, commands, demo, evaluate, export, trainer, visualize
 from cifar.config import FIELDS, PROJECT, flag
 from cifar.errors import UserError
+from cifar.flags import take_flag
 from commands import INVOKE, MAIN, invoke, main, run
 
 TASKS = (
@@ -200,6 +202,12 @@ def test_predict_takes_words_after_two_dashes_and_the_home_directory(evaluated_r
     rows = [row.split(",")[0] for row in (images / "all.CSV").read_text(encoding="utf-8").splitlines()]
     assert rows == ["image", *(str(images / f"{index}.png") for index in range(3)), "'-0.png", "'--help"]
     (images / "all.CSV").unlink()
+
+
+def test_a_switch_takes_the_next_word_only_if_that_is_yes_or_no():
+    for word, value in (("evaluate", True), ("No", "No"), ("1", "1")):
+        assert take_flag(deque(["--pretrained", word]), {"--pretrained": None}, "invoke train")[1] == value
+    assert take_flag(deque(["--resume", "evaluate"]), {"--resume": None}, "main.py") == ("--resume", "evaluate")
 
 
 def test_predict_tries_every_image_and_then_exits_with_1(evaluated_run, images):

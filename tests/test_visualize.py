@@ -235,6 +235,12 @@ def test_the_three_lowest_precision_recall_curves_stand_out(tmp_path):
     assert len({line.get_color() for line in axes.lines}) == 4
 
 
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    run = make_run(tmp_path, ["_background_", "b"], true=[0, 1, 0, 1], predicted=[0, 1, 1, 0], confidence=[0.6] * 4)
+    figure = visualize.precision_recall(run.read("analysis.json"), run.metrics, SUBJECT)
+    assert any("_background_" in text.get_text() for text in figure.legends[0].get_texts())
+
+
 @pytest.mark.parametrize("name", ["airbench96", "resnet18"])
 def test_the_architecture_holds_every_layer_once_without_overlaps(name):
     layers = model.layers(model.build(name, 10, 32), 32)
