@@ -246,7 +246,7 @@ def test_a_signal_to_torchrun_interrupts_the_run(tmp_path, number):
     command = torchrun(
         "--recipe=convnet", "--dataset=digits", "--epochs=200", "--device=cpu", f"--output-dir={tmp_path}"
     )
-    wait_until(lambda: any(tmp_path.glob("2*/history.jsonl")))
+    wait_until(lambda: any(file.stat().st_size for file in tmp_path.glob("2*/history.jsonl")))  # an epoch has ended
     command.send_signal(number)
     said, _ = command.communicate(timeout=LIMIT)
     (run,) = [Run(path) for path in tmp_path.iterdir() if not path.is_symlink()]
