@@ -383,8 +383,10 @@ def find(output_dir: str, name: str | None = None) -> Run:
 def find_evaluated(output_dir: str) -> Run:
     """Return the latest run if it is evaluated, or else the newest that is, the latest, or the one in the program."""
     latest = _latest(output_dir)
+    if latest and (latest / METRICS).exists():
+        return find(output_dir)
     evaluated = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
-    if not (latest and (latest / METRICS).exists()) and (run := next(evaluated, None)):
+    if run := next(evaluated, None):
         return run
     return find(output_dir) if latest else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
 
