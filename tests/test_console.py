@@ -251,6 +251,14 @@ def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
     assert capsys.readouterr().out == "finishing this step, then saving; press Ctrl-C again to quit now\n"
 
 
+def test_what_fails_after_a_signal_since_another_process_has_ended_counts_as_the_interruption():
+    with pytest.raises(console.Interrupted), console.deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"), console.deferred_interrupt():
+        raise RuntimeError("Connection closed by peer")
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_signals_are_announced_and_counted_during_one_long_operation(presses, monkeypatch):
     said = []
