@@ -89,4 +89,4 @@ def _show(axes: Axes, images: Tensor, columns: int, below: int, beside: int) -> 
     cells = F.pad(images, (0, beside, 0, below, 0, 0, 0, -len(images) % columns), value=255)
     _, channels, height, width = cells.shape
     grid = cells.view(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
-    axes.imshow(grid.numpy(), interpolation="nearest")
+    axes.imshow(grid.numpy(), interpolation="nearest", alpha=1)  # without alpha, Matplotlib takes twice the memory
