@@ -1,4 +1,4 @@
-"""The stages of main.py one by one, and the tests, as invoke tasks: `invoke --list`, `invoke train --help`."""
+"""The stages of main.py one by one, and the tests, as invoke tasks: `invoke list`, `invoke train --help`."""
 
 import shlex
 import sys

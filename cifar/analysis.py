@@ -52,8 +52,7 @@ def write(run: Run, dataset: Dataset, evaluation: Evaluation) -> None:
     maps = np.zeros((len(indices), *dataset.test.images.shape[-2:]), np.uint8)
     for number, index in enumerate(indices):
         image, label = dataset.test.images[index], int(probabilities[index].argmax())
-        found = saliency(evaluation.network, image, label, precision=evaluation.precision)
-        maps[number] = found.mul(255).round()
+        maps[number] = saliency(evaluation.network, image, label, precision=evaluation.precision).mul(255).round()
     with atomic_write(run.path / "saliency.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, index=np.array(indices, int), heat=maps)
 

@@ -25,7 +25,7 @@ from torchvision.transforms import v2 as transforms
 
 from cifar import checkpoint, console, data, datasets, device, files, model, optim, runs, trainer
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, max_warmup_epochs
-from cifar.errors import UserError, display_path
+from cifar.errors import UserError, display_path, plural
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
 _PLANNED_FRACTION = 0.97  # of the minutes; the rest is for steps that take longer than those that were timed
@@ -149,7 +149,7 @@ def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
     parts = [f"{count} at {size}x{size} of {steps[size] + ending:.1f} s" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
-    console.say(f"{epochs} epochs fit into {minutes:g} minutes: {', '.join(parts)}")
+    console.say(f"{plural(epochs, 'epoch')} in {minutes:g} minutes: {', '.join(parts)}")
     warmup = min(config.warmup_epochs, max_warmup_epochs(epochs))
     plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
     return config.replace(**plan, minutes=None)
@@ -166,12 +166,11 @@ def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], end
         epochs, small, hard = plan
         return small * small_steps + (epochs - small - hard * (1 - config.hard_share)) * full_steps + epochs * ending
 
-    def plan(epochs: int, rounded: Callable[[float], int]) -> tuple[int, int, int]:
-        small = min(rounded(config.small_epochs / config.epochs * epochs), max_small_epochs(epochs))
-        return epochs, small, min(config.hard_epochs, max_hard_epochs(epochs))
-
     most = min(MAX_EPOCHS, int(max(0.0, budget) // (small_steps * config.hard_share + ending)))
-    plans = [plan(epochs, rounded) for epochs in range(1, most + 1) for rounded in (math.floor, math.ceil)]
+    plans = []
+    for epochs in range(1, most + 1):
+        small, hard = config.small_epochs / config.epochs * epochs, min(config.hard_epochs, max_hard_epochs(epochs))
+        plans += [(epochs, min(rounded, max_small_epochs(epochs)), hard) for rounded in (int(small), math.ceil(small))]
     return max((plan for plan in plans if cost(plan) <= budget), key=cost, default=(0, 0, 0))
 
 
@@ -309,30 +308,22 @@ def _profile_step(config: Config, dataset: datasets.Dataset, size: int, hardware
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log off the terminal
     with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
         next(steps)
-    averages = profiler.key_averages(group_by_input_shape=True)
     clock = "device" if hardware.type == "cuda" else "cpu"
-    rows = {  # of each operator, without the time of other operators that it calls
-        "operators": [
-            (_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total"))
-            for row in averages
-            if row.device_type == DeviceType.CPU
-        ],
-        "kernels": [(row.key, row.count, row.self_device_time_total) for row in averages if _is_kernel(row)],
-    }
-    times = {name: _add_up(values) for name, values in rows.items()}
+    operators, kernels = [], []
+    for row in profiler.key_averages(group_by_input_shape=True):
+        if row.device_type == DeviceType.CPU:  # without the time of other operators that it calls
+            operators.append((_operator_name(row), row.count, getattr(row, f"self_{clock}_time_total") / 1e6))
+        elif row.device_type == DeviceType.CUDA and not row.is_user_annotation:
+            kernels.append((row.key, row.count, row.self_device_time_total / 1e6))
+    times = {"operators": _add_up(operators), "kernels": _add_up(kernels)}
     return {"seconds": seconds, "flop": counter.get_total_flops(), **times}
 
 
-def _is_kernel(row: Any) -> bool:
-    return row.device_type == DeviceType.CUDA and not row.is_user_annotation
-
-
 def _add_up(rows: Sequence[tuple[str, int, float]]) -> list[dict[str, Any]]:
-    """Add up calls and microseconds by name; returns name, calls and seconds, the longest first."""
+    """Add up calls and seconds by name; returns name, calls and seconds, the longest first."""
     import pandas
 
     table = pandas.DataFrame(rows, columns=["name", "calls", "seconds"]).groupby("name", as_index=False).sum()
-    table["seconds"] /= 1e6
     return table.sort_values("seconds", ascending=False).to_dict("records")
 
 

@@ -27,6 +27,7 @@ _HELP = HELP | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
     "port": "port that the demo listens on; default 7860",
 }
+_EVALUATED = "run directory, or its name; default that of the previous task, or else the latest evaluated, or else fast"
 _OWN_NETWORK = "the run's network, if it is package.module:factory: you allow its code to run"
 _previous: list[runs.Run] = []  # the run of the previous task on this command line
 
@@ -95,9 +96,7 @@ def data(dataset=None, data_dir=None, labels=None, image_size=None, mirror=None)
 
     from cifar import datasets
 
-    found = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    console.banner(found.note)
-    datasets.show_dataset(found)
+    datasets.show_dataset(datasets.of_config(config))
 
 
 @command()
@@ -167,6 +166,7 @@ def visualize(run=None, data_dir=None, output_dir=None):
     paths="image files, folders, glob patterns, or - for standard input",
     fit="what happens to an image that is not square: crop its middle, or letterbox it; default crop",
     output="file for all probabilities, .csv or .json",
+    run=_EVALUATED,
     model=_OWN_NETWORK,
 )
 def predict(paths, run=None, model=None, fit="crop", output=None, device=None, output_dir=None):
@@ -199,7 +199,7 @@ def predict(paths, run=None, model=None, fit="crop", output=None, device=None, o
     host="address to listen on; default 127.0.0.1, which other machines cannot reach",
     share="create a public link through Gradio's servers",
     auth="USER:PASSWORD that visitors must enter; the environment variable CIFAR_DEMO_AUTH does the same",
-    run="run directory, or its name in --output-dir; default that of the previous task, or else the newest evaluated",
+    run=_EVALUATED,
     model=_OWN_NETWORK,
 )
 def demo(
@@ -229,7 +229,8 @@ def demo(
 
 
 @command(
-    output="file that ends in .pt2; default model.pt2 in the run's directory",
+    output="file that ends in .pt2; default model.pt2 in the run's directory, for fast outputs/export/fast/model.pt2",
+    run=_EVALUATED,
     weights="folder: write a small copy of the run instead, float16 weights and their test scores, as cifar/weights",
     model=_OWN_NETWORK,
 )

@@ -134,12 +134,9 @@ def groups(output_dir: str) -> list[dict[str, Any]]:
 
 def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Print the rows of `leaderboard` and of `groups`. columns: by importance, where not all of them fit."""
-    title = plural(len(rows), "run")
-    show_table(title, [{column: _cell(row, column) for column in columns} for row in rows])
-    cells = []
-    for row in groups:
-        spreads = {name: "{:.2%} ± {:.2%}".format(*row[name]) if row[name] else "" for name in ("accuracy", TTA)}
-        cells.append({"group": row["group"], "status": row["status"], **spreads})
+    show_table(plural(len(rows), "run"), [{column: _cell(row, column) for column in columns} for row in rows])
+    spread = "{:.2%} ± {:.2%}".format
+    cells = [row | {name: spread(*row[name]) if row[name] else "" for name in ("accuracy", TTA)} for row in groups]
     show_table("runs with several seeds: mean ± standard deviation", cells)
 
 
@@ -217,9 +214,8 @@ def _curve(run: Run) -> dict[str, list]:
     return {name: [getattr(epoch, name) for epoch in epochs] for name in ("epoch", "val_accuracy")}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+def _mean(values: Sequence[Any]) -> float | None:
+    return None if None in values else statistics.fmean(values)
 
 
 def _interval(metrics: Sequence[Metrics], suffix: str) -> list[float]:
@@ -351,13 +347,12 @@ def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
 
 def _verdict(pair: dict[str, Any], names: Mapping[str, str]) -> str:
     """Say which is better, or ahead, and by how many points."""
-    is_second, p = pair["difference"] > 0, pair["p_corrected"]
-    ahead, behind = (names[pair[place]] for place in (("second", "first") if is_second else ("first", "second")))
+    sign, p = 1 if pair["difference"] > 0 else -1, pair["p_corrected"]
+    ahead, behind = (names[pair[place]] for place in (("second", "first") if sign > 0 else ("first", "second")))
 
     def points(suffix: str) -> list[float]:
-        low, high = pair[f"interval_95{suffix}"]
-        values = (pair[f"difference{suffix}"], low, high) if is_second else (-pair[f"difference{suffix}"], -high, -low)
-        return [100 * value + 0.0 for value in values]  # without -0.0
+        ends = sorted(sign * end for end in pair[f"interval_95{suffix}"])
+        return [100 * value + 0.0 for value in (sign * pair[f"difference{suffix}"], *ends)]  # without -0.0
 
     if not pair["difference"]:
         return f"{behind} and {ahead} have the same test accuracy ({pair['test']})"
@@ -399,8 +394,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
     letters = [run["letter"] for run in rows]
     show_table("test split, with 95% intervals", [_test_cells(run) for run in rows])
     classes = sorted(comparison["classes"], key=lambda row: min(row["recall"]) - max(row["recall"]))[:_CLASSES]
-    recalls = [{letter: f"{recall:.1%}" for letter, recall in zip(letters, row["recall"])} for row in classes]
-    cells = [{"class": row["class"], **recall} for row, recall in zip(classes, recalls)]
+    cells = [{"class": row["class"], **dict(zip(letters, map("{:.1%}".format, row["recall"])))} for row in classes]
     show_table(f"recall of the {len(classes)} classes that differ most", cells)
     settings = [{"setting": row["name"], **dict(zip(letters, row["values"]))} for row in comparison["settings"]]
     show_table("settings that differ", settings)

@@ -138,13 +138,17 @@ class Config(BaseModel):
         "auto",
         description=f"{', '.join(DATASETS)}, or {IMAGE_FOLDER}; auto: CIFAR-10, or digits if it cannot be downloaded",
     )
-    data_dir: str = Field("data", description="folder or .tar.gz with CIFAR-10 or CIFAR-100; or set CIFAR_DATA_DIR")
+    data_dir: str = Field(
+        "data",
+        description="folder or .tar.gz with CIFAR-10 or CIFAR-100, or set CIFAR_DATA_DIR; also for decoded images; for "
+        "a run whose folder of images was moved, that folder",
+    )
     labels: str | None = Field(None, description="CSV file with columns path and label, perhaps split, for a folder")
     image_size: int = Field(
         32,
         ge=32,
         le=MAX_IMAGE_SIZE,
-        description="size in pixels to which the images of a folder are scaled; for pretrained weights default theirs",
+        description="size in pixels to which the images of a folder are scaled; pretrained weights bring their own",
     )
     mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
     output_dir: str = Field("outputs", description="folder that receives a directory per run")

@@ -183,7 +183,7 @@ def table(title: str, columns: Mapping[str, Sequence[str | Text]]) -> Table:
         shown.append(cells)
     for row in zip(*shown):
         result.add_row(*row)
-    result.caption = Text(f"too narrow for: {', '.join(left_out)}") if left_out else None
+    result.caption = Text(f"too narrow to show: {', '.join(left_out)}") if left_out else None
     return result
 
 

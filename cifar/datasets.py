@@ -94,6 +94,13 @@ def find(
     return _folder(name, Path(data_dir), image_size, labels)
 
 
+def of_config(config: Config) -> Dataset:
+    """Find the dataset that the settings name, or download it, and print what must not be overlooked."""
+    dataset = find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+    console.banner(dataset.note)
+    return dataset
+
+
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Adapt the settings to the dataset and the number of processes, and say what changes."""
     config, changes = settings.resolve(config, dataset, device.world_size())
@@ -154,7 +161,8 @@ def _class_sizes(dataset: Dataset) -> list[str]:
             sizes = [f"{counts[0]:,} in each class"]
         elif len(sizes) > 10:
             sizes[5:-5] = [f"{len(sizes) - 10:,} more classes"]
-        lines.append(f"{part}: {len(split):,} images: {', '.join(sizes)}")
+        own_val = f" ({split.own_val:,} of them for validation)" if split.own_val else ""
+        lines.append(f"{part}: {len(split):,} images{own_val}: {', '.join(sizes)}")
     return lines
 
 

@@ -40,8 +40,8 @@ def serve(
 ) -> None:
     """Serve the demo until Ctrl-C.
 
-    run: the run selected at first; by default the newest evaluated one in `output_dir` that can be loaded. port: 0
-    picks a free one. auth: USER:PASSWORD. share: get a public address from Gradio's servers.
+    run: the run selected at first; by default the latest in `output_dir`, if it is evaluated and can be loaded, or else
+    the newest such one. port: 0 picks a free one. auth: USER:PASSWORD. share: get a public address from Gradio.
     Raises UserError if no run can be loaded, or the server cannot start.
     """
     credentials = server.credentials(auth)
@@ -55,7 +55,7 @@ class Demo:
     """The evaluated runs of a folder, loaded when first used, and what they predict."""
 
     def __init__(self, first: Run | None, output_dir: str, data_dir: str, device_name: str):
-        """Load the run `first`, by default the newest that can be loaded. Raises UserError if there is none."""
+        """Load the run `first`, by default as `serve`. Raises UserError if none can be loaded."""
         self._first, self._output_dir, self._data_dir = first, output_dir, data_dir
         # One thread for all networks: every thread that calls torch gets a pool of threads, which compete.
         self._thread = ThreadPoolExecutor(1)
@@ -66,7 +66,9 @@ class Demo:
 
     def _load_first(self) -> str:
         """Return the name of the first run that can be loaded, and say of each one before it why it cannot."""
-        names = [self._first.path.name] if self._first else list(self.find())
+        latest = runs.latest(self._output_dir)
+        known = sorted(self.find(), key=lambda name: not latest or name != latest.name)  # the others newest first
+        names = [self._first.path.name] if self._first else known
         for name in names:
             try:
                 if self._thread.submit(self._predictor, name).result().run.is_shipped and not self._first:
@@ -81,9 +83,9 @@ class Demo:
 
     def find(self) -> dict[str, Run]:
         """Find the evaluated runs, by name, newest first, and then those that come with the program."""
-        own, shipped = runs.directories(Path(self._output_dir)), runs.directories(runs.SHIPPED)
-        found = {path.name: Run(path) for path in own}
-        found |= {path.name: Run(path) for path in shipped if path.name not in found}
+        found: dict[str, Run] = {}
+        for path in (*runs.directories(Path(self._output_dir)), *runs.directories(runs.SHIPPED)):
+            found.setdefault(path.name, Run(path))
         given = {self._first.path.name: self._first} if self._first else {}
         return {name: run for name, run in found.items() if run.has_metrics} | given
 
@@ -250,20 +252,15 @@ def _report(run: Run) -> str:
     """Return the most important metrics of a run, and its figures, as HTML."""
     metrics, seconds = run.metrics, run.record.seconds.get("train")
     span = "95% interval {:.2%} to {:.2%}".format
-    tiles = [
-        _tile("Accuracy", f"{metrics.accuracy:.2%}", span(*metrics.interval_95)),
-        _tile(
-            "Accuracy with test-time augmentation (TTA)", f"{metrics.accuracy_tta:.2%}", span(*metrics.interval_95_tta)
-        ),
-        _tile("Test images", f"{metrics.n:,}", f"{metrics.dataset}, never trained on"),
-        _tile("Training time", "unknown" if seconds is None else f"{seconds:,.0f} s", f"recipe {metrics.recipe}"),
+    tile = '<div class="tile">{}<strong>{}</strong><small>{}</small></div>'.format
+    texts = [
+        ("Accuracy", f"{metrics.accuracy:.2%}", span(*metrics.interval_95)),
+        ("Accuracy with test-time augmentation (TTA)", f"{metrics.accuracy_tta:.2%}", span(*metrics.interval_95_tta)),
+        ("Test images", f"{metrics.n:,}", f"{metrics.dataset}, never trained on"),
+        ("Training time", "unknown" if seconds is None else f"{seconds:,.0f} s", f"recipe {metrics.recipe}"),
     ]
+    tiles = "".join(tile(*map(escape, row)) for row in texts)
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
     figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
     hint = f"<p>No figures yet; draw them with <code>{escape(run.command('visualize'))}</code></p>"
-    hint = "" if run.is_shipped else hint
-    return f'<div class="tiles">{"".join(tiles)}</div>{"".join(figures) or hint}'
-
-
-def _tile(title: str, value: str, detail: str) -> str:
-    return f'<div class="tile">{escape(title)}<strong>{escape(value)}</strong><small>{escape(detail)}</small></div>'
+    return f'<div class="tiles">{tiles}</div>{"".join(figures) or ("" if run.is_shipped else hint)}'

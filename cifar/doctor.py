@@ -137,7 +137,7 @@ def _device(name: str) -> Iterator[Finding]:
         yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
     elif has_cuda and chosen.type == "cpu" and not torch.cuda.is_available():
         message = f"{chosen.type}: {device.describe(chosen)}; the CUDA libraries, some gigabytes, have no GPU to run on"
-        yield Finding("device", "note", message, f"to save the space, in a new environment, first: {_CPU_TORCH}")
+        yield Finding("device", "note", message, f"to save the space, in a new environment, first: `{_CPU_TORCH}`")
     else:
         message = f"{chosen.type}: {device.describe(chosen)}"
         if chosen.type == "cuda":

@@ -23,9 +23,8 @@ def misclassified(predictions: "DataFrame", dataset: Dataset, subject: str) -> F
     wrong = predictions[predictions.true != predictions.predicted]
     shown = wrong.sort_values("confidence", ascending=False, kind="stable")[:_IMAGES]
     which = "all" if len(shown) == len(wrong) else f"the {len(shown)} most confident"
-    return _grid(
-        shown, dataset, f"Misclassified images: {subject}, {which} of {len(wrong):,} among {len(predictions):,}"
-    )
+    title = f"Misclassified images: {subject}, {which} of {len(wrong):,} among {len(predictions):,}"
+    return _grid(shown, dataset, title)
 
 
 def sample_predictions(predictions: "DataFrame", dataset: Dataset, subject: str) -> Figure:

@@ -146,7 +146,7 @@ def _read(source: Source) -> bytes | UserError:
             return UserError(f"the file has over {MAX_BYTES / 1e6:.0f} MB: make the image smaller")
         return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
     except OSError as error:
-        return UserError(f"the file cannot be read: {error.strerror}")
+        return UserError(error.strerror or describe(error))
 
 
 @contextlib.contextmanager

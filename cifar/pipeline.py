@@ -62,11 +62,10 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
         config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))
     if device.rank() == 0:
         runs.check_writable(config.output_dir)
-        dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+        dataset = datasets.of_config(config)
     device.broadcast_object(None)  # the others wait for a download
     if device.rank():
-        dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    console.banner(dataset.note)
+        dataset = datasets.of_config(config)
     for line in datasets.summary_lines(dataset):
         console.say(line)
     return datasets.resolve(config, dataset), dataset

@@ -6,6 +6,7 @@ timm and safetensors are optional, and imported where they are used.
 import importlib
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from cifar import console
 from cifar.errors import UserError, first_line, listing
 
 TIMM = "timm/"  # what the names of timm's networks begin with here
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # The second output of GoogLeNet and Inception, which only their training from scratch uses.
 _AUXILIARY = re.compile(r"(aux\d|AuxLogits)\.")
 # torchvision's files for DenseNet are from a version of PyTorch that allowed dots in the names of modules.
@@ -40,7 +40,7 @@ def preprocessing(name: str) -> Preprocessing:
     Raises UserError if torchvision has no weights for it.
     """
     if ":" in name:
-        return Preprocessing(224, **_IMAGENET)
+        return Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     if name.startswith(TIMM):
         config = optional("timm").get_pretrained_cfg(name.removeprefix(TIMM))
         values = optional("timm.data").resolve_data_config(pretrained_cfg=config.to_dict())
@@ -81,8 +81,8 @@ def load(network: nn.Module, config) -> None:
     else:
         source = str(_download(_torchvision_weights(config.model)))
         weights = read(Path(source))
-    head_names: frozenset[str] = getattr(network, "head_names", frozenset())
-    head, inner = {key.removeprefix("network.") for key in head_names}, network.get_submodule("network")
+    head = {key.removeprefix("network.") for key in getattr(network, "head_names", ())}
+    inner = network.get_submodule("network")
     body = {key: value for key, value in weights.items() if key not in head and not _AUXILIARY.match(key)}
     own = {key: value for key, value in inner.state_dict().items() if key not in head}
     if differences := _differences(body, own):
@@ -114,15 +114,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Nothing in the file is executed. Raises UserError if it is missing or has no state dict.
     """
+    load_file = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        load_file = optional("safetensors.torch").load_file
     try:
-        if path.suffix == ".safetensors":
-            content = optional("safetensors.torch").load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except UserError:
-        raise
     except Exception:  # a damaged file can make the unpickler raise anything
         content = None
     for key in ("state_dict", "model"):  # of the training scripts of timm and of torchvision

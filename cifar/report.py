@@ -1,10 +1,8 @@
 """report.html, one page with everything that a run has saved; and what commands print at the end of a run."""
 
 import base64
-import csv
 import io
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from PIL import Image
 from cifar import analysis, console, evaluate, images, visualize
 from cifar.config import FIELDS, help_text
 from cifar.datasets import Dataset
-from cifar.errors import display_path
+from cifar.errors import display_path, plural
 from cifar.metrics import most_confused
 from cifar.records import Analysis, EpochRecord, Metrics
 from cifar.runs import Run, damaged
@@ -35,10 +33,13 @@ def write(run: Run, dataset: Dataset) -> Path:
     The page needs neither a network nor other files. Raises UserError if a file of the run is damaged, or the page
     cannot be written.
     """
+    import pandas  # takes a moment
+
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "short": lambda name: label(name, _NAME)}
     record, config, results = run.record, run.config, visualize.read_results(run, dataset)
+    metrics = results["metrics"]
     saved = run.read("config.json")  # lacks settings that are newer than the run
     page = environment.get_template("report.html").render(
         results,
@@ -49,28 +50,16 @@ def write(run: Run, dataset: Dataset) -> Path:
         unused=config.unused,
         settings=[(field, getattr(config, field) if field in saved else None, help_text(field)) for field in FIELDS],
         problems=evaluate.learning_problems(run),
-        confusions=_confusions(results["metrics"]) if results["metrics"] else [],
+        confusions=metrics and most_confused(np.array(metrics.confusion_matrix), list(metrics.per_class), _CONFUSIONS),
         has_photos=config.image_size > _SMALL,
         figures=_embed_figures(run, visualize.drawable(results)),
         images=_embed_images(run, results["analysis"], dataset, config.image_size) if results["analysis"] else {},
     )
     run.write_text("report.html", page)
-    run.write_text("history.csv", _history_csv(results["history"] or []))
+    rows = [epoch.model_dump() for epoch in results["history"] or []]
+    table = pandas.DataFrame(rows, columns=list(EpochRecord.model_fields), dtype=object)  # which leaves integers whole
+    run.write_text("history.csv", table.to_csv(index=False, lineterminator="\r\n"))
     return run.path / "report.html"
-
-
-def _confusions(metrics: Metrics) -> list[dict[str, Any]]:
-    """List the most frequent confusions, more than metrics.json does."""
-    return most_confused(np.array(metrics.confusion_matrix), list(metrics.per_class), _CONFUSIONS)
-
-
-def _history_csv(history: Sequence[EpochRecord]) -> str:
-    """Return the history as a table for spreadsheets."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, EpochRecord.model_fields, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(epoch.model_dump() for epoch in history)
-    return text.getvalue()
 
 
 def _percent(fraction: float | None, decimals: int = 2) -> str:
@@ -120,18 +109,17 @@ def _data_url(image: Image.Image, file_format: str, **options: Any) -> str:
 
 def show_metrics(metrics: Metrics) -> None:
     """Print the results of an evaluation: accuracies, the classes (the worst of many), the main confusions."""
-    intervals = ["{:.2%} to {:.2%}".format(*ends) for ends in (metrics.interval_95, metrics.interval_95_tta)]
-    total = {
-        "metric": ["accuracy", "accuracy with test-time augmentation", "loss (cross-entropy)"],
-        "value": [f"{metrics.accuracy:.2%}", f"{metrics.accuracy_tta:.2%}", f"{metrics.loss:.4f}"],
-        "95% interval": [*intervals, ""],
-    }
+    interval = "{:.2%} to {:.2%}".format
+    rows = [
+        ("accuracy", f"{metrics.accuracy:.2%}", interval(*metrics.interval_95)),
+        ("accuracy with test-time augmentation", f"{metrics.accuracy_tta:.2%}", interval(*metrics.interval_95_tta)),
+        ("loss (cross-entropy)", f"{metrics.loss:.4f}", ""),
+    ]
     if metrics.top5_accuracy is not None and metrics.top5_accuracy_tta is not None:
-        total["metric"] += ["top-5 accuracy", "top-5 accuracy with test-time augmentation"]
-        total["value"] += [f"{metrics.top5_accuracy:.2%}", f"{metrics.top5_accuracy_tta:.2%}"]
-        total["95% interval"] += ["", ""]
+        rows.append(("top-5 accuracy", f"{metrics.top5_accuracy:.2%}", ""))
+        rows.append(("top-5 accuracy with test-time augmentation", f"{metrics.top5_accuracy_tta:.2%}", ""))
     title = f"{metrics.recipe} on {metrics.dataset}: {metrics.split} split, {metrics.n:,} images"
-    console.out.print(console.table(title, total))
+    console.out.print(console.table(title, dict(zip(("metric", "value", "95% interval"), zip(*rows)))))
     classes, which = list(metrics.per_class), "by class"
     if len(classes) > _LISTED_CLASSES:
         which = f"the {_LISTED_CLASSES} of {len(classes):,} classes with the lowest F1"
@@ -146,7 +134,7 @@ def show_metrics(metrics: Metrics) -> None:
     }
     console.out.print(console.table(f"{which}, without test-time augmentation", columns))
     for pair in metrics.most_confused[:3]:
-        console.say(f"most confused: {pair.true} predicted as {pair.predicted}, {pair.count:,} times")
+        console.say(f"most confused: {pair.true} predicted as {pair.predicted}, {plural(pair.count, 'time')}")
 
 
 def show_run(run: Run) -> None:

@@ -365,12 +365,12 @@ def _iso_time(seconds: float) -> str:
 
 def find(output_dir: str, name: str | None = None) -> Run:
     """Return the run at the path `name`, or called so in `output_dir`; without a name, the latest that has ended."""
-    latest = _latest(output_dir)
-    if not name and not latest:
+    last = latest(output_dir)
+    if not name and not last:
         if run := _newest(output_dir, _ENDED):
             return run
         raise UserError(f"there is no finished run in {output_dir}; `{PIPELINE}` makes one")
-    path = latest if latest and not name else _locate(output_dir, str(name))
+    path = last if last and not name else _locate(output_dir, str(name))
     if (path / SUMMARY).is_file():
         raise UserError(f"{path} holds the runs of several seeds; name one of them (`ls {path}` lists them)")
     if missing := [name for name in (RECORD, CONFIG) if not (path / name).is_file()]:
@@ -382,13 +382,13 @@ def find(output_dir: str, name: str | None = None) -> Run:
 
 def find_evaluated(output_dir: str) -> Run:
     """Return the latest run if it is evaluated, or else the newest that is, the latest, or the one in the program."""
-    latest = _latest(output_dir)
-    if latest and (latest / METRICS).exists():
+    last = latest(output_dir)
+    if last and (last / METRICS).exists():
         return find(output_dir)
     evaluated = (run for run in map(Run, directories(Path(output_dir))) if run.has_metrics)
     if run := next(evaluated, None):
         return run
-    return find(output_dir) if latest else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
+    return find(output_dir) if last else _newest(output_dir, _ENDED) or Run(SHIPPED / "fast")
 
 
 def find_resumable(output_dir: str, name: str | None = None) -> Run:
@@ -419,10 +419,10 @@ def _locate(output_dir: str, name: str) -> Path:
     raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
-def _latest(output_dir: str) -> Path | None:
-    """Return the link to the latest run; None without one, as in a copy, where `latest` may be a directory."""
-    latest = Path(output_dir) / "latest"
-    return latest if latest.is_symlink() and latest.exists() else None
+def latest(output_dir: str) -> Path | None:
+    """Return the directory of the run that ended last; None without the link, as in a copy that made it a directory."""
+    link = Path(output_dir) / "latest"
+    return link.resolve() if link.is_symlink() and link.exists() else None
 
 
 def _newest(output_dir: str, statuses: Sequence[str]) -> Run | None:

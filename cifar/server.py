@@ -40,7 +40,6 @@ from cifar import console, device
 from cifar.errors import UsageError, UserError, describe
 
 AUTH_VARIABLE = "CIFAR_DEMO_AUTH"
-_UPLOAD = "/gradio_api/upload"
 _MAX_FILE = 10_000_000  # bytes
 _MAX_UPLOAD = _MAX_FILE + 100_000  # bytes: a file and what the upload form adds to it
 _MAX_BODY = 100_000  # bytes, of all other requests
@@ -52,7 +51,6 @@ _MAX_MESSAGES = 50  # for each of them, of up to 50 kB; an answer comes with two
 _MAX_LOGGED = 20  # lines a minute
 _MAX_SECONDS = 120  # until the first request of a connection has arrived
 _WRONG_PASSWORD_SECONDS = 1.0
-_BAD_REQUEST = PlainTextResponse("this request is not one that the page or its API sends", 400, {"connection": "close"})
 # Gradio's routes that fetch from other servers, save the state of a page or run ffmpeg.
 _CLOSED = (
     "file=http{rest:path}",
@@ -183,32 +181,6 @@ class _Connection(H11Protocol):
             self.transport.abort()
 
 
-class _Body:
-    """The body of a request, counted while it arrives."""
-
-    def __init__(self, receive: Receive, headers: Headers, limit: int, arriving: dict[asyncio.Task, int]):
-        """limit: bytes. arriving: of each request whose body has not ended, the bytes so far, oldest first."""
-        self._receive, self._limit, self._arriving = receive, limit, arriving
-        task = asyncio.current_task()
-        assert task  # the server's, for this request
-        self.task, self._received = task, 0
-        self.has_more = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-
-    async def receive(self) -> Message:
-        """Return the next part. Where too much is arriving in all, the oldest request is ended."""
-        message = await self._receive()
-        self.has_more = message.get("more_body", False)
-        self._received += len(message.get("body", b""))
-        if self._received > self._limit:
-            raise HTTPException(413, "the request is too large")
-        self._arriving[self.task] = self._received
-        if not self.has_more:
-            del self._arriving[self.task]
-        elif sum(self._arriving.values()) > _MAX_ARRIVING:
-            next(iter(self._arriving)).cancel()
-        return message
-
-
 class _Gate:
     """ASGI middleware that refuses what is not meant for the demo, lacks its password or is too large."""
 
@@ -217,35 +189,48 @@ class _Gate:
         self._app, self._hosts = app, hosts
         self._password = b"Basic " + base64.b64encode(auth.encode()) if auth else None
         self._attempts: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the visitor's address
-        self._arriving: dict[asyncio.Task, int] = {}
+        self._arriving: dict[asyncio.Task, int] = {}  # bytes so far, oldest request first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers, limit, has_failed = Headers(scope=scope), _MAX_UPLOAD if scope["path"] == _UPLOAD else _MAX_BODY, False
-        body = _Body(receive, headers, limit, self._arriving)
+        headers = Headers(scope=scope)
+        limit = _MAX_UPLOAD if scope["path"] == "/gradio_api/upload" else _MAX_BODY
+        has_more = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        task, received = asyncio.current_task(), 0
+        assert task  # the server's, for this request
+
+        async def read() -> Message:
+            """Return the next part of the body. Where too much is arriving in all, the oldest request is ended."""
+            nonlocal has_more, received
+            message = await receive()
+            has_more = message.get("more_body", False)
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, "the request is too large")
+            self._arriving[task] = received
+            if not has_more:
+                del self._arriving[task]
+            elif sum(self._arriving.values()) > _MAX_ARRIVING:
+                next(iter(self._arriving)).cancel()
+            return message
 
         async def answer(message: Message) -> None:
-            nonlocal has_failed
-            if message.get("status") == 500:
-                has_failed = True
-                await _BAD_REQUEST(scope, receive, send)
-            if message["type"] == "http.response.start" and body.has_more:  # or the server would read all of it
+            if message["type"] == "http.response.start" and has_more:  # or the server would read all of it
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
-            if not has_failed:
-                await send(message)
+            await send(message)
 
         try:
             refusal = self._refuse(headers, limit) or await self._refuse_stranger(scope, headers)
             if limit == _MAX_UPLOAD and not refusal:
                 _make_room(Path(get_upload_folder()))
-            await (refusal or self._app)(scope, body.receive, answer)
+            await (refusal or self._app)(scope, read, answer)
         except ClientDisconnect:
             pass
         except Exception as error:  # after Gradio has answered
             _log(error)
         finally:
-            self._arriving.pop(body.task, None)
+            self._arriving.pop(task, None)
 
     def _refuse(self, headers: Headers, limit: int) -> Response | None:
         """Return the response to a request that another site has sent, or that says itself that it is too large."""
@@ -310,7 +295,9 @@ def make_app(page: Page, auth: str | None, hosts: set[str], **look: Any) -> Star
         middleware=[Middleware(_Gate, hosts=hosts, auth=auth)],
     )
     off = dict.fromkeys(("show_error", "run_history", "enable_monitoring", "mcp_server", "ssr_mode"), False)
-    return gr.mount_gradio_app(app, page, path="/", max_file_size=_MAX_FILE, footer_links=["api"], **off, **look)
+    on_error = {"exception_handlers": {Exception: _bad_request}}
+    options = {"max_file_size": _MAX_FILE, "footer_links": ["api"], "app_kwargs": on_error}
+    return gr.mount_gradio_app(app, page, path="/", **options, **off, **look)
 
 
 def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, share: bool, **look: Any) -> None:
@@ -346,3 +333,7 @@ def _public_url(page: Page, host: str, port: int) -> str:
 
 async def _refuse_address(url: str) -> NoReturn:
     raise gr.Error("Upload the image itself: this server downloads nothing.", print_exception=False)
+
+
+async def _bad_request(*_: Any) -> Response:
+    return PlainTextResponse("this request is not one that the page or its API sends", 400, {"connection": "close"})

@@ -108,7 +108,7 @@ def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
     if seconds < _LONG * 60 or config.model_dump(exclude=_NOT_MEASURED) != _FAST.model_dump(exclude=_NOT_MEASURED):
         return sentence
     offers = [f"--minutes {math.ceil(part * seconds / 60)} reaches {reached}" for part, reached in _SHORTER.items()]
-    return f"{sentence} and reach about 94%; {', '.join(offers)}"
+    return f"{sentence} and reach about 94% with test-time augmentation; {', '.join(offers)}"
 
 
 def _score(record: EpochRecord, criterion: str) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from cifar.config import MODELS, OTHER_MODELS, is_allowed
 from cifar.errors import UserError, describe, did_you_mean
 
 _SMALL = 64  # pixels
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def require(name: str) -> None:
@@ -65,7 +64,7 @@ def modules(name: str, classes: int, image_size: int, pretrained: bool = False) 
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = max(module.momentum or 0, 0.1)  # torch's default; MobileNet's lags by hundreds of steps
-    size = _pretrained_size(network, name, image_size) if pretrained else _smallest_size(network, image_size)
+    size = _input_size(network, name, image_size, pretrained)
     enlarge = {"enlarge": nn.Upsample((size, size), mode="bilinear")} if size != image_size else {}
     return {**enlarge, "network": network}
 
@@ -85,22 +84,18 @@ def _original(name: str, classes: int, pretrained: bool) -> nn.Module:
     """Build a network of torchvision or timm as it is for ImageNet."""
     if name.startswith(weights.TIMM):
         return weights.optional("timm").create_model(name.removeprefix(weights.TIMM), num_classes=classes)
-    is_inception = name in ("googlenet", "inception_v3")  # whose pretrained weights normalize in their own way
-    return _torchvision(name, classes, **({"transform_input": pretrained} if is_inception else {}))
-
-
-def _torchvision(name: str, classes: int, **options) -> nn.Module:
-    if name in ("googlenet", "inception_v3"):  # a second output only for training, an initialization of a minute
-        options |= {"aux_logits": False, "init_weights": False}
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        # A second output only for training, an initialization of a minute, and the pretrained weights' normalization.
+        options = {"aux_logits": False, "init_weights": False, "transform_input": pretrained}
     return models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _vision_transformer(name: str, classes: int, image_size: int) -> nn.Module:
     """Build a transformer for 8x8 patches; torchvision ties their size to the name, so it is changed afterwards."""
     patch_size = image_size // 8
-    torchvisions_size = int(name.split("_")[2])
-    size = torchvisions_size * (image_size // patch_size)
-    network: models.VisionTransformer = _torchvision(name, classes, image_size=size)
+    size = int(name.split("_")[2]) * (image_size // patch_size)
+    network: models.VisionTransformer = models.get_model(name, weights=None, num_classes=classes, image_size=size)
     network.image_size, network.patch_size = image_size, patch_size
     network.conv_proj = nn.Conv2d(3, network.hidden_dim, patch_size, patch_size)
     nn.init.trunc_normal_(network.conv_proj.weight, std=(3 * patch_size**2) ** -0.5)  # as torchvision does
@@ -124,27 +119,21 @@ def _adapt_stem(network: nn.Module) -> None:
         network.set_submodule(_first(network, nn.MaxPool2d)[0], nn.Identity())
 
 
-def _first(network: nn.Module, kind: type[_Layer]) -> tuple[str, _Layer]:
+def _first(network: nn.Module, kind: type[nn.Module]) -> tuple[str, Any]:
     return next((name, module) for name, module in network.named_modules() if isinstance(module, kind))
 
 
-def _smallest_size(network: nn.Module, image_size: int) -> int:
-    """Return the smallest size, of the images or enlarged, that the network can take."""
-    for size in (image_size, 2 * image_size, 4 * image_size, 8 * image_size):
-        with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # raised for images that are too small
+def _input_size(network: nn.Module, name: str, image_size: int, pretrained: bool) -> int:
+    """Return the size of the images, perhaps enlarged, that the network computes with: the first that it takes."""
+    sizes, otherwise = [image_size, 2 * image_size, 4 * image_size, 8 * image_size], 224
+    if pretrained:
+        otherwise = weights.preprocessing(name).size
+        sizes = [min(4 * image_size, otherwise) if image_size <= _SMALL else image_size]
+    for size in sizes:
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # raised for a size that it does not take
             _try(network, size)
             return size
-    return 224
-
-
-def _pretrained_size(network: nn.Module, name: str, image_size: int) -> int:
-    """Return the size of the images that a pretrained network computes with, for images of another size."""
-    expected = weights.preprocessing(name).size
-    size = min(4 * image_size, expected) if image_size <= _SMALL else image_size
-    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # raised by one that takes a single size
-        _try(network, size)
-        return size
-    return expected
+    return otherwise
 
 
 @torch.no_grad()
