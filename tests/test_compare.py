@@ -378,7 +378,7 @@ def test_the_list_of_runs_fits_the_terminal_and_names_what_it_leaves_out(capsys,
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
     for part in ("2026-01-01_00-00-00_fast_cifar10", "damaged:", "run.json", "metrics.json"):
         assert part in printed
-    header, _, left_out = printed.partition("too narrow for:")
+    header, _, left_out = printed.partition("too narrow to show:")
     shown = [column for column in compare.COLUMNS if f" {column} " in header.split("━")[0].replace("\n", " ")]
     assert all(column in shown or column in " ".join(left_out.split()) for column in compare.COLUMNS)
 

@@ -157,7 +157,7 @@ def test_a_terminal_shows_the_columns_that_fit(terminal, width, left_out):
     status = [Text("damaged:\nrun.json", style="red"), "ok"]
     columns = {"run": ["first", "the\x1bsecond"], "accuracy": ["93.2%", "9.1%"], "status": status}
     table = console.table("some", {**columns, "字": ["字" * 10, ""]})
-    assert (table.caption and table.caption.plain) == (left_out and f"too narrow for: {left_out}")
+    assert (table.caption and table.caption.plain) == (left_out and f"too narrow to show: {left_out}")
     console.out.print(table)
     lines = terminal.getvalue().splitlines()
     assert any("the\\x1bsecond" in line and "   9.1%" in line for line in lines)
@@ -252,11 +252,16 @@ def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
 
 
 def test_what_fails_after_a_signal_since_another_process_has_ended_counts_as_the_interruption():
-    with pytest.raises(console.Interrupted), console.deferred_interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="closed by peer"), console.deferred_interrupt():
-        raise RuntimeError("Connection closed by peer")
+    def fail(*signals: int) -> None:
+        with console.deferred_interrupt():
+            for number in signals:
+                os.kill(os.getpid(), number)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(console.Interrupted):
+        fail(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        fail()
 
 
 @pytest.mark.parametrize("presses", [1, 2])

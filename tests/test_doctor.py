@@ -125,7 +125,7 @@ def test_cuda_libraries_without_a_gpu_are_a_note_with_the_command_that_leaves_th
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "nvidia" else None)
     found = next(doctor._device("cpu"))
     assert (found.level, "CUDA libraries" in found.message) == ("note", True)
-    assert found.fix.endswith("pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu")
+    assert found.fix.endswith("`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert next(doctor._device("cpu")).level == "ok"
 

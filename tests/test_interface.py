@@ -19,15 +19,10 @@ from cifar.errors import UserError
 from cifar.predict import Predictor
 from cifar.runs import Run
 from commands import invoke, run
+from image_files import saved
 
 FAST = runs.SHIPPED / "fast"
 QUICK = {"recipe": "mlp", "dataset": "digits", "epochs": 1, "device": "cpu"}
-
-
-def as_png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +30,7 @@ def fast() -> Predictor:
     return cifar.load("fast", device="cpu")
 
 
-TRUNCATED = as_png(Image.effect_noise((64, 64), 50))[:-999]
+TRUNCATED = saved(Image.effect_noise((64, 64), 50), "PNG")[:-999]
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -87,16 +82,10 @@ def test_it_predicts_where_there_is_no_run_and_says_so(tmp_path, evaluated_run):
 def test_the_demo_offers_it_after_ones_own_runs(tmp_path, evaluated_run, capsys):
     demo = Demo(None, str(tmp_path), "nowhere", "cpu")
     assert demo.default == "fast"
-    assert (
-        f"no evaluated run in {tmp_path}, so the network that comes with this program (fast) answers"
-        in capsys.readouterr().out
-    )
+    sentence = f"no evaluated run in {tmp_path}, so the network that comes with this program (fast) answers"
+    assert sentence in capsys.readouterr().out
     ((title, name),) = demo.choices()
-    assert (title.startswith("fast on cifar10, 93."), title.endswith("comes with this program"), name) == (
-        True,
-        True,
-        "fast",
-    )
+    assert (title[:20], title[-23:], name) == ("fast on cifar10, 93.", "comes with this program", "fast")
     both = Demo(None, str(evaluated_run.path.parent), "nowhere", "cpu")
     assert [name for _, name in both.choices()] == [evaluated_run.path.name, "fast"]
     assert both.default == evaluated_run.path.name
@@ -133,19 +122,10 @@ def test_weights_for_others_are_a_run_measured_again_in_float16(evaluated_run, d
 
 def test_files_bytes_pillows_images_arrays_and_tensors_get_the_same_prediction(fast, tmp_path):
     image = photo()
-    image.save(tmp_path / "photo.png")
+    image.save(path := tmp_path / "photo.png")
     array = np.asarray(image)
-    sources = [
-        str(tmp_path / "photo.png"),
-        tmp_path / "photo.png",
-        (tmp_path / "photo.png").read_bytes(),
-        image,
-        array,
-        array / 255,
-        torch.from_numpy(array.copy()).permute(2, 0, 1),
-        torch.from_numpy(array / np.float32(255)).permute(2, 0, 1),
-    ]
-    predictions = fast.predict(sources)
+    tensors = (torch.from_numpy(values).permute(2, 0, 1) for values in (array.copy(), array / np.float32(255)))
+    predictions = fast.predict([str(path), path, path.read_bytes(), image, array, array / 255, *tensors])
     for prediction in predictions:
         np.testing.assert_allclose(prediction.probabilities, predictions[0].probabilities, atol=1e-6)
     (alone,) = fast.predict(image)
@@ -161,9 +141,9 @@ def test_pillows_images_of_every_mode_are_read_as_their_files_are(fast, mode):
     image = photo("L" if mode in ("I", "I;16", "F") else "RGB" if mode == "LAB" else mode)
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image
     image = image.convert(mode) if mode in ("I", "F") else image
-    file, has_png = io.BytesIO(), mode in ("1", "L", "LA", "P", "RGBA", "I;16")
-    (image.convert("RGB") if mode in ("YCbCr", "HSV") else image).save(file, "PNG" if has_png else "TIFF")
-    (as_image, as_file) = fast.predict([image, file.getvalue()])
+    format = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF"
+    file = saved(image.convert("RGB") if mode in ("YCbCr", "HSV") else image, format)
+    (as_image, as_file) = fast.predict([image, file])
     np.testing.assert_allclose(as_image.probabilities, as_file.probabilities, atol=1e-6)
 
 
@@ -196,17 +176,15 @@ def test_what_is_no_image_is_one_sentence(fast, image, sentence):
 
 
 def test_mistakes_are_user_errors(fast, make_run, tmp_path):
-    with pytest.raises(UserError, match="there is no run named 'nowhere'"):
-        cifar.load("nowhere", output_dir=str(tmp_path))
-    with pytest.raises(UserError, match="has not been evaluated"):
+    with pytest.raises(UserError, match="has not been evaluated; run `invoke evaluate"):
         cifar.load(make_run())
     with pytest.raises(UserError, match="unknown device 'tpu'"):
         cifar.load("fast", device="tpu")
     with pytest.raises(UserError, match=r"takes torch.uint8 \(N, 3, 32, 32\), not torch.float32 \(1, 3, 32, 32\)"):
         fast.probabilities(torch.zeros(1, 3, 32, 32))
     (missing,) = fast.predict(tmp_path / "missing.png")
-    assert missing.error == "the file cannot be read: No such file or directory"
-    with pytest.raises(UserError, match=r"missing.png cannot be read: the file"):
+    assert missing.error == "No such file or directory"
+    with pytest.raises(UserError, match=r"missing.png cannot be read: No such file"):
         _ = missing.label
 
 
@@ -236,8 +214,6 @@ def test_train_does_what_the_command_does_in_silence_also_in_a_thread(tmp_path, 
     ("settings", "sentence"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs"),
-        ({"recipe": "fats"}, "unknown recipe 'fats': did you mean fast"),
         ({"seeds": 3}, "makes one run"),
         ({"model": "no_such.network:build"}, "cannot import no_such.network:build"),
     ],

@@ -311,7 +311,7 @@ def test_metrics_are_printed_with_intervals_and_the_classes_of_lowest_f1(capsys)
     assert "the 20 of 30 classes with the lowest F1" in printed
     assert "n01" in printed
     assert "n29" not in printed.split("most confused")[0]
-    assert "most confused: n01 predicted as n00, 1 times" in printed
+    assert "most confused: n01 predicted as n00, 1 time" in printed
 
 
 def test_the_end_of_a_run_is_printed(tmp_path, capsys):

@@ -232,12 +232,14 @@ def test_uploads_that_do_not_end_make_room_for_others(serve, monkeypatch):
         "POST /gradio_api/upload HTTP/1.1\nHost: localhost\nContent-Type: multipart/form-data; boundary=b\n"
         'Content-Length: 9000000\n\n--b\nContent-Disposition: form-data; name="files"; filename="a.png"\n\n'
     )
-    with connect(http, head + "x" * 700_000) as oldest, connect(http, head + "y" * 700_000) as other:
-        assert http.post("/gradio_api/upload", files={"files": ("image.png", bytes(900_000))}).is_success
-        assert b"HTTP/1.1 200" not in read(oldest)  # it is closed, perhaps after an error
-        other.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            other.recv(1)
+    with connect(http, head + "x" * 700_000) as oldest:
+        time.sleep(0.3)  # or the server may read the other one first
+        with connect(http, head + "y" * 700_000) as other:
+            assert http.post("/gradio_api/upload", files={"files": ("image.png", bytes(900_000))}).is_success
+            assert b"HTTP/1.1 200" not in read(oldest)  # it is closed, perhaps after an error
+            other.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                other.recv(1)
 
 
 def test_messages_wait_for_the_latest_visitors_only_and_of_each_only_the_latest(page):
