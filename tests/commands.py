@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar.config import PROJECT
+from cifar.errors import UserError
 
 MAIN = str(PROJECT / "main.py")
 INVOKE = ("-c", "import sys; from invoke.main import program; sys.exit(program.run())")
@@ -26,6 +27,11 @@ def run(*arguments: str, cwd: Path = PROJECT, **options) -> tuple[int, str, str]
     process = start(*arguments, cwd=cwd, **options)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def reached(*arguments, **options):
+    """Stand in for what takes long, or waits for visitors."""
+    raise UserError("reached")
 
 
 def main(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:

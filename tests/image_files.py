@@ -26,6 +26,10 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
+def random_images(count: int, size: int = 8) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
 def quarters(decoded: torch.Tensor) -> np.ndarray:
     """Return the colors in the middle of the four quarters: (4, 3)."""
     return decoded[:, [8, 8, 24, 24], [8, 24, 8, 24]].T.numpy().astype(int)
@@ -201,6 +205,9 @@ def ico(count: int, content: bytes) -> bytes:
     return struct.pack("<HHH", 0, 1, count) + entry * count + content
 
 
+OTHER_KIND = "of a kind that is not supported: save it again as PNG"
+INCOMPLETE = "damaged, incomplete, or of a kind that is not supported|not an image"
+HEIC = "HEIC images are not supported: convert it to JPEG"
 REFUSED = {
     "empty": (lambda: b"", "the file is empty"),
     "text": (lambda: b"not an image\n" * 50, "not an image in a supported format"),
@@ -210,33 +217,15 @@ REFUSED = {
     "random bytes": (lambda: np.random.default_rng(0).bytes(5000), "not an image"),
     "100.02 megapixels": (lambda: bomb(10_001, 10_001), "has 10,001 x 10,001 pixels; the limit is 100 million"),
     "bomb": (lambda: bomb(60_000, 60_000), "has 60,000 x 60,000 pixels"),
-    "HEIC": (
-        lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
-        "HEIC images are not supported: convert it to JPEG",
-    ),
-    "HEIC of Canon": (lambda: b"\0\0\0\x18ftypmif1\0\0\0\0mif1heix" + bytes(99), "HEIC images are not supported"),
+    "HEIC": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), HEIC),
+    "HEIC of Canon": (lambda: b"\0\0\0\x18ftypmif1\0\0\0\0mif1heix" + bytes(99), HEIC),
     "MOV": (lambda: b"\0\0\0\x14ftypqt  " + bytes(99), "not an image in a supported format"),
-    "TIFF 16 bit with alpha": (
-        lambda: tiff(9, 9, bytes(324), (338, 3, 1, 2), bits=(16, 16)),
-        "of a kind that is not supported: save it",
-    ),
-    "TIFF float RGB": (
-        lambda: tiff(9, 9, bytes(972), (339, 3, 1, 3), bits=(32, 32, 32), photometric=2),
-        "of a kind that is not supported: save it again as PNG",
-    ),
-    "TIFF YCbCr without JPEG": (
-        lambda: tiff(9, 9, bytes(243), bits=(8, 8, 8), photometric=6),
-        "of a kind that is not supported: save it again as PNG",
-    ),
+    "TIFF 16 bit with alpha": (lambda: tiff(9, 9, bytes(324), (338, 3, 1, 2), bits=(16, 16)), OTHER_KIND),
+    "TIFF float RGB": (lambda: tiff(9, 9, bytes(972), (339, 3, 1, 3), bits=(32,) * 3, photometric=2), OTHER_KIND),
+    "TIFF YCbCr without JPEG": (lambda: tiff(9, 9, bytes(243), bits=(8, 8, 8), photometric=6), OTHER_KIND),
     "ICO of a bomb": (lambda: ico(1, bomb(60_000, 60_000)), "has over 100 million pixels"),
-    "PNG header alone": (
-        lambda: saved(sample(), "PNG")[:40],
-        "damaged, incomplete, or of a kind that is not supported|not an image",
-    ),
-    "truncated JPEG": (
-        lambda: saved(sample(), "JPEG")[:300],
-        "damaged, incomplete, or of a kind that is not supported|not an image",
-    ),
+    "PNG header alone": (lambda: saved(sample(), "PNG")[:40], INCOMPLETE),
+    "truncated JPEG": (lambda: saved(sample(), "JPEG")[:300], INCOMPLETE),
 }
 
 
@@ -313,10 +302,10 @@ def webp(kind: bytes, data: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(body + chunk)) + b"WEBP" + body + chunk
 
 
-def strips(count: int, width: int) -> bytes:
-    """A TIFF file whose strips are all the same bytes."""
-    data = zlib.compress(bytes(width))
-    entries = [(256, 4, 1, width), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+def strips(count: int) -> bytes:
+    """A TIFF file whose strips are all the same pixel."""
+    data = zlib.compress(bytes(1))
+    entries = [(256, 4, 1, 1), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
     start = 8 + 2 + 12 * 9 + 4
     entries += [(273, 4, count, start), (278, 4, 1, 1), (279, 4, count, start + 4 * count)]
     directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
@@ -339,12 +328,6 @@ def moving(format: str, count: int) -> bytes:
     return saved(Image.new("RGB", (9, 9)), format, save_all=True, append_images=others)
 
 
-def noise_png() -> bytes:
-    """A PNG file whose data is cut into a chunk for each byte."""
-    data = zlib.compress(np.random.default_rng(0).bytes(600_000))
-    return png(*((b"IDAT", data[at : at + 1]) for at in range(len(data))), shape=(450, 444, 8, 2), pixels=b"")
-
-
 MEMORY, TIME, READ, ANY = "takes over 1 GB of memory", "takes over 5 seconds", None, ""
 # What a file must lead to; ANY where that depends on the computer.
 COSTLY = {
@@ -352,8 +335,6 @@ COSTLY = {
     "TIFF, 1,500 tags of the same 4 MB": (lambda: many_tags(1500, 4 * MB), MEMORY),
     "TIFF, 50,000 tags of the same 64 kB": (lambda: many_tags(50_000, 64_000), MEMORY),
     "TIFF, 300 tags of 500,000 fractions": (lambda: many_tags(300, 4 * MB, 8, 5), ANY),
-    "TIFF, 300 tags of a million numbers": (lambda: many_tags(300, 4 * MB, 4, 4), ANY),
-    "TIFF, 300 tags of the same 4 MB of text": (lambda: many_tags(300, 4 * MB, 1, 2), MEMORY),
     "PNG, Exif of 300 tags of 4 MB": (lambda: png((b"eXIf", many_tags(300, 4 * MB))), ANY),
     "WebP, Exif of 300 tags of 4 MB": (lambda: webp(b"EXIF", many_tags(300, 4 * MB)), ANY),
     "JPEG, Exif of 300 tags of 4 MB": (lambda: large_exif(300, 4 * MB), ANY),
@@ -361,17 +342,12 @@ COSTLY = {
     "JPEG, 100,000 empty scans": (lambda: empty_scans(100_000), TIME),
     "JPEG, 80,000 Exif segments": (lambda: jpeg(0xE1, *[b"Exif\0\0" + bytes(100)] * 80_000), ANY),
     "JPEG, 80,000 profile segments": (lambda: jpeg(0xE2, *[b"ICC_PROFILE\0\1\1" + bytes(100)] * 80_000), ANY),
-    "JPEG, 80,000 Photoshop segments": (lambda: jpeg(0xED, *[b"Photoshop 3.0\0" + bytes(100)] * 80_000), ANY),
-    "JPEG, 80,000 comments": (lambda: jpeg(0xFE, *[bytes(100)] * 80_000), ANY),
-    "JPEG, 130,000 quantization tables": (lambda: jpeg(0xDB, *[b"\0" + b"\1" * 64] * 130_000), ANY),
     "JPEG, 1,500,000 restart intervals": (lambda: jpeg(0xDD, *[bytes(2)] * 1_500_000), ANY),
     "JPEG, 9 MB between markers": (
         lambda: saved(sample(), "JPEG").replace(b"\xff\xdb", b"\xff" * 9 * MB + b"\xdb", 1),
         ANY,
     ),
     "JPEG, Exif that points to itself": (exif_loop, READ),
-    "JPEG, 100 megapixels": (lambda: flat("RGB", "JPEG"), READ),
-    "JPEG, 100 megapixels, progressive": (lambda: flat("RGB", "JPEG", progressive=True, subsampling=0), ANY),
     "JPEG, 100 megapixels of CMYK, progressive": (lambda: flat("CMYK", "JPEG", progressive=True), ANY),
     "GIF, 38,000 comments": (lambda: gif_comments(38_000), ANY),
     "GIF, 3,000 frames": (lambda: moving("GIF", 3000), READ),
@@ -381,31 +357,24 @@ COSTLY = {
     "WebP, 100 megapixels": (lambda: flat("RGB", "WEBP", lossless=True, method=0, quality=0), MEMORY),
     "AVIF, 60 megapixels": (lambda: flat("RGB", "AVIF", 7745, speed=10), ANY),
     "PPM, 4,500,000 comments": (lambda: b"P3 1000 1000 255\n" + b"#\n" * 4_500_000, TIME),
-    "PPM, 3,000,000 comments in the header": (lambda: b"P6\n" + b"#x\n" * 3 * MB + b"1 1\n255\nabc", ANY),
     "PPM, a number of 9 MB": (lambda: b"P6\n" + b"1" * 9 * MB + b" 1\n255\nabc", "damaged"),
-    "PPM, plain numbers": (lambda: b"P3 1500 1000 255\n" + b"1 " * 4_500_000, ANY),
     "PBM, plain bits": (lambda: b"P1 3000 3000\n" + b"1" * 9 * MB, ANY),
     "BMP, RLE, a pixel a line": (lambda: rle_bmp(30_000, 3300, b"\1\1\0\0" * 3300 + b"\0\1"), ANY),
     "BMP, RLE, 2,000,000 steps": (lambda: rle_bmp(10_000, 10_000, b"\0\2\0\0" * 2 * MB), ANY),
     "PNG, 800,000 private chunks": (lambda: png(*[(b"prIv", b"")] * 800_000), ANY),
     "PNG, 500,000 texts": (lambda: png(*[(b"tEXt", b"a\0b")] * 500_000), ANY),
     "PNG, 2 GB of text": (lambda: png((b"zTXt", b"a\0\0" + zeros(2000 * MB))), MEMORY),
-    "PNG, 2 GB of Unicode": (lambda: png((b"iTXt", b"a\0\1\0\0\0" + zeros(2000 * MB))), MEMORY),
     "PNG, 60 texts of 50 MB": (lambda: png(*[(b"zTXt", b"%d\0\0" % i + zeros(50 * MB)) for i in range(60)]), ANY),
     "PNG, 2 GB of profile": (lambda: png((b"iCCP", b"a\0\0" + zeros(2000 * MB))), MEMORY),
-    "PNG, a chunk for each byte": (noise_png, ANY),
     "PNG, 700,000 empty chunks of data": (lambda: png(*[(b"IDAT", b"")] * 700_000), ANY),
     "PNG, 200,000 frame controls": (lambda: png((b"acTL", bytes(8)), *[(b"fcTL", bytes(26))] * 200_000), ANY),
-    "PNG, 100 megapixels": (lambda: flat_png(8, 2, 3), ANY),
     "PNG, 100 megapixels with alpha of 16 bits": (lambda: flat_png(16, 6, 4), ANY),
     "PNG, 100 megapixels of grey with 16 bits": (lambda: flat_png(16, 0, 1), ANY),
-    "PNG, 100 megapixels of grey with alpha": (lambda: flat_png(8, 4, 2), ANY),
     "PNG, 100 megapixels of a transparent palette": (
         lambda: flat_png(8, 3, 1, [(b"PLTE", bytes(768)), (b"tRNS", bytes(256))]),
         ANY,
     ),
     "PNG, 1 x 100 million": (lambda: png(shape=(1, 100 * MB, 8, 0), pixels=zeros(200 * MB)), ANY),
-    "TIFF, 100 megapixels of LZW": (lambda: flat("RGB", "TIFF", compression="tiff_lzw"), ANY),
     "TIFF, 100 megapixels of CMYK": (
         lambda: tiff(10_000, 10_000, zeros(400 * MB), bits=(8, 8, 8, 8), photometric=5, compression=8),
         ANY,
@@ -414,8 +383,7 @@ COSTLY = {
         lambda: tiff(10_000, 10_000, zeros(400 * MB), (339, 3, 1, 3), bits=(32,), compression=8),
         ANY,
     ),
-    "TIFF, 2,000,000 strips of a pixel": (lambda: strips(2 * MB, 1), ANY),
-    "TIFF, 100,000 strips of the same bytes": (lambda: strips(100_000, 1000), ANY),
+    "TIFF, 2,000,000 strips of a pixel": (lambda: strips(2 * MB), ANY),
     "ICO, 5,000 entries": (lambda: ico(5000, saved(sample(256), "PNG")), READ),
     "ICO, 100 megapixels": (lambda: ico(1, flat_png(8, 6, 4)), ANY),
 }

@@ -94,10 +94,10 @@ def results(run: runs.Run) -> dict:
     }
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come so far in a minute"
+        assert time.monotonic() < deadline, f"it did not come so far in {seconds} seconds"
         time.sleep(0.01)
 
 

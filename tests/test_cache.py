@@ -1,7 +1,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,6 +8,7 @@ from cifar import cache, data
 from cifar.config import Config
 from cifar.data import Split
 from cifar.errors import UserError
+from image_files import random_images
 
 
 def make(place: Path, images: torch.Tensor) -> Split:
@@ -18,10 +18,6 @@ def make(place: Path, images: torch.Tensor) -> Split:
     labels = torch.arange(len(images))
     cache.seal(place, digests, dict.fromkeys(cache.PARTS, labels), {})
     return cache.read(place, "train", labels, images.shape[-1], cache.read_about(place))
-
-
-def random_images(count: int, size: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
 
 
 def test_batches_from_a_file_are_those_from_memory(tmp_path, monkeypatch):

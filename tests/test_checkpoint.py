@@ -1,9 +1,6 @@
-import contextlib
 import functools
 import io
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from cifar import checkpoint, model
 from cifar.config import PROJECT
 from cifar.errors import UserError
+from commands import start
 from conftest import as_nobody
 
 CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
@@ -56,11 +54,6 @@ def test_the_previous_checkpoint_is_kept_under_the_given_name(tmp_path):
         save(last, epoch=epoch, previous=previous)
     assert [checkpoint.load(path)["epoch"] for path in (last, previous)] == [3, 2]
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
-
-
-def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "best.pt")
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path):
@@ -126,22 +119,6 @@ def test_weights_of_another_shape_or_type_or_that_are_not_finite_are_refused(tmp
         use(tmp_path / "best.pt")
 
 
-@pytest.mark.parametrize("damages", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_flipped_bits_and_truncations_are_found_or_change_nothing(tmp_path, damages):
-    path = tmp_path / "best.pt"
-    save(path)
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(damages):
-        damaged = bytearray(whole)
-        for place in rng.integers(len(whole), size=rng.integers(1, 4)):
-            damaged[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged[: rng.integers(len(whole))] if rng.random() < 0.3 else damaged)
-        with contextlib.suppress(UserError):  # it is found, or it hit the padding between the parts
-            weights = use(path).state_dict()
-            assert all(torch.equal(tensor, weights[name]) for name, tensor in network().state_dict().items())
-
-
 @functools.cache
 def bomb() -> bytes:
     """Return a zip of 5 MB that unpacks to 1.2 GB."""
@@ -155,12 +132,14 @@ def bomb() -> bytes:
     return file.getvalue()
 
 
+KINDS = (*["flipped"] * 12, *["cut"] * 6, "command", "shape", "type", "nan", "bomb", "claim", "empty", "folder")
+
+
 def spoil(path: Path, rng: np.random.Generator) -> str:
     """Write a checkpoint with a random damage; returns its kind."""
     save(path)
     whole, weights = bytearray(path.read_bytes()), network().state_dict()
-    name = str(rng.choice(sorted(weights)))
-    kind = str(rng.choice(("flipped", "cut", "command", "shape", "type", "nan", "bomb", "claim", "empty", "folder")))
+    name, kind = str(rng.choice(sorted(weights))), str(rng.choice(KINDS))
     match kind:
         case "flipped":
             for place in rng.integers(len(whole), size=rng.integers(1, 4)):
@@ -189,15 +168,16 @@ def spoil(path: Path, rng: np.random.Generator) -> str:
 LOAD = """
 import resource, sys, time
 from pathlib import Path
+import torch
 import test_checkpoint
 from cifar.errors import UserError
-test_checkpoint.network()
+saved = test_checkpoint.network().state_dict()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).glob("*.pt")):
     started = time.process_time()
     try:
-        test_checkpoint.use(path)
-        sentence = "loaded"
+        loaded = test_checkpoint.use(path).state_dict()
+        sentence = "loaded" if all(torch.equal(saved[name], loaded[name]) for name in saved) else "other weights"
     except UserError as error:
         sentence = str(error)
     print(path.name, "%.3f" % (time.process_time() - started), sentence.replace("\\n", " ... "))
@@ -205,20 +185,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("damages", [40, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_checkpoints_take_under_five_seconds_and_a_gigabyte_and_execute_nothing(tmp_path, damages):
+@pytest.mark.parametrize("damages", [150, pytest.param(4000, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_are_refused_in_five_seconds_and_a_gigabyte_and_execute_nothing(tmp_path, damages):
     rng = np.random.default_rng(1)
     kinds = {f"{number:04}.pt": spoil(tmp_path / f"{number:04}.pt", rng) for number in range(damages)}
-    assert len(set(kinds.values())) == 10
+    assert set(kinds.values()) == set(KINDS)
     paths = {"PYTHONPATH": os.pathsep.join((str(PROJECT), str(PROJECT / "tests")))}
-    command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    *lines, kilobytes = done.stdout.splitlines()
+    process = start("-c", LOAD, str(tmp_path), env=os.environ | paths)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    *lines, kilobytes = out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(kinds)
     for name, seconds, sentence in (line.split(maxsplit=2) for line in lines):
         assert float(seconds) < 5
         assert " ... " not in sentence
+        assert sentence != "other weights"
         assert sentence != "loaded" or kinds[name] == "flipped", kinds[name]  # in the padding between the parts
     assert int(kilobytes) < 10**6
     assert not (tmp_path / "executed").exists()

@@ -39,6 +39,7 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
     ("given", "sentence"),
     [
         ({"epochs": "0"}, "--epochs must be at least 1, not 0"),
+        ({"seeds": "0"}, "--seeds must be at least 1, not 0"),
         ({"mixup": "1e-300"}, "--mixup must be 0 or at least 0.01, not 1e-300"),
         ({"epochs": 10**400}, "--epochs must be at most 100000, not 1000000000"),
         ({"lr": "nan"}, "--lr must be finite, not nan"),
@@ -265,13 +266,7 @@ def test_a_tenth_is_for_validation_with_room_for_every_class_and_more_if_trainin
     assert resolve(Config(patience=patience), dataset("some", images, classes))[0].val_size == val_size
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"val_size": 5}, "--val-size 5 does not fit: digits has 1,437 .*use 0, or 10 to 1427"),
-        ({"val_size": 1430}, "--val-size 1430 does not fit"),
-    ],
-)
-def test_what_cannot_be_had_from_the_dataset_is_refused(settings, sentence):
-    with pytest.raises(UserError, match=sentence):
-        resolve(Config(**settings), DIGITS)
+@pytest.mark.parametrize("size", [5, 1430])
+def test_a_validation_split_that_the_dataset_does_not_allow_is_refused(size):
+    with pytest.raises(UserError, match=f"--val-size {size} does not fit: digits has 1,437 .*use 0, or 10 to 1427"):
+        resolve(Config(val_size=size), DIGITS)

@@ -1,6 +1,5 @@
 import platform
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,20 +7,15 @@ import pytest
 import torch
 
 from cifar import device
-from cifar.config import PROJECT
 from cifar.errors import UserError
+from commands import run
 
 
-def test_auto_is_the_fastest_available_device(monkeypatch):
+def test_auto_is_the_fastest_available_device_and_a_missing_one_is_refused(monkeypatch):
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
         assert device.choose("auto").type == expected
-
-
-def test_a_missing_device_is_refused_and_the_available_ones_are_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="no device 'cuda' here: it finds cpu"):
         device.choose("cuda")
 
@@ -67,13 +61,10 @@ print(round(statistics.median(faults_of_a_use() for _ in range(20))))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
 def test_kept_memory_is_reused_without_page_faults():
-    kept, returned = (
-        subprocess.run([sys.executable, "-c", FAULTS, mode], cwd=PROJECT, capture_output=True, text=True)
-        for mode in ("keep", "")
-    )
-    if kept.returncode == 3:
+    (code, kept, _), (_, returned, _) = (run("-c", FAULTS, mode) for mode in ("keep", ""))
+    if code == 3:
         pytest.skip("not on glibc")
-    assert int(kept.stdout) < 0.1 * int(returned.stdout)
+    assert int(kept) < 0.1 * int(returned)
 
 
 # How many bytes stay after large blocks, with small ones between them that are kept, were freed twice; by default 8 to
@@ -95,7 +86,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries need no help")
 def test_returned_memory_does_not_stay_in_pieces():
-    assert int(subprocess.check_output([sys.executable, "-c", STAYING], cwd=PROJECT)) < 5e6
+    assert int(run("-c", STAYING)[1]) < 5e6
 
 
 @pytest.mark.parametrize(("system", "library"), [("darwin", None), ("linux", object())])

@@ -17,6 +17,7 @@ from cifar import data, evaluate, model
 from cifar.errors import UserError
 from cifar.metrics import wilson_interval
 from cifar.runs import Run
+from image_files import random_images
 
 
 class Brightness(nn.Module):
@@ -31,30 +32,17 @@ class Brightness(nn.Module):
         return torch.stack([grey[:, :, :4].mean((1, 2)), grey[:, :, 4:].mean((1, 2)), grey[:, :4].mean((1, 2))], 1)
 
 
-def random_images(count: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
-
-
-def test_infer_gives_the_networks_logits_in_order_whatever_the_batches():
-    images = random_images(1203)
-    network = Brightness()
-    expected = network(images / 255)
-    torch.testing.assert_close(evaluate.infer(network, images, precision="float32"), expected)
-
-
-def test_no_images_give_no_logits():
-    assert evaluate.infer(Brightness(), random_images(0), precision="float32").shape == (0, 3)
+@pytest.mark.parametrize("count", [1203, 0])
+def test_infer_gives_the_networks_logits_in_order_whatever_the_batches(count):
+    images, network = random_images(count), Brightness()
+    torch.testing.assert_close(evaluate.infer(network, images, precision="float32"), network(images / 255))
 
 
 @pytest.mark.parametrize("flips", [True, False])
 def test_tta_is_the_weighted_mean_of_the_copies(flips):
-    images = random_images(7)
-    network = Brightness()
-    hot = 1e6  # at which the network is unsure of all
-    done = []
-    plain, mean = evaluate.infer_tta(
-        network, images, flips=flips, temperature=hot, precision="float32", advance=done.append
-    )
+    images, network, done = random_images(7), Brightness(), []
+    options = {"temperature": 1e6, "precision": "float32"}  # so hot that the network is unsure of all
+    plain, mean = evaluate.infer_tta(network, images, flips=flips, advance=done.append, **options)
     assert sum(done) == pytest.approx(14)  # two for each image, so that a bar ends full
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect")
     expected = 0
@@ -85,10 +73,8 @@ def saved_predictions(run) -> list[dict[str, str]]:
 
 
 def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, digits):
-    rows, metrics = (
-        saved_predictions(evaluated_run),
-        json.loads((evaluated_run.path / "metrics.json").read_text(encoding="utf-8")),
-    )
+    rows = saved_predictions(evaluated_run)
+    metrics = json.loads((evaluated_run.path / "metrics.json").read_text(encoding="utf-8"))
     true, predicted = [row["true"] for row in rows], [row["predicted"] for row in rows]
     assert true == [digits.classes[label] for label in digits.test.labels]
     assert metrics["accuracy"] == pytest.approx(accuracy_score(true, predicted))

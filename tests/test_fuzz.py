@@ -14,6 +14,7 @@ import os
 import shutil
 import socketserver
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -26,9 +27,10 @@ import image_files
 from cifar import console, datasets, download, images
 from cifar.config import FIELDS, MODELS, RECIPES, flag
 from cifar.errors import UserError
+from commands import reached
 from processes import slowly
 from server import archive_of
-from test_hostile import COMMANDS, call, outputs, quick, reached  # noqa: F401
+from test_hostile import COMMANDS, call, outputs, quick  # noqa: F401
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, seed, settings
@@ -310,8 +312,6 @@ def test_downloads(tmp_path, seconds, monkeypatch, capsys):
     monkeypatch.setattr(download, "_PAUSES", (0.001,))
     monkeypatch.setattr(download, "_TIMEOUT", 0.3)
     with Listener(("127.0.0.1", 0), None) as listener:
-        import threading
-
         threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         url = f"http://127.0.0.1:{listener.server_address[1]}/x"
 

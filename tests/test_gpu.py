@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cifar import bench, checkpoint, data, datasets, device, evaluate, model, optim, pipeline, trainer
 from cifar.config import Config
-from commands import main
 from conftest import quick_config
 
 GPU, META = torch.device("cuda:0"), torch.device("meta")
@@ -153,18 +152,6 @@ def test_evaluation_on_the_gpu_returns_logits_on_the_cpu(fake_gpu):
     logits = evaluate.infer(network, images, precision="bfloat16")
     assert (logits.shape, logits.dtype, logits.device.type) == ((4500, 10), torch.float32, "cpu")
     assert fake_gpu.copies.total() == 4  # three batches to the GPU, and all logits back
-
-
-def test_a_full_gpu_is_one_sentence_with_the_cure(tmp_path, monkeypatch):
-    def fill_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
-
-    monkeypatch.setattr(trainer, "train_step", fill_memory)
-    settings = ("--dataset=digits", "--recipe=mlp", "--device=cpu", f"--output-dir={tmp_path}")
-    code, _, err = main(*settings)
-    assert (code, err.count("\n")) == (1, 1)
-    assert err.startswith("error: the GPU is out of memory: ")
-    assert "a smaller --batch-size" in err
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_said_at_the_start(tmp_path, monkeypatch, capsys):

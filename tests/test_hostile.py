@@ -12,8 +12,8 @@ import pytest
 
 import commands
 from cifar import files, runs
-from cifar.errors import UserError
 from cifar.runs import Run
+from commands import reached
 from processes import slowly
 
 LAST, PREVIOUS, BEST = (f"checkpoints/{name}.pt" for name in ("last", "previous", "best"))
@@ -61,11 +61,6 @@ def call(folder: Path, name: str, *words: str) -> tuple[int, str, str]:
     """Call main.py or a task on the runs in a folder."""
     words = (*words, "--output-dir", str(folder))
     return commands.main(*words) if name == "main" else commands.invoke(name, *words)
-
-
-def reached(*arguments, **options):
-    """Stand in for what takes long, or waits for visitors."""
-    raise UserError("reached")
 
 
 def show_demo(demo):
@@ -155,15 +150,8 @@ def test_a_run_from_elsewhere_chooses_no_code_that_runs_here(outputs, tmp_path, 
         assert (code, err.count("\n"), "add --model evil_network:build" in err) == (1, 1, True)
 
 
-LINKS = (
-    *FILES,
-    *(f"{file}.partial" for file in FILES[::3]),
-    "figures",
-    "checkpoints",
-    "model",
-    "model.pt2",
-    "model.pt2.partial",
-)
+PARTIAL = (f"{file}.partial" for file in (*FILES[::3], "model.pt2"))
+LINKS = (*FILES, *PARTIAL, "figures", "checkpoints", "model", "model.pt2")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if not name.startswith(("compare", "predict", "demo"))])

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from glob import glob
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from cifar.config import PROJECT
+from commands import run
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIREMENTS = [
@@ -54,20 +53,17 @@ def installed(tmp_path_factory) -> Path:
 def cifar(installed: Path, cwd: Path, *words: str) -> tuple[int, str, str]:
     """Run the installed command in a folder; returns its exit code, output and errors."""
     code = "import sys; from cifar.__main__ import main; sys.argv[0] = 'cifar'; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [sys.executable, "-P", "-c", code, *words]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+    return run("-P", "-c", code, *words, cwd=cwd, env=os.environ | {"PYTHONPATH": str(installed)})
 
 
 def test_installed_it_trains_into_the_working_directory_and_names_its_own_commands(installed, tmp_path):
     training = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1", "--device", "cpu")
     code, out, err = cifar(installed, tmp_path, "train", *training)
     assert (code, err) == (0, "")
-    (run,) = (tmp_path / "outputs").glob("*_mlp_digits")
-    assert f"run directory: outputs/{run.name}\n" in out
-    assert (run / "run.json").read_text().count('"commit": null') == 1  # not that of a repository around it
-    assert f"; run `cifar evaluate --run outputs/{run.name}`\n" in cifar(installed, tmp_path, "predict", "x.png")[2]
+    (made,) = (tmp_path / "outputs").glob("*_mlp_digits")
+    assert f"run directory: outputs/{made.name}\n" in out
+    assert (made / "run.json").read_text().count('"commit": null') == 1  # not that of a repository around it
+    assert f"; run `cifar evaluate --run outputs/{made.name}`\n" in cifar(installed, tmp_path, "predict", "x.png")[2]
     code, _, err = cifar(installed, tmp_path, "--resume")
     assert (code, err) == (1, "error: there is no run in outputs that can be resumed\n")
 

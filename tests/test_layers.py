@@ -89,37 +89,34 @@ def test_a_convolution_in_bfloat16_has_the_gradients_of_torchs_within_its_precis
         assert (tensor.grad - expected.grad).abs().max() < 2**-6 * expected.grad.abs().max()
 
 
+def assert_pools_alike(pool, expected, shape, dtype, layout) -> torch.Tensor:
+    """Assert that outputs and gradients are equal to the bit, also with ties; returns the output."""
+    features = torch.randint(-2, 2, shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for layer in (pool, expected):
+        inputs = features.to(dtype, memory_format=layout).requires_grad_()
+        pooled = layer(inputs)
+        (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
+        found.append((pooled, inputs.grad))
+    assert all(map(torch.equal, *found))
+    return found[0][0]
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "images"), [(7, 5), (8, 3), (31, 4), (200, 3)])  # with over 2**15 pixels, too
 def test_pooling_in_chunks_is_pooling(layout, dtype, size, images, monkeypatch):
     monkeypatch.setattr(layers, "CHUNK_BYTES", 2 * 8 * size**2 * dtype.itemsize)  # two images
-    features = torch.randint(-3, 3, (images, 8, size, size), generator=torch.Generator().manual_seed(0))  # with ties
-    found = []
-    for pool in (layers.MaxPool2d(), nn.MaxPool2d(2)):
-        inputs = features.to(dtype, memory_format=layout).requires_grad_()
-        pooled = pool(inputs)
-        (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
-        found.append((pooled, inputs.grad))
-    (got, got_grad), (expected, expected_grad) = found
-    assert "Chunked" in got.grad_fn.name()
-    assert torch.equal(got, expected)
-    assert torch.equal(got_grad, expected_grad)
-    assert got.is_contiguous(memory_format=layout)
+    pooled = assert_pools_alike(layers.MaxPool2d(), nn.MaxPool2d(2), (images, 8, size, size), dtype, layout)
+    assert "Chunked" in pooled.grad_fn.name()
+    assert pooled.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 4)])
 def test_the_global_maximum_is_that_of_torchs_layer_to_the_bit(layout, dtype, size):
-    features = torch.randint(-2, 2, (5, 8, *size), generator=torch.Generator().manual_seed(0))  # with ties
-    found = []
-    for pool in (layers.GlobalMaxPool(), nn.AdaptiveMaxPool2d(1)):
-        inputs = features.to(dtype, memory_format=layout).requires_grad_()
-        pooled = pool(inputs)
-        (pooled * torch.arange(pooled.numel()).view_as(pooled)).sum().backward()
-        found.append((pooled, inputs.grad))
-    assert all(map(torch.equal, *found))
+    assert_pools_alike(layers.GlobalMaxPool(), nn.AdaptiveMaxPool2d(1), (5, 8, *size), dtype, layout)
 
 
 def test_the_global_average_is_the_mean_over_the_pixels():

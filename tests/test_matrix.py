@@ -20,13 +20,13 @@ IN_SUITE = {("grey", "fast"), ("small squares", "fast"), ("no blue", "convnet"),
 )
 def test_a_network_learns_from_any_images_and_the_pipeline_completes(tmp_path, name, recipe):
     made = IMAGE_SETS[name]
-    folder, outputs = made.write(tmp_path / "images"), tmp_path / "outputs"
-    settings = ("--recipe", recipe, "--epochs", "2", "--precision", "float32", "--image-size", str(made.image_size))
-    settings = (*settings, "--device", "cpu")
-    places = ("--data-dir", str(tmp_path / "data"), "--output-dir", str(outputs))
-    code, out, err = main("--dataset", str(folder), *settings, *places)
+    made.write(tmp_path / "images")
+    settings = ("--recipe", recipe, "--epochs", "2", "--precision", "float32", "--device", "cpu")
+    images = ("--dataset", str(tmp_path / "images"), "--image-size", str(made.image_size))
+    places = ("--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "outputs"))
+    code, out, err = main(*images, *settings, *places)
     assert (code, err) == (0, ""), out
-    run = Run((outputs / "latest").resolve())
+    run = Run((tmp_path / "outputs" / "latest").resolve())
     assert run.status() == "completed"
     assert {path.stem for path in (run.path / "figures").iterdir()} == set(FIGURES)
     page = (run.path / "report.html").read_text(encoding="utf-8")

@@ -136,11 +136,6 @@ def test_all_but_a_twentieth_of_the_validation_images_reach_the_threshold():
     assert (confidence < calibration["threshold"]).mean() == calibration["threshold_share"] == 0.05
 
 
-def test_without_validation_nothing_is_calibrated():
-    calibration = metrics.calibrate(np.zeros((0, 2)), np.zeros(0, dtype=int))
-    assert (calibration["temperature"], calibration["threshold"], calibration["fitted_on"]) == (1, None, 0)
-
-
 def test_mcnemars_p_is_that_of_the_binomial_worked_out_by_hand():
     # 1 against 8: twice the chance of at most 1 head in 9 throws, 2 * (1 + 9) / 2**9.
     assert metrics.mcnemar(1, 8) == metrics.mcnemar(8, 1) == pytest.approx(20 / 512)

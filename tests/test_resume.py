@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, data, datasets, evaluate, files, pipeline, runs, trainer
+from cifar import checkpoint, console, data, datasets, evaluate, pipeline, runs, trainer
 from cifar.errors import UserError, display_path
 from cifar.runs import find
 from conftest import flat
@@ -251,14 +252,9 @@ def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outpu
     assert outputs.finish() == uninterrupted
 
 
-def is_claimed(run: runs.Run) -> bool:
-    with files.open_lock(run.path / "config.json") as file:
-        return not files.lock(file)
-
-
 def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(outputs, uninterrupted):
     first = outputs.start()
-    wait_until(lambda: any(outputs.folder.glob("*/run.json")) and is_claimed(outputs.run))
+    wait_until(lambda: any(outputs.folder.glob("*/log.txt")))  # which a run has once it is claimed
     os.kill(first.pid, signal.SIGSTOP)
     second = outputs.start(name=outputs.run.path.name)
     second.join(60)
@@ -273,11 +269,9 @@ def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(out
 
 
 def test_two_trainers_in_one_outputs_folder_both_finish(outputs, uninterrupted):
-    both = [outputs.start(), outputs.start()]
-    for process in both:
+    for process in [outputs.start(), outputs.start()]:
         process.join(60)
     made = [runs.Run(path) for path in outputs.folder.iterdir() if not path.is_symlink()]
-    assert len(made) == 2
     assert [results(run) == uninterrupted for run in made] == [True, True]
     assert find(str(outputs.folder)).path in [run.path for run in made]
 
@@ -302,12 +296,12 @@ def interrupted(outputs, once_interrupted) -> Outputs:
     return outputs
 
 
-def damage(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(interrupted, uninterrupted):
-    damage(interrupted.run.checkpoints / "last.pt")
+    truncate(interrupted.run.checkpoints / "last.pt")
     assert interrupted.finish() == uninterrupted
     said = " ".join(interrupted.said().replace("│", " ").split())
     assert "last.pt is damaged or not from this program: resuming from previous.pt." in said
@@ -327,14 +321,11 @@ def test_what_was_measured_before_it_resumes_is_not_taken_for_the_result(interru
     assert run.is_complete()
 
 
-def test_a_missing_last_checkpoint_falls_back_too(interrupted, uninterrupted):
-    (interrupted.run.checkpoints / "last.pt").unlink()
-    assert interrupted.finish() == uninterrupted
-
-
-@pytest.mark.slow
-def test_without_any_checkpoint_a_run_starts_again(interrupted, uninterrupted):
-    for path in interrupted.run.checkpoints.iterdir():
+@pytest.mark.parametrize("missing", ["last.pt", *slowly(["*.pt"])])
+def test_without_its_last_or_any_checkpoint_a_run_goes_on_from_another_or_the_start(
+    interrupted, uninterrupted, missing
+):
+    for path in interrupted.run.checkpoints.glob(missing):
         path.unlink()
     assert interrupted.finish() == uninterrupted
 
@@ -342,15 +333,14 @@ def test_without_any_checkpoint_a_run_starts_again(interrupted, uninterrupted):
 @pytest.mark.parametrize(
     ("damaged", "sentence"),
     [
-        (("last.pt", "previous.pt"), "last.pt is damaged"),
-        (("best.pt",), "best.pt is damaged"),
-        (("history.jsonl",), "history.jsonl is damaged"),
+        ("checkpoints/[lp]*.pt", "last.pt is damaged"),
+        ("checkpoints/best.pt", "best.pt is damaged"),
+        ("history.jsonl", "history.jsonl is damaged"),
     ],
 )
 def test_a_run_whose_files_are_damaged_is_refused_with_a_sentence(interrupted, digits, damaged, sentence):
-    for name in damaged:
-        path = interrupted.run.path / name
-        damage(path if path.exists() else interrupted.run.checkpoints / name)
+    for path in interrupted.run.path.glob(damaged):
+        truncate(path)
     with pytest.raises(UserError, match=sentence):
         resume(interrupted, digits)
 
@@ -366,79 +356,60 @@ def resume(outputs: Outputs, dataset: datasets.Dataset) -> None:
         torch.set_num_threads(threads)
 
 
-def change_checkpoints(run: runs.Run, change) -> None:
-    for path in run.checkpoints.glob("[lp]*.pt"):
+def change_checkpoints(run: runs.Run, change, name: str = "[lp]*") -> None:
+    for path in run.checkpoints.glob(f"{name}.pt"):
         content = torch.load(path, weights_only=True)
         change(content)
         torch.save(content, path)
-
-
-def with_epochs(run: runs.Run, monkeypatch) -> None:
-    run.write("config.json", {**run.config.model_dump(), "epochs": 9})
-
-
-def with_images(run: runs.Run, monkeypatch) -> None:
-    monkeypatch.setattr(data.Split, "sha256", lambda split: "0" * 64)
-
-
-def with_another_seed(run: runs.Run, monkeypatch) -> None:
-    change_checkpoints(run, lambda content: content["training"]["requirements"].update(seed=5))
-
-
-def without_training(run: runs.Run, monkeypatch) -> None:
-    change_checkpoints(run, lambda content: content.pop("training"))
-
-
-def with_an_older_best(run: runs.Run, monkeypatch) -> None:
-    path = run.checkpoints / "best.pt"
-    torch.save({**torch.load(path, weights_only=True), "epoch": 0}, path)
 
 
 AGAIN = "; to start over, run `python main.py --config .*config.json`$"
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("name", "change", "sentence"),
     [
-        (without_training, rf"last.pt has no training that this version can resume{AGAIN}"),
-        (with_an_older_best, rf"best.pt is older than epoch \d+, which .*last.pt requires{AGAIN}"),
-        (with_epochs, rf"cannot resume from .*last.pt: these settings have changed: epochs was 2 and is 9{AGAIN}"),
-        (with_images, rf"training images \(SHA-256\) was [0-9a-f]{{64}} and is 0{{64}}{AGAIN}"),
-        (with_another_seed, rf"these settings have changed: seed was 5 and is 0{AGAIN}"),
+        ("[lp]*", lambda content: content.pop("training"), "last.pt has no training that this version can resume"),
+        ("best", lambda content: content.update(epoch=0), r"best.pt is older than epoch \d+, which .*last.pt requires"),
     ],
 )
-def test_a_run_whose_settings_or_images_have_changed_is_refused(interrupted, digits, monkeypatch, change, sentence):
-    change(interrupted.run, monkeypatch)
-    with pytest.raises(UserError, match=sentence):
+def test_checkpoints_that_do_not_fit_together_are_refused(interrupted, digits, name, change, sentence):
+    change_checkpoints(interrupted.run, change, name)
+    with pytest.raises(UserError, match=sentence + AGAIN):
         resume(interrupted, digits)
 
 
-@pytest.mark.parametrize(
-    ("name", "then", "said"),
-    [
-        ("hardware", "an abacus", "hardware was an abacus and is "),
-        ("processes", 2, "processes was 2 and is 1: the results can differ from an uninterrupted run's"),
-        ("commit", "0" * 40, f"commit was {'0' * 40} and is "),
-    ],
-)
-def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(
-    interrupted, digits, capsys, name, then, said
-):
-    interrupted.run.update(**{name: then})
+def test_a_run_whose_settings_or_images_have_changed_is_refused(interrupted, digits, monkeypatch):
+    interrupted.run.write("config.json", {**interrupted.run.config.model_dump(), "epochs": 9})
+    change_checkpoints(interrupted.run, lambda content: content["training"]["requirements"].update(seed=5))
+    monkeypatch.setattr(data.Split, "sha256", lambda split: "0" * 64)
+    changes = r"epochs was 2 and is 9, seed was 5 and is 0, training images \(SHA-256\) was [0-9a-f]{64} and is 0{64}"
+    with pytest.raises(UserError, match=f"cannot resume from .*last.pt: these settings have changed: {changes}{AGAIN}"):
+        resume(interrupted, digits)
+
+
+def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(interrupted, digits, capsys):
+    then = {"hardware": "an abacus", "processes": 2, "commit": "0" * 40}
+    interrupted.run.update(**then)
     resume(interrupted, digits)
     shown = capsys.readouterr().out
-    assert said in shown
+    for name, value in then.items():
+        assert f"{name} was {value} and is " in shown
+    assert "processes was 2 and is 1: the results can differ from an uninterrupted run's" in shown
     assert "computes other values" not in shown
     assert interrupted.run.record.status == "completed"
 
 
-def test_a_gpu_without_room_for_a_training_is_not_taken_for_a_damaged_file(interrupted, digits, monkeypatch):
+def test_a_full_gpu_is_one_sentence_with_the_cure_and_not_taken_for_a_damaged_file(
+    interrupted, digits, monkeypatch, capsys
+):
     def fill_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
 
     monkeypatch.setattr(trainer.Training, "load_state_dict", fill_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        resume(interrupted, digits)
+    assert console.exit_code(lambda: resume(interrupted, digits)) == 1
+    sentence = r"error: the GPU is out of memory: [^\n]* a smaller --batch-size [^\n]*\n"
+    assert re.fullmatch(sentence, capsys.readouterr().err)
 
 
 def test_a_network_whose_code_has_changed_is_mentioned(interrupted, digits, monkeypatch, capsys):
@@ -501,13 +472,9 @@ def test_a_damaged_state_of_a_training_is_refused_with_a_sentence(interrupted, d
 def test_each_setting_resumes_bit_for_bit(make_run, digits, monkeypatch, settings):
     settings |= {"epochs": 2, "val_size": 1117}  # 16 steps in each epoch
     uninterrupted = make_run(**settings)
-    save_if_due = checkpoint.Checkpointer.save_if_due
-
-    def stop_in_the_second_epoch(checkpointer, _):
-        save_if_due(checkpointer, signal.SIGINT if checkpointer.training.optimizer.steps == 25 else None)
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpointer, "save_if_due", stop_in_the_second_epoch)
+        patch.setattr(checkpoint.Checkpointer, "save_if_due", checkpoint.Checkpointer.save_if_due)  # put back
+        stop_after(25)
         with pytest.raises(KeyboardInterrupt):
             make_run(**settings)
     run = runs.find_resumable(str(uninterrupted.path.parent))

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from datetime import datetime
@@ -18,8 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from cifar import files, runs
-from cifar.config import PROJECT, Config
-from cifar.console import Interrupted
+from cifar.config import Config
 from cifar.errors import UserError
 from cifar.records import EpochRecord
 from handmade import make_line, make_metrics
@@ -94,14 +92,6 @@ def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, statu
     assert os.readlink(run.path.parent / "latest") == run.path.name
 
 
-def test_an_interrupted_run_says_how_to_resume_it(run, monkeypatch):
-    monkeypatch.chdir(run.path.parent.parent)
-    with pytest.raises(Interrupted) as stop, run.lifetime():
-        raise Interrupted(15)
-    assert str(stop.value) == f"interrupted; resume with `python main.py --resume outputs/{run.path.name}`"
-    assert stop.value.number == 15
-
-
 @pytest.mark.parametrize("first", [None, KeyboardInterrupt(), OSError("disk full")])
 def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first):
     def update_and_interrupt(_, **changes):
@@ -158,16 +148,9 @@ def test_a_run_is_of_one_dataset_and_complete_once_it_is_evaluated(run):
 # Locks, and what a process that was killed leaves behind.
 
 
-def test_the_claim_of_a_process_that_is_killed_ends_with_it(run, config):
-    code = (
-        "import sys, time; from pathlib import Path; from cifar.runs import Run\n"
-        "with Run(Path(sys.argv[1])).lifetime(): print('claimed', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, cwd=PROJECT)
-    with process:
-        assert process.stdout.readline() == b"claimed\n"
+def test_a_run_that_says_running_is_recorded_as_killed_where_no_process_has_claimed_it(run, config):
+    with run.claim():
         assert run.status() == "running"
-        process.kill()
     assert runs.find(config.output_dir, run.path.name).record.status == "killed"
     assert run.record.end >= run.record.start
 

@@ -15,9 +15,8 @@ from PIL import Image
 
 from cifar import analysis, bench, commands, demo, evaluate, export, trainer, visualize
 from cifar.config import FIELDS, PROJECT, flag
-from cifar.errors import UserError
 from cifar.flags import take_flag
-from commands import INVOKE, MAIN, invoke, main, run
+from commands import INVOKE, MAIN, invoke, main, reached, run
 
 TASKS = (
     *("train", "evaluate", "visualize", "predict", "demo", "export", "compare"),
@@ -30,8 +29,8 @@ QUICK = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1")
 def images(tmp_path_factory, digits) -> Path:
     """A folder with the first three test images."""
     folder = tmp_path_factory.mktemp("images")
-    for index in range(3):
-        Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    for index, image in enumerate(digits.test.images[:3]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
     return folder
 
 
@@ -110,7 +109,6 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--epochs", "1", "--epochs=x"), 2, "--epochs takes a whole number, not 'x'"),
         (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),
         (("fast",), 2, "'fast'"),
-        (("--epochs", "abc"), 2, "--epochs takes a whole number, not 'abc'"),
         ((*QUICK, "--val-size", "60000"), 1, "--val-size 60000 does not fit"),
         ((*QUICK, "--output-dir", "main.py"), 1, "cannot write to the output folder main.py"),
         ((*QUICK, "--device", "cpu", "--precision", "float16"), 1, "--precision float16 needs an NVIDIA GPU"),
@@ -132,7 +130,6 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (("evaluate", "--run", ""), 2, "--run must not be empty"),
         (("evaluate", "--output-dir", "{empty}"), 1, "there is no finished run in {empty}"),
         (("evaluate", "--device", "tpu"), 1, "unknown device 'tpu'"),
         (("evaluate", "--run", "{run}", "--model", "my.net:build"), 1, " is mlp, not my.net:build: leave out --model"),
@@ -255,11 +252,6 @@ VALUES = [
     *("", " ", "\n", "\t", "\x1b[31m", "\udcff", "💥", "'; ls", "é" * 300, "a" * 5000, "a/" * 3000),
     *("9" * 400, "9" * 5000, *WORDS.split()),
 ]
-
-
-def reached(*arguments, **options):
-    """Stand in for what takes long or waits for visitors."""
-    raise UserError("reached")
 
 
 @pytest.fixture
