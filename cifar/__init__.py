@@ -32,8 +32,11 @@ def load(
     """
     from cifar import predict, runs
     from cifar.config import Config
+    from cifar.errors import UserError
 
-    config = Config.create({"device": device, "output_dir": output_dir})
+    config = Config.create({"device": str(device), "output_dir": output_dir})
+    if run == "":
+        raise UserError("the run needs a name or a path")
     found = run if isinstance(run, runs.Run) else runs.find(config.output_dir, str(run))
     found.allow_model(model)
     return predict.Predictor(found, config.device)

@@ -19,7 +19,7 @@ class _Loader(FilesystemLoader):
         from cifar import commands
 
         commands.read_command_line(Collection.from_module(commands))
-        return commands, os.getcwd()
+        return commands, os.path.dirname(__file__)  # where invoke looks for its settings, which may be Python
 
 
 def main() -> int:

@@ -85,7 +85,8 @@ def _port(text: str) -> int:
 @task(default=True, name="list")
 def list_tasks(_context):
     """List the tasks."""
-    program.list_tasks()
+    if code := console.exit_code(program.list_tasks):
+        raise Exit(code=code)
 
 
 @command()
@@ -175,6 +176,8 @@ def predict(paths, run=None, model=None, fit="crop", output=None, device=None, o
         raise UsageError("name image files, folders or glob patterns, or - for standard input")
     if output and Path(output).suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--output takes a file that ends in .csv or .json, not '{output}'")
+    if output and os.path.isdir(output):
+        raise UserError(f"--output takes a file, and {output} is a folder")
     device = Config.create({"device": device}).device
     found = _find_run(output_dir, run, model, evaluated=True)
 

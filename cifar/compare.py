@@ -187,7 +187,9 @@ def _describe(letter: str, members: Sequence[Run]) -> dict[str, Any]:
     config, metrics = members[0].config, [run.metrics for run in members]
     path, seeds = members[0].path, [run.config.seed for run in members]
     path = path if len(members) == 1 else path.parent
-    numbers = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
+    is_gapless = seeds == list(range(seeds[0], seeds[-1] + 1))
+    listed = f"{seeds[0]} to {seeds[-1]}" if is_gapless else ", ".join(map(str, seeds))
+    numbers = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {listed}"
     headlines = [headline(run) for run in members]
     recalls = [{name: scores.recall for name, scores in one.per_class.items()} for one in metrics]
     return {

@@ -1,6 +1,7 @@
 """Every setting of a run, and the recipes, which are named sets of them."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -97,7 +98,7 @@ MODELS = ("airbench94", "airbench96", "simple", "convnet", "mlp", "resnet18")
 OTHER_MODELS = "a classification network of torchvision, timm/NAME of timm, or package.module:factory"
 MAX_EPOCHS = 100_000
 MAX_IMAGE_SIZE = 384  # pixels
-MAX_CLASSES = 10_000  # of which the confusion matrix has 100 million cells
+MAX_CLASSES = 3000  # whose confusion matrix has nine million cells, and metrics.json 80 MB
 YES, NO = ("yes", "y", "true", "t", "on", "1"), ("no", "n", "false", "f", "off", "0")  # for pydantic
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
@@ -115,11 +116,13 @@ _SMALL, _CROP_SCALE = 64, 0.35  # pixels; above them, images get random resized 
 _LEAST_ALPHA = 0.01  # of the Beta distribution
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
+_ADDRESS = re.compile(r"https?://([^\s/]*@)?(\[[\da-f:.]+\]|[^\s/@:\[\]]+)(:\d+)?([/?]\S*)?", re.IGNORECASE)
 _WORDINGS = {  # by pydantic's type of error, or its first word
     "bool": "takes yes or no",
     "int": "takes a whole number",
     "float": "takes a number",
     "string": "takes text",
+    "literal": "takes text",
     "finite": "must be finite",
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be greater than {gt}",
@@ -259,12 +262,14 @@ class Config(BaseModel):
     @classmethod
     def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Take known names in any case; refuse true for 1, which pydantic would accept, and what cannot be a path."""
-        name = str(info.field_name)
+        name, value = str(info.field_name), os.fspath(value) if isinstance(value, os.PathLike) else value
         is_flag = cls.model_fields[name].annotation is bool
         if (isinstance(value, bool) and not is_flag) or (isinstance(value, str) and not _is_text(value)):
             raise UserError(f"{flag(name)} does not take {value!a}")
         if not isinstance(value, str):
             return value
+        if name == "mirror" and not all(map(_ADDRESS.fullmatch, value.split())):  # which may hold a password
+            raise UsageError("--mirror takes addresses that begin with http:// or https://")
         return os.path.expanduser(value) if name in _PATHS and value[0] == "~" else _known_spelling(name, value)
 
     @classmethod
@@ -433,9 +438,15 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     ]
     resolved = {"dataset": dataset.key, "val_size": val_size, "small_size": config.small_size or image_size * 3 // 4}
     resolved["crop_scale"] = config.crop_scale or (1.0 if image_size <= _SMALL else _CROP_SCALE)
-    resolved["labels"] = config.labels and os.path.abspath(config.labels)
+    resolved["labels"] = config.labels and os.path.realpath(config.labels)
     resolved["weights"] = config.weights and os.path.abspath(config.weights)
-    return config.replace(**resolved | {name: value for name, (value, _) in changes.items()}), sentences
+    resolved |= {name: value for name, (value, _) in changes.items()}
+    config = config.replace(**resolved)
+    preset = {**RECIPES[config.recipe], "small_size": image_size * 3 // 4}
+    for name in sorted(config.unused - {"pretrained"}):
+        if getattr(config, name) != preset.get(name, Config.model_fields[name].default):
+            sentences.append(f"{flag(name)} {getattr(config, name)} has no effect beside the other settings")
+    return config, sentences
 
 
 def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> tuple[int, str]:

@@ -46,6 +46,7 @@ _MIN_WIDTH = 40  # columns; a smaller value of the variable COLUMNS is a mistake
 _GAP = 3  # columns of the terminal between two columns of a table
 _NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
 _BACKQUOTED = re.compile(r"`[^`]+`")
+_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
 _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
 _NAME = TextColumn("{task.description}", markup=False)
 # What torch, the dynamic linker, Python and the system say.
@@ -60,7 +61,7 @@ class _Console(Console):
         if "ipykernel" in sys.modules:  # in a notebook, each redrawn line would stay: it gets those of a pipe
             options |= {"force_jupyter": False, "force_terminal": False}
         super().__init__(highlight=False, **options)
-        if not self.is_terminal:
+        if not self.file.isatty():  # whatever FORCE_COLOR says
             self.width = _PIPE_WIDTH
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -95,7 +96,8 @@ class _Log(io.StringIO):
         return len(text)
 
 
-if not (columns := os.environ.get("COLUMNS", "80")).isdecimal() or int(columns) < _MIN_WIDTH:
+columns = os.environ.get("COLUMNS", "80")
+if not columns.isdecimal() or len(columns) > 6 or int(columns) < _MIN_WIDTH:
     del os.environ["COLUMNS"]  # which rich and argparse would obey
 out = _Console()
 err = _Console(stderr=True)
@@ -195,7 +197,7 @@ def exit_code(action: Callable[[], None]) -> int:
     _open_standard_streams()
     hook, sys.unraisablehook = sys.unraisablehook, _redeliver
     try:
-        with handled(signal.SIGTERM, by=interrupt):
+        with handled(*_ENDING, by=interrupt):
             action()
     except UserError as problem:
         error(str(problem))
@@ -307,14 +309,14 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
             interrupt(number)
 
     def announce(number: int) -> None:
-        if number not in (signal.SIGINT, signal.SIGTERM):  # that other code handles
+        if number not in (signal.SIGINT, *_ENDING):  # that other code handles
             return
         announced.append(number)
         if len(announced) == 1:
             hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
             say(f"finishing this step, then saving{hint}")
 
-    with _watched(announce), handled(signal.SIGINT, signal.SIGTERM, by=handler):
+    with _watched(announce), handled(signal.SIGINT, *_ENDING, by=handler):
         try:
             yield lambda: received[0] if received else None
         except RuntimeError:

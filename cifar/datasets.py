@@ -97,6 +97,8 @@ def find(
 def of_config(config: Config) -> Dataset:
     """Find the dataset that the settings name, or download it, and print what must not be overlooked."""
     dataset = find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
+    if config.dataset in DATASETS and os.path.isdir(config.dataset):
+        console.say(f"{config.dataset} is the dataset of this name: for your folder, write ./{config.dataset}")
     console.banner(dataset.note)
     return dataset
 
@@ -235,7 +237,8 @@ def _read_digits(part: str) -> Split:
 def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> Dataset:
     root = _folder_root(name)
     # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
-    is_shared = str(data_dir) == os.environ.get("CIFAR_DATA_DIR") or data_dir.resolve().is_relative_to(root)
+    place, shared = os.path.realpath(data_dir), os.path.expanduser(os.environ.get("CIFAR_DATA_DIR", ""))
+    is_shared = (shared and place == os.path.realpath(shared)) or Path(place).is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = HOME / "data"
     images = folder.load(root, image_size, data_dir, _labels_file(labels))
@@ -251,7 +254,7 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> D
 
 
 def _labels_file(labels: str | None) -> Path | None:
-    return Path(labels).resolve() if labels else None
+    return Path(os.path.realpath(labels)) if labels else None
 
 
 def _folder_root(name: str) -> Path:

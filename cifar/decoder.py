@@ -90,8 +90,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         grey = _to_grey(image)
         grey.info = image.info
+        if isinstance(key := image.info.get("transparency"), int):  # which Pillow compares at 8 bits only
+            grey.putalpha(Image.fromarray(np.where(np.asarray(image) == key, np.uint8(0), np.uint8(255))))
+            return grey
         is_white_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow sees to this at 8 bits only
         return ImageOps.invert(grey) if is_white_zero else grey
+    if isinstance(key := image.info.get("transparency"), tuple) and max(key) > 255:  # Pillow has dropped the lower byte
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if "transparency" in image.info or image.mode in ("La", "PA", "RGBa"):
         return image.convert("RGBA")
     return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "LAB") else image.convert("RGB")

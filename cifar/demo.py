@@ -31,6 +31,7 @@ _CSS = Path(__file__).parent / "templates" / "demo.css"
 _FONT = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif")
 _THEME = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT)
 _THEME.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
+_MAX_FIGURE = 20_000_000  # bytes
 # Of events that only the page sends.
 _INTERNAL: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -248,6 +249,14 @@ def _embed(png: bytes, alt: str) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
 
 
+def _is_own(figure: Path) -> bool:
+    """Say whether a figure is the run's own file, of ordinary size, and not a link to another one of this computer."""
+    run = figure.parent.parent
+    return figure.resolve() == run.resolve() / "figures" / figure.name and (
+        figure.is_file() and figure.stat().st_size < _MAX_FIGURE
+    )
+
+
 def _report(run: Run) -> str:
     """Return the most important metrics of a run, and its figures, as HTML."""
     metrics, seconds = run.metrics, run.record.seconds.get("train")
@@ -261,6 +270,6 @@ def _report(run: Run) -> str:
     ]
     tiles = "".join(tile(*map(escape, row)) for row in texts)
     files = [(run.figures / f"{name}.png", figure.alt) for name, figure in FIGURES.items()]
-    figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if file.is_file()]
+    figures = [f'<div class="figure">{_embed(file.read_bytes(), alt)}</div>' for file, alt in files if _is_own(file)]
     hint = f"<p>No figures yet; draw them with <code>{escape(run.command('visualize'))}</code></p>"
     return f'<div class="tiles">{tiles}</div>{"".join(figures) or ("" if run.is_shipped else hint)}'

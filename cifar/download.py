@@ -218,6 +218,8 @@ def _download(archive: Archive, target: Path, urls: Sequence[str]) -> None:
     """
     partial = target.with_name(f"{target.name}.partial")
     with writing(partial):
+        if partial.is_symlink():  # which would lead elsewhere
+            partial.unlink()
         partial.touch()
     remaining, reasons = list(urls), {}
     pauses, furthest = iter(_PAUSES), partial.stat().st_size

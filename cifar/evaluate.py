@@ -219,8 +219,9 @@ def _report(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str
     """Format scikit-learn's table of precision, recall and F1."""
     from sklearn.metrics import classification_report
 
-    numbers, predicted = range(len(classes)), probabilities.argmax(1)
-    return classification_report(labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
+    names, numbers = list(map(console.printable, classes)), range(len(classes))
+    predicted = probabilities.argmax(1)
+    return classification_report(labels, predicted, labels=numbers, target_names=names, digits=4, zero_division=0)
 
 
 def write_predictions(

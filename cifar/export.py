@@ -131,8 +131,8 @@ def _write_hub_folder(predictor: Predictor, folder: Path) -> list[Path]:
 
 def _require_own(folder: Path) -> None:
     """Raise UserError if the folder has something that no export has written."""
-    if folder.is_symlink():
-        raise UserError(f"remove the symbolic link {display_path(folder)}: an export writes to its own folder only")
+    if folder.is_symlink() or folder.is_file():
+        raise UserError(f"remove {display_path(folder)}: an export makes a folder of this name")
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     if others := sorted(name for name in names if name not in _HUB_FILES and not name.startswith(".")):
         raise UserError(f"{display_path(folder)} has other files ({listing(others)}): name another file with --output")
@@ -204,8 +204,8 @@ def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) ->
     folder cannot be written.
     """
     made, original = Run(folder.resolve()), run.metrics
-    if (made.checkpoints / "last.pt").exists():
-        raise UserError(f"{display_path(folder)} is a run: name another folder with --weights")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{display_path(folder)} is not an empty folder: name another one with --weights")
     _, content = evaluate.load_network(run, dataset.classes)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()

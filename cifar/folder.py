@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import io
 import os
 import stat
 import tempfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +22,8 @@ from cifar import cache, console
 from cifar.config import MAX_CLASSES
 from cifar.data import Split
 from cifar.errors import UserError, listing, plural
-from cifar.files import writing
-from cifar.images import decode_all
+from cifar.files import open_regular, writing
+from cifar.images import MAX_BYTES, decode_all
 
 _DECODED_TOGETHER = 500  # images
 _ORDER = ("train", "val", "test")
@@ -119,18 +121,19 @@ def list_images(root: Path, labels: Path | None = None) -> Found:
 def _list(root: Path) -> Found:
     parts = _find_splits(root)
     first = parts.get("train", root)
-    classes = _folders(first)
-    _require_classes(root, first, classes)
-    for folder in parts.values():
-        if folder != first and (unknown := sorted(set(_folders(folder)) - set(classes))):
+    own = {folder: _class_folders(folder) for folder in parts.values()}
+    classes = sorted(own[first])
+    _require_classes(root, first, list(own[first].values()))
+    for folder, names in own.items():
+        if unknown := sorted(names.keys() - own[first].keys()):
             raise UserError(f"{folder} has classes that {first} lacks, so they cannot be learned: {listing(unknown)}")
     passed: dict[str, list[str]] = defaultdict(list)
     files = [
         _File(name, status.st_size, status.st_mtime_ns, label, part)
         for part, folder in parts.items()
         for label, class_name in enumerate(classes)
-        if folder == first or os.path.isdir(folder / class_name)
-        for name, status in _walk(root, folder / class_name, passed)
+        if class_name in own[folder]
+        for name, status in _walk(root, folder / own[folder][class_name], passed)
     ]
     for folder in sorted({root, *parts.values()}):
         for entry in _entries(folder):
@@ -149,6 +152,11 @@ def _found(root: Path, classes: Sequence[str], files: list[_File], notes: list[s
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{root} has {len(classes):,} classes: at most {MAX_CLASSES:,} are possible")
     _require_enough(root, classes, files, notes)
+    spelled: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        spelled[name.strip().casefold()].append(name)
+    if alike := [" and ".join(names) for names in spelled.values() if len(names) > 1]:
+        notes.append(f"Classes whose names differ only in case or spaces: {listing(alike)}.")
     if "train" in (parts := {file.part for file in files}) and "test" not in parts:
         notes.append("Without test images of their own, a fifth of the training images is the test split.")
     return Found(tuple(classes), sorted(files, key=lambda file: file.name), notes)
@@ -210,6 +218,16 @@ def _require_classes(root: Path, folder: Path, classes: list[str]) -> None:
             f"{listing(classes)} in {folder} all have the same folders, {listing(inner)}: if they are splits, rename "
             "them to train and test; if they are classes, put their images directly into them"
         )
+
+
+def _class_folders(folder: Path) -> dict[str, str]:
+    """Return the names of the folders in a folder, by class: the same name with composed accents, as most write it."""
+    found: dict[str, str] = {}
+    for name in _folders(folder):
+        if other := found.get(composed := unicodedata.normalize("NFC", name)):
+            raise UserError(f"{folder} has two folders whose names look the same, {other!a} and {name!a}: rename one")
+        found[composed] = name
+    return found
 
 
 def _folders(folder: Path) -> list[str]:
@@ -306,9 +324,12 @@ def _list_table(root: Path, table: Path) -> Found:
             raise UserError(f"{table} names {name} twice, with different labels or splits")
         try:
             status = os.stat(root / name)
-            files[name] = _File(name, status.st_size, status.st_mtime_ns, labels[label], part)
         except (OSError, ValueError):  # a name that no file can have
             missing.append(name)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{table} names {name}, which is not a file")
+        files[name] = _File(name, status.st_size, status.st_mtime_ns, labels[label], part)
     if len(missing) > len(rows) / 100:
         raise UserError(
             f"{len(missing):,} of {len(rows):,} files that {table} names cannot be found in {root} (at most 1% may be "
@@ -324,7 +345,7 @@ def _list_table(root: Path, table: Path) -> Found:
 def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the path of each image, relative to the root and with /, its label, and its split or ""."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(table), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, restval="", restkey="")
             columns = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
             if not {"path", "label"} <= set(columns):
@@ -332,18 +353,29 @@ def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
                     f"the first line of {table} must name the columns path and label, and may name split: it has "
                     f"{listing(columns, 10) or 'none'}"
                 )
+            if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+                raise UserError(f"the first line of {table} names the column {twice[0]} twice")
             for row in rows:
                 values = [row.get(column, "").strip() for column in ("path", "label", "split")]
-                path, label, part = os.path.normpath(os.path.join(root, values[0])), values[1], values[2].lower()
+                label, part = unicodedata.normalize("NFC", values[1]), values[2].lower()
                 if not values[0] or not label:
                     raise UserError(f"line {rows.line_num} of {table} has no path or no label")
-                if not Path(path).is_relative_to(root):
+                path = _path(root, values[0])
+                if not path.is_relative_to(root):
                     raise UserError(f"line {rows.line_num} of {table} names {values[0]}, which is not in {root}")
                 if part and part not in _SPLITS:
                     raise UserError(f"line {rows.line_num} of {table}: the split is train, val or test, not {part}")
-                yield Path(path).relative_to(root).as_posix(), label, _SPLITS.get(part, "")
+                yield path.relative_to(root).as_posix(), label, _SPLITS.get(part, "")
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is not a CSV file in UTF-8: {error}") from None
+
+
+def _path(root: Path, name: str) -> Path:
+    """Return the path that a table means: macOS decomposes accents, Windows writes backslashes, links lead to roots."""
+    spellings = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), name.replace("\\", "/")]
+    path = root / next((spelling for spelling in spellings if os.path.lexists(root / spelling)), name)
+    normal = Path(os.path.normpath(path))
+    return normal if normal.is_relative_to(root) or "\0" in name else Path(os.path.realpath(path.parent), path.name)
 
 
 # Splitting and decoding
@@ -352,7 +384,7 @@ def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
 def _split(root: Path, files: list[_File]) -> list[_File]:
     """Hash the files, choose those to test on unless they are split already, and sort them: train, val, test."""
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda file: _digest(root / file.name), files)
+        digests = pool.map(lambda file: _digest(root / file.name) if file.size <= MAX_BYTES else b"", files)
         files = [file._replace(digest=digest) for file, digest in zip(files, digests)]
     parts = {part: [file for file in files if file.part in (part, "" if part == "train" else part)] for part in _ORDER}
     if not parts["test"]:

@@ -71,9 +71,12 @@ def as_source(image: AnyImage) -> Source:
         return Path(image)
     if isinstance(image, Path | bytes):
         return image
+    if hasattr(image, "read"):  # an opened file
+        return image.read()
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        image = (image.movedim(0, -1) if image.ndim == 3 else image).numpy()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if isinstance(image, np.ndarray):
         image = Image.fromarray(_pixels(image))
     if not isinstance(image, Image.Image):
@@ -116,7 +119,7 @@ def _groups(sources: Sequence[Source]) -> Iterator[list[Source]]:
     group, total = [], 0
     for source in sources:
         group.append(source)
-        with contextlib.suppress(OSError):  # reported when it is read
+        with contextlib.suppress(OSError, ValueError):  # reported when it is read
             total += len(source) if isinstance(source, bytes) else source.stat().st_size
         if len(group) == _GROUP or total > _GROUP_BYTES:
             yield group
@@ -145,8 +148,8 @@ def _read(source: Source) -> bytes | UserError:
         if size > MAX_BYTES:
             return UserError(f"the file has over {MAX_BYTES / 1e6:.0f} MB: make the image smaller")
         return (source if isinstance(source, bytes) else source.read_bytes()) or UserError("the file is empty")
-    except OSError as error:
-        return UserError(error.strerror or describe(error))
+    except (OSError, ValueError) as error:  # a name that no file can have
+        return UserError(getattr(error, "strerror", None) or describe(error))
 
 
 @contextlib.contextmanager

@@ -19,14 +19,15 @@ _TAKES_VALUE = {flag(name): None if name in ("resume", *SWITCHES) else True for 
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline with the settings of the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if os.environ.get("RANK", "0") != "0":
+    is_process = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))  # of torchrun's
+    if is_process and os.environ["RANK"] != "0":
         console.out.quiet = console.err.quiet = True
     if "-h" in arguments or "--help" in arguments:
         texts = {flag(name): text for name, text in HELP.items()}
         texts["--resume"] += "; without a name the newest"
         about = f"{__doc__} `{STAGES} list` lists its stages, which can be run one by one."
         return console.exit_code(lambda: console.out.out(help_page(PIPELINE, about, texts, _TAKES_VALUE)))
-    if "RANK" not in os.environ:
+    if not is_process:
         return console.exit_code(lambda: run_pipeline(*parse(arguments)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns in each process of layers that freeze later
     code = console.exit_code(lambda: _run_as_process(*parse(arguments)))

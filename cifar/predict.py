@@ -92,6 +92,7 @@ class Predictor:
         Raises UserError for what is none of these.
         """
         is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
+        is_one = is_one or hasattr(images, "read") or not isinstance(images, Iterable)
         several = cast("Iterable[AnyImage]", [images] if is_one else images)
         return list(self.stream(several, fit))
 

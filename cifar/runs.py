@@ -37,7 +37,9 @@ SUMMARY = "summary.json"  # of a group: a directory of runs that differ only in 
 RESUMABLE = ("interrupted", "failed", "killed")
 _ENDED = ("completed", *RESUMABLE)
 _EVALUATION = (METRICS, "analysis.json", "predictions.csv", "saliency.npz", "corruptions.json")
+GROUP_SUFFIX = "-seeds"  # of a group's name
 _GROUP_LOCK = ".lock"
+_MAX_NAME = 200  # bytes, of the 255 that file systems allow
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,8 @@ class Run:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
         From then on, log.txt receives what this process prints.
-        Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or if
-        it comes with the program.
+        Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or a
+        pipe, which could wait for ever, or if it comes with the program.
         """
         if self.is_shipped:
             place = display_path(self.path)
@@ -229,8 +231,9 @@ class Run:
                 f"{self.path.name} comes with this program and stays as it is: copy {place} to change the copy"
             )
         for path in self.path.rglob("*"):
-            if path.is_symlink():
-                raise UserError(f"remove the symbolic link {display_path(path)}: a run writes to its own files only")
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                kind = "the symbolic link " if path.is_symlink() else "the pipe or device "
+                raise UserError(f"remove {kind}{display_path(path)}: a run writes to its own files only")
         with files.claimed(self.path / CONFIG):
             console.log_to(self.path / LOG)
             yield
@@ -278,10 +281,12 @@ class Run:
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=now())
         outputs = self.path.parent
-        outputs = outputs.parent if (outputs / SUMMARY).exists() else outputs
+        is_in_group = outputs.name.endswith(GROUP_SUFFIX) and (outputs / SUMMARY).exists()
+        link = (outputs.parent if is_in_group else outputs) / "latest"
         with contextlib.suppress(OSError):  # the file system may have no links, and a copy a directory of this name
-            (outputs / "latest").unlink(missing_ok=True)
-            (outputs / "latest").symlink_to(self.path.relative_to(outputs), target_is_directory=True)
+            if link.is_symlink():  # not a file of the user's
+                link.unlink()
+            link.symlink_to(self.path.relative_to(link.parent), target_is_directory=True)
 
 
 # Making a run.
@@ -302,7 +307,8 @@ def make_directory(config: Config, suffix: str = "") -> Path:
     """Make a directory named by time, recipe, dataset and suffix."""
     check_writable(config.output_dir)
     title = re.sub(r"[^\w.-]+", "-", config.title)
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}{suffix}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{title}_{Path(config.dataset).name}"
+    name = name.encode()[:_MAX_NAME].decode(errors="ignore") + suffix
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     for unused in itertools.chain([name], numbered):
         path = Path(config.output_dir) / unused
@@ -336,8 +342,8 @@ def provenance() -> dict[str, Any]:
 
 def _without_password(words: Sequence[str]) -> list[str]:
     """Hide what --auth, of the demo in the same command line, has as its value."""
-    hidden = [re.sub("^--auth=.*", "--auth=***", word) for word in words]
-    return ["***" if before == "--auth" else word for before, word in zip(["", *hidden], hidden)]
+    hidden = [re.sub("^(--auth=).*", r"\1***", word, flags=re.IGNORECASE | re.DOTALL) for word in words]
+    return ["***" if before.lower() == "--auth" else word for before, word in zip(["", *hidden], hidden)]
 
 
 def _git(*arguments: str) -> str | None:
@@ -405,7 +411,11 @@ def find_all(output_dir: str, name: str) -> list[Run]:
     path = _locate(output_dir, name)
     if not (path / SUMMARY).is_file():
         return [find(output_dir, name)]
-    if found := [run for run in map(Run, reversed(directories(path))) if run.has_metrics]:
+    members = list(map(Run, reversed(directories(path))))
+    for run in members:
+        if not run.has_metrics:
+            console.say(f"{run.path.name} has not been evaluated: left out")
+    if found := [run for run in members if run.has_metrics]:
         return found
     raise UserError(f"none of the runs in {path} has been evaluated")
 
@@ -413,9 +423,11 @@ def find_all(output_dir: str, name: str) -> list[Run]:
 def _locate(output_dir: str, name: str) -> Path:
     """Return the directory at the path `name`, or called so in `output_dir`, in a group there or in the program."""
     outputs = Path(output_dir)
-    for path in (Path(name), *(folder / name for folder in (outputs, *groups(outputs), SHIPPED))):
-        if path.exists():
-            return path
+    places = [Path(name), *(folder / name for folder in (outputs, *groups(outputs), SHIPPED))]
+    found = [path for path in places if path.exists()]
+    runs_first = [path for path in found if (path / RECORD).exists() or (path / SUMMARY).exists()] + found
+    if runs_first:
+        return runs_first[0]
     raise UserError(f"there is no run named '{name}'; `{STAGES} compare --output-dir {outputs}` lists the runs")
 
 
@@ -453,7 +465,8 @@ def _start(run: Path) -> float:
 def groups(outputs: Path) -> list[Path]:
     """List the directories with the runs of several seeds, newest first by name, even if they lack summary.json."""
     with_summary = (path.parent for path in outputs.glob(f"*/{SUMMARY}"))
-    named_so = (path for path in outputs.glob("*-seeds/") if not (path / RECORD).exists())  # not a run of such a name
+    named_so = outputs.glob(f"*{GROUP_SUFFIX}/")
+    named_so = (path for path in named_so if not (path / RECORD).exists())  # not a run of such a name
     return sorted({*with_summary, *named_so}, reverse=True)
 
 

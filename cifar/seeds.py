@@ -104,7 +104,7 @@ def create(config: Config) -> Group:
 
 def _make(config: Config, dataset: Dataset) -> Group:
     planned = config if config.minutes is None else bench.plan_epochs(config, dataset)
-    path = runs.make_directory(planned, f"_{planned.seeds}-seeds")
+    path = runs.make_directory(planned, f"_{planned.seeds}{runs.GROUP_SUFFIX}")
     state = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
     files.write_json(path / runs.SUMMARY, {**state, "note": dataset.note, "config": planned.model_dump()})
     return Group(path, planned)

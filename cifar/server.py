@@ -65,8 +65,8 @@ _CLOSED = (
 def credentials(auth: str | None) -> str | None:
     """Check USER:PASSWORD, by default from CIFAR_DEMO_AUTH in the environment. Raises UsageError."""
     auth = os.environ.get(AUTH_VARIABLE) if auth is None else auth
-    if auth is not None and not all(auth.partition(":")):
-        raise UsageError(f"--auth and {AUTH_VARIABLE} take USER:PASSWORD, and neither part may be empty")
+    if auth is not None and not (all(auth.partition(":")) and auth.isprintable()):
+        raise UsageError(f"--auth and {AUTH_VARIABLE} take USER:PASSWORD, printable and neither part empty")
     return auth
 
 

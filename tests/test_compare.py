@@ -102,6 +102,8 @@ def test_two_recipes_are_compared_by_their_means_over_seeds(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == pair["verdict"]
     assert len(compare.compare(first + second, pairs=True)["pairs"]) == 15
     assert len(compare.compare(first)["pairs"]) == 3
+    with_gaps = compare.compare(first + seeds(tmp_path / "gaps", {0: 3, 2: 4, 5: 5}))["runs"]
+    assert [row["subject"].partition(", ")[2] for row in with_gaps] == ["3 seeds, 0 to 2", "3 seeds, 0, 2, 5"]
 
 
 def test_recipes_with_other_seeds_are_compared_by_welchs_test(tmp_path):

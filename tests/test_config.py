@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,27 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, name, content, sen
 
 
 # Fitting the settings to a dataset.
+
+
+def test_settings_without_an_effect_are_named_unless_they_are_the_recipes_own():
+    given = {"recipe": "plain", "momentum": 0.5, "decay_rate": 0.5, "small_size": 16, "body_lr": 0.5, "hard_share": 0.5}
+    _, sentences = resolve(Config(**given, early_stopping="loss", val_size=0), DIGITS)
+    idle = [sentence.split()[0] for sentence in sentences if "has no effect beside the other settings" in sentence]
+    flags = ["body-lr", "decay-rate", "early-stopping", "hard-share", "momentum", "small-size"]
+    assert idle == [f"--{name}" for name in flags]
+    recipes = [resolve(Config(recipe=name), DIGITS) for name in RECIPES]
+    again = [resolve(config, DIGITS)[1] for config, _ in recipes]
+    assert not any(
+        "no effect" in sentence for sentences in (*again, *(own for _, own in recipes)) for sentence in sentences
+    )
+
+
+def test_a_path_is_text_and_a_mirror_without_a_scheme_is_not_repeated():
+    assert Config(dataset=Path("a") / "b", output_dir=Path("c")).dataset == os.path.join("a", "b")
+    for mirror in ("user:secret@mirror/x", "https://user:p/w@host/", "https://u:a b@h/", "ftp://u:secret@h/"):
+        with pytest.raises(UsageError, match=r"^--mirror takes addresses that begin with http:// or https://$"):
+            Config(mirror=mirror)
+    assert Config(mirror="https://u:p@[::1]:80/a?b http://h").mirror
 
 
 def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported():

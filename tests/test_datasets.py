@@ -159,7 +159,7 @@ def test_a_folder_is_described_without_decoding_it(image_folder, monkeypatch):
 def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
     image_folder, small_cifar10, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("CIFAR_DATA_DIR", str(tmp_path / "shared"))
+    monkeypatch.setenv("CIFAR_DATA_DIR", f"{tmp_path}/./shared/")
     monkeypatch.setattr(datasets, "HOME", tmp_path / "project")
     for place in (tmp_path / "shared", small_cifar10, small_cifar10.parent, image_folder, image_folder / "train"):
         before = set(tmp_path.rglob("*"))

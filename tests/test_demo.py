@@ -1,5 +1,6 @@
 """The demo as its visitors meet it: a real server in a process of its own, and a real browser."""
 
+import base64
 import contextlib
 import io
 import json
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 import image_files
+from cifar import demo
 from cifar.config import PROJECT
 from cifar.demo import Demo
 from cifar.errors import UserError
@@ -140,6 +142,18 @@ def test_a_file_that_is_no_image_is_refused_in_one_sentence(content, site):
 def test_a_client_cannot_make_the_server_read_its_own_files_or_an_address(path, meta, site):
     assert isinstance(ask(site, {"path": path, **meta}), str)
     assert not list(site.temporary.glob(f"**/{Path(path).name}"))
+
+
+def test_a_figure_that_is_a_link_is_not_shown(evaluated_run, tmp_path):
+    copy = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
+    (tmp_path / "secret").write_bytes(b"my notes, " * 9)
+    shutil.rmtree(copy.figures, ignore_errors=True)
+    copy.figures.mkdir()
+    (copy.figures / "architecture.png").symlink_to(tmp_path / "secret")
+    (copy.figures / "calibration.png").write_bytes(b"a figure")
+    page = demo._report(copy)
+    assert base64.b64encode(b"a figure").decode() in page
+    assert base64.b64encode(b"my notes, ").decode()[:12] not in page
 
 
 def test_only_uploaded_files_can_be_downloaded(site):

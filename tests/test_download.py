@@ -124,6 +124,13 @@ def test_mirrors_come_before_the_published_address_and_a_folder_stands_for_the_f
     ]
 
 
+def test_a_link_in_place_of_the_part_leads_nowhere(server, tmp_path):
+    (tmp_path / "mine").write_text("my notes")
+    (tmp_path / "x.partial").symlink_to(tmp_path / "mine")
+    fetch(tmp_path, server.play("a", send()))
+    assert (tmp_path / "mine").read_text() == "my notes"
+
+
 @pytest.mark.parametrize("mirror", ["ftp://a/x", "file:///etc/passwd", "a.tar.gz", "http:///x", "--", "http://a:x/"])
 def test_anything_but_a_web_address_is_a_usage_error(mirror):
     with pytest.raises(UsageError) as caught:

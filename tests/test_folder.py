@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -291,6 +292,26 @@ def test_other_files_are_passed_over_and_counted(root):
     assert load(root).note == f"Skipped: {'; '.join(kinds)}."
 
 
+def test_names_that_look_alike_are_one_class_or_reported(root):
+    (root / "train" / "cat").rename(root / "train" / "caf\u00e9")
+    (root / "test" / "cat").rename(root / "test" / "cafe\u0301")
+    for part in ("train", "test"):
+        shutil.copytree(root / part / "dog", root / part / "Dog ")
+    found = folder.list_images(root)
+    assert found.classes == ("Dog ", "caf\u00e9", "dog")
+    assert [len([file for file in found.files if file.label == label]) for label in range(3)] == [30, 30, 30]
+    assert found.notes == ["Classes whose names differ only in case or spaces: Dog  and dog."]
+    (root / "train" / "cafe\u0301").mkdir()
+    with pytest.raises(UserError, match="has two folders whose names look the same"):
+        folder.list_images(root)
+
+
+def test_a_file_that_is_too_large_for_an_image_is_not_read(root):
+    os.truncate(root / "train" / "cat" / "1-000.png", 2**40)
+    with pytest.raises(UserError, match=r"1-000\.png .the file has over 400 MB"):
+        load(root)
+
+
 def test_an_image_in_two_classes_is_reported_with_both_names(root):
     shutil.copy(root / "train" / "dog" / "0-001.png", root / "train" / "cat" / "same.png")
     pair = "train/dog/0-001.png is train/cat/same.png"
@@ -383,6 +404,21 @@ def test_a_table_gives_the_labels_and_perhaps_the_splits(root):
     assert images.train.labels.bincount().tolist() == images.test.labels.bincount().mul(4).tolist() == [24, 24]
 
 
+def test_a_table_of_another_system_names_the_same_images(root, tmp_path):
+    link, (first, *_) = tmp_path / "link", sorted((root / "train" / "cat").iterdir())
+    link.symlink_to(root)
+    first.rename(composed := first.with_name(unicodedata.normalize("NFC", "é.png")))
+    lines = [f"{link}/train/cat/{unicodedata.normalize('NFD', composed.name)},é", "train\\dog\\0-000.png,dog"]
+    lines += [f"{file.relative_to(root)},e\u0301" for file in (root / "train" / "cat").iterdir() if file != composed]
+    lines += [f"{file.relative_to(root)},dog" for file in (root / "train" / "dog").iterdir() if "000" not in file.name]
+    found = folder.list_images(root, write_table(root, ["path,label", *lines]))
+    assert found.classes == ("dog", "é")
+    assert {file.name for file in found.files} == {
+        file.relative_to(root).as_posix() for file in (root / "train").rglob("*.png")
+    }
+    assert found.notes == []
+
+
 TABLES = {
     "other columns": (lambda rows: ["file,class"], "must name the columns path and label, and .*: it has file, class$"),
     "empty": (lambda rows: [], "must name the columns path and label, .* it has none$"),
@@ -399,6 +435,8 @@ TABLES = {
         lambda rows: ["path,label,split", rows[0] + ",test", *rows[1:]],
         "must give a split to each image or to none: test$",
     ),
+    "two columns": (lambda rows: ["path,label,Label", "a.png,x,y"], "names the column label twice$"),
+    "a folder": (lambda rows: ["path,label", *rows, "train/cat,x"], "names train/cat, which is not a file$"),
     "latin 1": (lambda rows: ["path,label", *rows, "\udce9"], "is not a CSV file in UTF-8"),
 }
 

@@ -4,6 +4,7 @@ import queue
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cifar import images
 from cifar.errors import UserError
 from cifar.images import FITS, as_source, decode, decode_all, read_rgb
 from commands import run
-from image_files import ANY, COLORS, COSTLY, GOOD, GREYS, REFUSED, SIZE, empty_scans, quarters, sample, saved, wide
+from image_files import ANY, COLORS, COSTLY, GOOD, GREYS, REFUSED, SIZE, empty_scans, png, quarters, sample, saved, wide
 from processes import slowly, wait_until
 
 
@@ -102,6 +103,23 @@ def test_a_bad_file_is_refused_in_one_sentence(kind):
         decode(content, SIZE)
     assert time.perf_counter() - started < 5
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "expected"),
+    [
+        (2, (0x1234,) * 3, 0x1234, 255),  # transparent, so white
+        (2, (0x1234,) * 3, 0x3400, 0x34),
+        (0, (0x1234,), 0x1234, 255),
+        (0, (0x1234,), 0x3400, 0x34),
+        (0, (0x1234,), 0x1235, 0x12),
+    ],
+)
+def test_the_transparent_color_of_a_png_of_16_bits(kind, key, value, expected):
+    row = b"\0" + value.to_bytes(2) * len(key) * 8
+    chunk = b"tRNS", b"".join(number.to_bytes(2) for number in key)
+    content = png(chunk, shape=(8, 8, 16, kind), pixels=zlib.compress(row * 8))
+    assert decode(content, 8).unique().tolist() == [expected]
 
 
 @pytest.mark.parametrize("seed", [0, *slowly(range(1, 20))])

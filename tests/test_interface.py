@@ -102,6 +102,8 @@ def test_it_is_not_changed(task, tmp_path, monkeypatch, digits):
 
 
 def test_weights_for_others_are_a_run_measured_again_in_float16(evaluated_run, digits, tmp_path):
+    with pytest.raises(UserError, match="is not an empty folder: name another one with --weights"):
+        export.write_weights(evaluated_run, digits, evaluated_run.path, "cpu")
     made = export.write_weights(evaluated_run, digits, tmp_path / "new" / "weights", "cpu")
     assert made.metrics.original == {
         "run": evaluated_run.path.name,
@@ -175,7 +177,20 @@ def test_what_is_no_image_is_one_sentence(fast, image, sentence):
         fast.predict([image])
 
 
+def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast):
+    pixels = torch.rand(3, 32, 32).bfloat16()
+    file = io.BytesIO(saved(Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).numpy()), "PNG"))
+    (expected,), (read,) = fast.predict(pixels), fast.predict(file)
+    np.testing.assert_array_equal(read.probabilities, expected.probabilities)
+    for nothing in (None, 5):
+        with pytest.raises(UserError, match="is no image"):
+            fast.predict(nothing)
+    assert fast.predict("a\0b.png")[0].error
+
+
 def test_mistakes_are_user_errors(fast, make_run, tmp_path):
+    with pytest.raises(UserError, match="the run needs a name or a path"):
+        cifar.load("")
     with pytest.raises(UserError, match="has not been evaluated; run `invoke evaluate"):
         cifar.load(make_run())
     with pytest.raises(UserError, match="unknown device 'tpu'"):

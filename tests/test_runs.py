@@ -237,6 +237,34 @@ def test_a_copy_of_latest_is_no_run_and_a_renamed_run_is_no_newer(config):
         assert found(config.output_dir).path == newer.path
 
 
+def test_files_of_the_user_in_or_above_the_output_folder_stay(config, tmp_path):
+    run = runs.create(config)
+    mine = [run.path.parent / "latest", run.path.parent / "summary.json", run.path.parent.parent / "latest"]
+    for file in mine:
+        file.write_text("my notes")
+    end(run)
+    assert [file.read_text() for file in mine] == ["my notes"] * 3
+
+
+def test_the_longest_names_of_a_dataset_and_a_model_make_a_directory(config):
+    names = {"dataset": "/" + "猫" * 80, "model": "m:" + "x" * 200}
+    made = runs.make_directory(Config.create({**names, "output_dir": config.output_dir}), "_2-seeds")
+    assert len(made.name.encode()) < 255
+    assert made.name.endswith("_2-seeds")
+
+
+def test_a_run_comes_before_a_folder_of_its_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fast").mkdir()
+    assert runs.find(config.output_dir, "fast").is_shipped
+
+
+def test_a_run_with_a_pipe_in_it_is_not_written(run):
+    os.mkfifo(run.path / "log.txt")
+    with pytest.raises(UserError, match=r"^remove the pipe or device .*log\.txt: "), run.claim():
+        raise AssertionError("it was claimed")
+
+
 def test_a_run_on_a_dataset_of_seeds_is_no_group(config, tmp_path):
     runs.create(config.replace(dataset=str(tmp_path / "pumpkin-seeds")))
     assert runs.groups(Path(config.output_dir)) == []

@@ -1,6 +1,7 @@
 """The invoke tasks and main.py as a user types them: flags, words, chains, mistakes."""
 
 import json
+import os
 import random
 import re
 import resource
@@ -162,6 +163,21 @@ def test_a_mistake_in_any_task_is_one_sentence(evaluated_run, tmp_path, argument
     assert (returned, out) == (code, "")
     assert re.fullmatch(r"error: [^\n]+\n", err)
     assert sentence.format(**places) in err
+
+
+@pytest.mark.parametrize("rank", ["", "1", "abc"])
+def test_a_variable_of_another_launcher_changes_nothing(rank):
+    code, out, err = run(MAIN, "--epochs", "x", env={**os.environ, "RANK": rank})
+    assert (code, out, err) == (2, "", "error: --epochs takes a whole number, not 'x'\n")
+
+
+def test_the_installed_command_runs_nothing_in_the_working_directory(tmp_path):
+    (tmp_path / "invoke.py").write_text("open('ran', 'w')")
+    (tmp_path / "invoke.yaml").write_text("a: [")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    call = "import sys; sys.argv = ['cifar', 'list']; from cifar.__main__ import main; main()"
+    done = run("-P", "-c", call, cwd=tmp_path, env=environment)
+    assert (done[0], done[2], (tmp_path / "ran").exists()) == (0, "", False)
 
 
 def test_doctor_exits_with_1_if_a_check_fails(evaluated_run):
