@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import textwrap
 import threading
@@ -46,7 +47,8 @@ _MIN_WIDTH = 40  # columns; a smaller value of the variable COLUMNS is a mistake
 _GAP = 3  # columns of the terminal between two columns of a table
 _NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
 _BACKQUOTED = re.compile(r"`[^`]+`")
-_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
+_HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
+_ENDING = [number for number in (signal.SIGTERM, _HANG_UP) if number]
 _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
 _NAME = TextColumn("{task.description}", markup=False)
 # What torch, the dynamic linker, Python and the system say.
@@ -192,7 +194,7 @@ def table(title: str, columns: Mapping[str, Sequence[str | Text]]) -> Table:
 def exit_code(action: Callable[[], None]) -> int:
     """Run a command; print an error that the user can fix, or that the system reports, as one sentence.
 
-    Returns 0, 1 for an error, 2 for invalid usage, 130 after Ctrl-C and 143 after SIGTERM.
+    Returns 0, 1 for an error, 2 for invalid usage, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP.
     """
     _open_standard_streams()
     hook, sys.unraisablehook = sys.unraisablehook, _redeliver
@@ -269,7 +271,17 @@ def signal_number(stop: KeyboardInterrupt) -> int:
 
 def interrupt(number: int, frame: object = None) -> NoReturn:
     """Raise Interrupted; a signal handler."""
+    if number == _HANG_UP:
+        _leave_terminal()
     raise Interrupted(number)
+
+
+def _leave_terminal() -> None:
+    """Write nowhere what would be written to a terminal, which is closed, so that writing raises."""
+    with open(os.devnull, "w") as null:
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(null.fileno(), descriptor)
 
 
 @contextlib.contextmanager
@@ -293,7 +305,7 @@ def _is_main_thread() -> bool:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
-    """Defer the first Ctrl-C or SIGTERM, and say so at once; a second one raises Interrupted.
+    """Defer the first Ctrl-C, SIGTERM or SIGHUP, and say so at once; a second one raises Interrupted.
 
     Yields a function that returns the number of the signal that was received, or None.
     """
@@ -312,7 +324,9 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
         if number not in (signal.SIGINT, *_ENDING):  # that other code handles
             return
         announced.append(number)
-        if len(announced) == 1:
+        if number == _HANG_UP:
+            _leave_terminal()
+        elif len(announced) == 1:
             hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
             say(f"finishing this step, then saving{hint}")
 

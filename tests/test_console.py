@@ -264,6 +264,36 @@ def test_what_fails_after_a_signal_since_another_process_has_ended_counts_as_the
         fail()
 
 
+IN_A_TERMINAL = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # which the session's first process gets its signals from
+from cifar import console
+
+def act():
+    with console.deferred_interrupt() as received:
+        console.say("ready")
+        while not received():
+            time.sleep(0.05)
+        console.say("a terminal that is closed cannot show this")
+        open(sys.argv[1], "w").write("saved")
+        raise console.Interrupted(received())
+
+sys.exit(console.exit_code(act))
+"""
+
+
+def test_a_program_whose_terminal_is_closed_saves_and_ends(tmp_path):
+    outer, inner = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inner)
+    command = [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "made")]
+    with subprocess.Popen(command, cwd=PROJECT, start_new_session=True, **streams) as process:
+        os.close(inner)
+        assert os.read(outer, 100).strip() == b"ready"
+        os.close(outer)
+        assert process.wait(30) == 128 + signal.SIGHUP
+    assert (tmp_path / "made").read_text() == "saved"
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_signals_are_announced_and_counted_during_one_long_operation(presses, monkeypatch):
     said = []
