@@ -6,6 +6,7 @@ timm and safetensors are optional, and imported where they are used.
 import importlib
 import logging
 import re
+import zipfile
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +119,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         load_file = optional("safetensors.torch").load_file
     try:
-        content = load_file(path)
+        content = None if _is_compressed(path) else load_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except Exception:  # a damaged file can make the unpickler raise anything
@@ -131,6 +132,14 @@ def read(path: Path) -> dict[str, Tensor]:
     weights = dict(content)
     consume_prefix_in_state_dict_if_present(weights, "module.")  # of DistributedDataParallel
     return {_OLD_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
+
+
+def _is_compressed(path: Path) -> bool:
+    """Say whether it is a zip file such as torch.save does not write: a small one could need any amount of memory."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _torchvision_weights(name: str) -> models.WeightsEnum:

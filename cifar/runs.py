@@ -231,9 +231,10 @@ class Run:
                 f"{self.path.name} comes with this program and stays as it is: copy {place} to change the copy"
             )
         for path in self.path.rglob("*"):
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                kind = "the symbolic link " if path.is_symlink() else "the pipe or device "
-                raise UserError(f"remove {kind}{display_path(path)}: a run writes to its own files only")
+            is_special = path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
+            if path.is_symlink() or is_special:
+                kind = "symbolic link" if path.is_symlink() else "pipe or device"
+                raise UserError(f"remove the {kind} {display_path(path)}: a run writes to its own files only")
         with files.claimed(self.path / CONFIG):
             console.log_to(self.path / LOG)
             yield

@@ -1,4 +1,5 @@
 import runpy
+import zipfile
 from collections import deque
 from pathlib import Path
 
@@ -184,6 +185,17 @@ def test_the_names_in_torchvisions_files_of_densenet_are_brought_up_to_date(tmp_
     torch.save(old, tmp_path / "old.pth")
     names = ["features.denseblock1.denselayer2.norm1.weight", "features.norm5.bias"]
     assert list(pretrained.read(tmp_path / "old.pth")) == names
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(weights, tmp_path):
+    torch.save(weights, tmp_path / "stored.pth")
+    deflated = zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "stored.pth") as stored, deflated as packed:
+        for member in stored.infolist():
+            packed.writestr(member.filename, stored.read(member))
+    assert pretrained.read(tmp_path / "stored.pth").keys() == weights.keys()
+    with pytest.raises(UserError, match="holds no weights by name"):
+        pretrained.read(tmp_path / "packed.pth")
 
 
 class Evil:
