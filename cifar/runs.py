@@ -222,8 +222,8 @@ class Run:
         """Keep other processes from writing into the run; the system releases it when this process ends, however.
 
         From then on, log.txt receives what this process prints.
-        Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, or a
-        pipe, which could wait for ever, or if it comes with the program.
+        Raises UserError if another process has claimed it, if it has a symbolic link, which could lead elsewhere, if
+        its log is a pipe, which could wait for ever, or if it comes with the program.
         """
         if self.is_shipped:
             place = display_path(self.path)
@@ -231,9 +231,8 @@ class Run:
                 f"{self.path.name} comes with this program and stays as it is: copy {place} to change the copy"
             )
         for path in self.path.rglob("*"):
-            is_special = path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
-            if path.is_symlink() or is_special:
-                kind = "symbolic link" if path.is_symlink() else "pipe or device"
+            if path.is_symlink() or (path.name == LOG and path.is_fifo()):  # the other files are replaced
+                kind = "symbolic link" if path.is_symlink() else "pipe"
                 raise UserError(f"remove the {kind} {display_path(path)}: a run writes to its own files only")
         with files.claimed(self.path / CONFIG):
             console.log_to(self.path / LOG)
