@@ -265,8 +265,9 @@ def test_what_fails_after_a_signal_since_another_process_has_ended_counts_as_the
 
 
 IN_A_TERMINAL = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # which the session's first process gets its signals from
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
 from cifar import console
 
 def act():
@@ -288,9 +289,12 @@ def test_a_program_whose_terminal_is_closed_saves_and_ends(tmp_path):
     command = [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "made")]
     with subprocess.Popen(command, cwd=PROJECT, start_new_session=True, **streams) as process:
         os.close(inner)
-        assert os.read(outer, 100).strip() == b"ready"
-        os.close(outer)
-        assert process.wait(30) == 128 + signal.SIGHUP
+        try:
+            assert os.read(outer, 100).strip() == b"ready"
+            os.close(outer)
+            assert process.wait(30) == 128 + signal.SIGHUP
+        finally:
+            process.kill()
     assert (tmp_path / "made").read_text() == "saved"
 
 
