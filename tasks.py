@@ -1,4 +1,4 @@
-"""The stages of main.py one by one, and the tests, as invoke tasks: `invoke list`, `invoke train --help`."""
+"""What `invoke` starts: the tasks of cifar/commands.py, where new ones belong, and the tests and the linter."""
 
 import shlex
 import sys

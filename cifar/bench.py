@@ -95,7 +95,7 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
     device.keep_freed_memory()
     hardware = device.choose(config.device)
     config = config.replace(precision=device.resolve_precision(config.precision, hardware))
-    network, batches, criterion, optimizer = trainer.prepare(config, dataset.train, len(dataset.classes), hardware)
+    network, batches, criterion, optimizer = trainer.build(config, dataset.train, len(dataset.classes), hardware)
     model.set_training_mode(network)
     compiled = device.compiled(network, config.compile)
     with device.training_kernels(config.deterministic == "on"):
@@ -146,7 +146,7 @@ def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
         least = math.ceil((steps[full_size] + ending + timing) / _PLANNED_FRACTION / 60 * 100) / 100
         raise UserError(f"--minutes {minutes:g} is too short: one epoch takes about {least:g} minutes")
     counts = [(small, config.small_size or full_size), (epochs - small, full_size)]
-    parts = [f"{count} at {size}x{size} of {steps[size] + ending:.1f} s" for count, size in counts if count]
+    parts = [f"{count} at {size}x{size} ({steps[size] + ending:.1f} s each)" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
     console.say(f"{plural(epochs, 'epoch')} in {minutes:g} minutes: {', '.join(parts)}")

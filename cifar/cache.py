@@ -33,7 +33,7 @@ _ALWAYS_HASHED = 1e9
 
 def locked(place: Path) -> AbstractContextManager[None]:
     """Keep other processes from writing to the cache at the same time."""
-    return files.awaited(place / "lock", "waiting for another process that is decoding these images")
+    return files.claimed(place / "lock", create=True, waiting_for="decoding these images")
 
 
 def write(place: Path, images: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:

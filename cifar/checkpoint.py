@@ -270,19 +270,25 @@ def _is_like(tensor: Any, other: Tensor) -> bool:
 def _check_file(path: Path) -> None:
     """Raise, before anything is unpacked, unless the file is what torch.save writes: an uncompressed, intact zip.
 
-    So it takes no more memory than it has bytes. torch.load compares no checksum: a flipped bit is another weight.
+    torch.load compares no checksum: a flipped bit is another weight.
     """
     size = path.stat().st_size
     if not path.is_file() or size > _MAX_BYTES:
         raise ValueError("not a file, or too large")
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        pickled = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
-        if not is_stored or sum(member.file_size for member in members) > size or pickled > _MAX_PICKLED_BYTES:
+        pickled = sum(member.file_size for member in archive.infolist() if member.filename.endswith(".pkl"))
+        if not is_stored(path) or pickled > _MAX_PICKLED_BYTES:
             raise ValueError("not as torch.save writes it")
         if archive.testzip():
             raise ValueError("a checksum is wrong")
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a zip file is uncompressed, as torch.save writes it: then it takes no more memory than it has bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    is_uncompressed = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return is_uncompressed and sum(member.file_size for member in members) <= path.stat().st_size
 
 
 def _problem(model: Any, classes: Any, image_size: Any, epoch: Any, weights: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 A task is a function: its parameters are the flags, its docstring is the help. A parameter without a default stands for
 the words without a flag, `**settings` for a flag of every setting in cifar/config.py. The flags are read here, as those
-of main.py are, and passed on to invoke as it spells them.
+of main.py are, and passed on to invoke as it spells them. (Called tasks.py, in this folder invoke would load it alone.)
 """
 
 import functools
@@ -27,7 +27,7 @@ _HELP = HELP | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
     "port": "port that the demo listens on; default 7860",
 }
-_EVALUATED = "run directory, or its name; default that of the previous task, or else the latest evaluated, or else fast"
+_EVALUATED = "run directory, or its name; default that of the previous task, else the latest evaluated, else fast"
 _OWN_NETWORK = "the run's network, if it is package.module:factory: you allow its code to run"
 _previous: list[runs.Run] = []  # the run of the previous task on this command line
 
@@ -232,9 +232,9 @@ def demo(
 
 
 @command(
-    output="file that ends in .pt2; default model.pt2 in the run's directory, for fast outputs/export/fast/model.pt2",
+    output="file that ends in .pt2; default model.pt2 in the run's directory, or outputs/export/fast/model.pt2",
     run=_EVALUATED,
-    weights="folder: write a small copy of the run instead, float16 weights and their test scores, as cifar/weights",
+    weights="write the run with float16 weights and its test accuracy with them into this empty folder instead",
     model=_OWN_NETWORK,
 )
 def export(run=None, model=None, output=None, weights=None, data_dir=None, device=None, output_dir=None):
@@ -248,10 +248,10 @@ def export(run=None, model=None, output=None, weights=None, data_dir=None, devic
     config = Config.create({"device": device, "output_dir": output_dir})
     found = _find_run(output_dir, run, model, evaluated=True)
 
-    from cifar import datasets, export, report
+    from cifar import export, report
 
     if weights:
-        made = export.write_weights(found, datasets.of_run(found, data_dir), Path(weights), config.device)
+        made = export.write_weights(found, Path(weights), data_dir, config.device)
         console.say(f"the run with small weights: {display_path(made.path)}")
         return report.show_metrics(made.metrics)
     folder = Path(config.output_dir) / "export" / found.path.name if found.is_shipped else found.path

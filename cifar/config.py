@@ -143,17 +143,19 @@ class Config(BaseModel):
     )
     data_dir: str = Field(
         "data",
-        description="folder or .tar.gz with CIFAR-10 or CIFAR-100, or set CIFAR_DATA_DIR; also for decoded images; for "
-        "a run whose folder of images was moved, that folder",
+        description="folder or .tar.gz with CIFAR-10 or CIFAR-100, or set CIFAR_DATA_DIR; decoded images are cached "
+        "there too; if the folder of a run's images was moved, its new path",
     )
-    labels: str | None = Field(None, description="CSV file with columns path and label, perhaps split, for a folder")
+    labels: str | None = Field(
+        None, description="CSV file for a folder of images, with columns path, label and, optionally, split"
+    )
     image_size: int = Field(
         32,
         ge=32,
         le=MAX_IMAGE_SIZE,
-        description="size in pixels to which the images of a folder are scaled; pretrained weights bring their own",
+        description="size in pixels to which a folder's images are scaled; with pretrained weights, by default theirs",
     )
-    mirror: str | None = Field(None, description="URL to try first: of the archive or, ending in /, of its folder")
+    mirror: str | None = Field(None, description="URL to try first: the archive's, or its folder's if it ends in /")
     output_dir: str = Field("outputs", description="folder that receives a directory per run")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -190,28 +192,28 @@ class Config(BaseModel):
     optimizer: Literal["muon", "adam", "adamw", "sgd"] = Field(description="optimizer")
     lr: float = Field(ge=0, description="peak learning rate; with muon, that of the convolutions")
     momentum: float = Field(ge=0, le=1, description="momentum of muon and sgd")
-    weight_decay: float = Field(ge=0, description="weight decay; with muon, that of head and biases, in each step")
+    weight_decay: float = Field(ge=0, description="weight decay; with muon, of head and biases, in each step")
     schedule: Literal["linear", "cosine", "exponential", "step"] = Field(
         description="decay of the learning rate: linear and cosine to zero, the others by --decay-rate"
     )
     decay_rate: float = Field(
-        0.1, gt=0, le=1, description="factor of the learning rate in --decay-epochs, at once (step) or exponentially"
+        0.1, gt=0, le=1, description="factor of the learning rate every --decay-epochs, at once (step) or gradually"
     )
     decay_epochs: float | None = Field(
-        None, gt=0, le=MAX_EPOCHS, description="epochs from one step to the next; default a third of the epochs"
+        None, gt=0, le=MAX_EPOCHS, description="epochs for a change by --decay-rate; default a third of the epochs"
     )
-    warmup_epochs: int = Field(0, ge=0, description="first epochs, in which the learning rate rises to its peak")
-    clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient (clipping); 0: unlimited")
+    warmup_epochs: int = Field(0, ge=0, description="number of initial epochs of linear warm-up to --lr")
+    clip_grad: float = Field(0.0, ge=0, description="gradient clipping: maximum norm; 0: none")
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the moving average of the weights that is validated and kept; 0: none"
     )
     label_smoothing: float = Field(ge=0, le=1, description="fraction of the target spread over all classes")
     balance: Literal["none", "loss", "sampling"] = Field(
-        "none", description="for classes of unequal size: weights in the loss, or draws of all classes alike"
+        "none", description="for classes of unequal size: weight them in the loss, or sample all equally often"
     )
     patience: int = Field(ge=0, description="epochs without improvement on validation before stopping; 0: never")
     early_stopping: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="what must improve on validation, and which epoch is kept: the best in it"
+        "accuracy", description="validation metric that decides when to stop, and which epoch is kept"
     )
     crop: int = Field(ge=0, le=31, description="random-crop padding, in pixels")
     crop_mode: Literal["reflect", "zeros"] = Field(description="what fills the padding of random crops")
@@ -219,14 +221,14 @@ class Config(BaseModel):
         None,
         ge=0.01,
         le=1,
-        description="random resized crops: least fraction of the area; 1: random crops instead; default 1, or 0.35 "
+        description="random resized crops: minimum fraction of the area; 1: random crops instead; default 1, or 0.35 "
         "above 64x64 pixels",
     )
     flip: Literal["none", "random", "alternating"] = Field(description="horizontal flips, random or every other epoch")
     cutout: int = Field(ge=0, description="Cutout size, in pixels; at most half the image size")
     jitter: float = Field(ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
-        "none", description="random operations on each training image, torchvision's at their default strength"
+        "none", description="torchvision's, at its default strength; drawn once for every four images"
     )
     mixup: float = Field(0.0, ge=0, description="mixup: alpha of the Beta distribution, such as 0.2; 0: none")
     cutmix: float = Field(
@@ -407,25 +409,14 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
 
     Raises UserError if training or validation would have fewer images than classes.
     """
-    images, classes, image_size = len(dataset.train), len(dataset.classes), dataset.train.image_size
+    val_size, image_size = _val_size(config, dataset), dataset.train.image_size
     size = f"{image_size}x{image_size}"
-    # Without early stopping, validation chooses an epoch and a temperature, for which 2,000 images suffice.
-    default = max(classes, images // 10 if config.patience else min(images // 10, 2000))
-    own_val = dataset.train.own_val
-    val_size = (own_val or default) if config.val_size is None else config.val_size
-    if own_val and val_size != own_val:
-        raise UserError(f"leave out --val-size {val_size}: {dataset.name} has {own_val:,} validation images of its own")
-    if val_size and not own_val and not classes <= val_size <= images - classes:
-        raise UserError(
-            f"--val-size {val_size} does not fit: {dataset.name} has {images:,} training images in {classes:,} "
-            f"classes; use 0, or {classes} to {images - classes}"
-        )
     epochs = config.epochs if config.minutes is None else MAX_EPOCHS  # those that fit into the minutes have the limits
     limits = {
         "small_epochs": (max_small_epochs(epochs), "at most two thirds of the epochs may use small images"),
-        "warmup_epochs": (max_warmup_epochs(epochs), "the learning rate may rise in half of the epochs at most"),
+        "warmup_epochs": (max_warmup_epochs(epochs), "warm-up may take at most half of the epochs"),
         "hard_epochs": (max_hard_epochs(epochs), "at most a quarter of the epochs may leave out easy images"),
-        "batch_size": _batch_limit(config.batch_size, images - val_size, image_size, processes),
+        "batch_size": _batch_limit(config.batch_size, len(dataset.train) - val_size, image_size, processes),
         "small_size": (image_size, f"the images are {size}"),
         "cutout": (image_size // 2, f"at most half of {size} images may be cut out"),
     }
@@ -445,8 +436,24 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     preset = {**RECIPES[config.recipe], "small_size": image_size * 3 // 4}
     for name in sorted(config.unused - {"pretrained"}):
         if getattr(config, name) != preset.get(name, Config.model_fields[name].default):
-            sentences.append(f"{flag(name)} {getattr(config, name)} has no effect beside the other settings")
+            sentences.append(f"{flag(name)} {getattr(config, name)} has no effect with the other settings")
     return config, sentences
+
+
+def _val_size(config: Config, dataset) -> int:
+    """Return how many images are for validation. Raises UserError if that leaves fewer images than classes."""
+    images, classes, own_val = len(dataset.train), len(dataset.classes), dataset.train.own_val
+    # Without early stopping, validation chooses an epoch and a temperature, for which 2,000 images suffice.
+    default = max(classes, images // 10 if config.patience else min(images // 10, 2000))
+    val_size = (own_val or default) if config.val_size is None else config.val_size
+    if own_val and val_size != own_val:
+        raise UserError(f"leave out --val-size {val_size}: {dataset.name} has {own_val:,} validation images of its own")
+    if val_size and not own_val and not classes <= val_size <= images - classes:
+        raise UserError(
+            f"--val-size {val_size} does not fit: {dataset.name} has {images:,} training images in {classes:,} "
+            f"classes; use 0, or {classes} to {images - classes}"
+        )
+    return val_size
 
 
 def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> tuple[int, str]:
@@ -459,7 +466,7 @@ def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> t
     if size < processes:
         raise UserError(f"a step of {size} images is too small for {processes} processes: start at most {size}")
     if remainder := size % processes:
-        return size - remainder, reason or f"each of {processes} processes takes as many images"
+        return size - remainder, reason or f"it must be a multiple of the {processes} processes"
     return size, reason
 
 

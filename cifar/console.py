@@ -48,7 +48,7 @@ _GAP = 3  # columns of the terminal between two columns of a table
 _NUMBER = re.compile(r"([-+]?[\d.,e-]+%?( .*)?)?$")
 _BACKQUOTED = re.compile(r"`[^`]+`")
 _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
-_ENDING = [number for number in (signal.SIGTERM, _HANG_UP) if number]
+ENDING = [number for number in (signal.SIGTERM, _HANG_UP) if number]
 _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
 _NAME = TextColumn("{task.description}", markup=False)
 # What torch, the dynamic linker, Python and the system say.
@@ -77,7 +77,7 @@ class _Console(Console):
         self.quiet = True
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), self.file.fileno())
-        err.print("standard output is closed: going on without it")
+        err.print("standard output is closed: continuing without it")
 
 
 class _Log(io.StringIO):
@@ -199,7 +199,7 @@ def exit_code(action: Callable[[], None]) -> int:
     _open_standard_streams()
     hook, sys.unraisablehook = sys.unraisablehook, _redeliver
     try:
-        with handled(*_ENDING, by=interrupt):
+        with handled(*ENDING, by=interrupt):
             action()
     except UserError as problem:
         error(str(problem))
@@ -250,7 +250,7 @@ def _system_error(problem: Exception) -> str | None:
         return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
     if isinstance(problem, OSError):
         if problem.errno == errno.ENOSPC and not problem.filename:
-            return "the disk is full to which standard output, or a temporary file, is written"
+            return "the disk is full (writing standard output or a temporary file): make room"
         reason = problem.strerror or describe(problem)
         return f"{problem.filename}: {reason}" if problem.filename else reason
     return None
@@ -321,7 +321,7 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
             interrupt(number)
 
     def announce(number: int) -> None:
-        if number not in (signal.SIGINT, *_ENDING):  # that other code handles
+        if number not in (signal.SIGINT, *ENDING):  # that other code handles
             return
         announced.append(number)
         if number == _HANG_UP:
@@ -330,7 +330,7 @@ def deferred_interrupt() -> Iterator[Callable[[], int | None]]:
             hint = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
             say(f"finishing this step, then saving{hint}")
 
-    with _watched(announce), handled(signal.SIGINT, *_ENDING, by=handler):
+    with _watched(announce), handled(signal.SIGINT, *ENDING, by=handler):
         try:
             yield lambda: received[0] if received else None
         except RuntimeError:

@@ -98,7 +98,7 @@ def of_config(config: Config) -> Dataset:
     """Find the dataset that the settings name, or download it, and print what must not be overlooked."""
     dataset = find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     if config.dataset in DATASETS and os.path.isdir(config.dataset):
-        console.say(f"{config.dataset} is the dataset of this name: for your folder, write ./{config.dataset}")
+        console.say(f"using the dataset {config.dataset}; for your folder of this name, write ./{config.dataset}")
     console.banner(dataset.note)
     return dataset
 
@@ -144,7 +144,7 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "
-            "have changed, or this version decodes them otherwise"
+            "have changed, or this version decodes them differently; restore the files, or train again"
         )
     return replace(dataset, key=config.dataset)
 

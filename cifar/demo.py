@@ -73,8 +73,8 @@ class Demo:
         for name in names:
             try:
                 if self._thread.submit(self._predictor, name).result().run.is_shipped and not self._first:
-                    answers = f"the network that comes with this program ({name}) answers"
-                    console.say(f"no evaluated run in {self._output_dir}, so {answers}")
+                    shipped = f"the network that comes with this program ({name})"
+                    console.say(f"no evaluated run in {self._output_dir}: using {shipped}")
                 return name
             except UserError as error:
                 if name == names[-1]:
@@ -170,8 +170,8 @@ def _show(predictor: Predictor, image: Tensor) -> tuple[str, dict[str, float], s
     if answer["probably_none"]:
         note = _note(
             "unsure",
-            f"Probably none of the classes: the confidence is below {answer['threshold']:.1%}, as it is for hardly any "
-            "of the validation images, which show one of them.",
+            f"Probably none of the classes: the confidence is below {answer['threshold']:.1%}. Few validation images, "
+            "which all show one of the classes, score that low.",
         )
     return note, confidences, _inputs(image, saliency, answer["label"])
 

@@ -1,4 +1,7 @@
-"""The hardware: which device computes, in which precision, how memory is reused, and several processes as one job."""
+"""The hardware: which device computes, in which precision, how memory is reused, and several processes as one job.
+
+Other modules call a torch.device `hardware`, because `device` is this module.
+"""
 
 import contextlib
 import ctypes

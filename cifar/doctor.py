@@ -134,7 +134,7 @@ def _device(name: str) -> Iterator[Finding]:
     if problem := device.unused_gpu():
         message = f"{chosen.type}: {problem}"
         hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-        yield Finding("device", "warning", message, hidden or "update the driver, or install the torch for it")
+        yield Finding("device", "warning", message, hidden or "update the driver, or PyTorch for its CUDA version")
     elif has_cuda and chosen.type == "cpu" and not torch.cuda.is_available():
         message = f"{chosen.type}: {device.describe(chosen)}; the CUDA libraries, some gigabytes, have no GPU to run on"
         yield Finding("device", "note", message, f"to save the space, in a new environment, first: `{_CPU_TORCH}`")
@@ -163,7 +163,7 @@ def _threads(threads: int, cores: int) -> Finding:
         message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
-        message += "; the machine was busy in the last minute: beside other programs training is slower"
+        message += "; the machine was busy in the last minute: other programs make training slower"
         return Finding("threads", "warning", message, "close other programs")
     if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
@@ -231,7 +231,7 @@ def _missing(archive, config: Config) -> Finding:
     message = f"{archive.name} is not in {config.data_dir}{source}"
     if host := download.is_reachable(archive, config.mirror, seconds=1.5):
         return Finding("dataset", "note", f"{message}: the next run downloads {archive.size / 1e6:.0f} MB from {host}")
-    message += ", and no address sends it"
+    message += ", and it cannot be downloaded"
     fix = f"put {archive.name} into {config.data_dir}, or name its folder with --data-dir, or an address with --mirror"
     if config.dataset == "auto":
         return Finding("dataset", "warning", f"{message}: a run would train on scikit-learn's digits instead", fix)

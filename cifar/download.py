@@ -19,7 +19,7 @@ import httpx
 
 from cifar import console
 from cifar.errors import UsageError, UserError, first_line
-from cifar.files import awaited, writing
+from cifar.files import claimed, writing
 
 _TIMEOUT = 10.0  # seconds without a connection, an answer or a byte
 _SPEED_SECONDS = 15.0  # over which the speed is measured
@@ -152,7 +152,7 @@ def _one_process(folder: Path) -> Iterator[None]:
     """Wait until no other process downloads to the folder. The system releases the lock of a process that dies."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with awaited(folder / ".cifar.lock", f"waiting for another process that is downloading the dataset to {folder}"):
+    with claimed(folder / ".cifar.lock", create=True, waiting_for=f"downloading the dataset to {folder}"):
         yield
 
 

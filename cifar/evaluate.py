@@ -104,12 +104,14 @@ def infer_tta(
     size, unsure = images.shape[-1], images[is_unsure]
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
-    share = len(images) / max(1, len(unsure) * (5 if flips else 2))  # of the work, for an image of a copy
+    views = ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25))
+    passes = len(views) * (1 + flips) - 1  # without that of the unchanged images, which is done
+    share = len(images) / max(1, len(unsure) * passes)  # of the work, for an image of a pass
 
     def infer_copies(copies: Tensor) -> Tensor:
         return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
 
-    for copies, weight in ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25)):
+    for copies, weight in views:
         logits = plain[is_unsure] if copies is unsure else infer_copies(copies)
         if flips:
             logits = (logits + infer_copies(copies.flip(-1))) / 2
@@ -140,7 +142,8 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
     device.keep_freed_memory()
     run.check_dataset(dataset.name)
     if dataset.train.sha256() != run.dataset.train_sha256:
-        raise UserError(f"the training images of {dataset.name} are not those that {run.path.name} was trained on")
+        others = f"the training images of {dataset.name} are not those that {run.path.name} was trained on"
+        raise UserError(f"{others}: name the place of those with --data-dir")
     config, labels = run.config, dataset.test.labels.numpy()
     network, content = load_network(run, dataset.classes)
     hardware = device.choose(device_name)

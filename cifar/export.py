@@ -16,9 +16,8 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor, nn
 
-from cifar import checkpoint, console, evaluate, files, model, runs
+from cifar import checkpoint, console, datasets, evaluate, files, model, runs
 from cifar.config import LOCATIONS, Config
-from cifar.datasets import Dataset
 from cifar.errors import UserError, describe, display_path, listing
 from cifar.predict import Predictor
 from cifar.runs import Run
@@ -197,7 +196,7 @@ def _cell(text: str) -> str:
     return html.escape(console.printable(text)).replace("|", "&#124;")
 
 
-def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) -> Run:
+def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str) -> Run:
     """Write the run into a folder as those in cifar/weights are: weights in float16, and metrics measured with them.
 
     metrics.json has the accuracies of the run itself too. Raises UserError if the run has not been evaluated or the
@@ -206,6 +205,7 @@ def write_weights(run: Run, dataset: Dataset, folder: Path, device_name: str) ->
     made, original = Run(folder.resolve()), run.metrics
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{display_path(folder)} is not an empty folder: name another one with --weights")
+    dataset = datasets.of_run(run, data_dir)
     _, content = evaluate.load_network(run, dataset.classes)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()

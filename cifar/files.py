@@ -5,6 +5,7 @@ All functions raise UserError for a file that is missing or cannot be read or wr
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -128,25 +129,20 @@ def lock(file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(path: Path, create: bool = False) -> Iterator[None]:
-    """Lock a file as `open_lock` opens it. Raises UserError if another process has locked it and keeps it."""
+def claimed(path: Path, create: bool = False, waiting_for: str = "") -> Iterator[None]:
+    """Lock a file as `open_lock` opens it. If another process keeps it locked, say what is waited for, and wait.
+
+    Raises UserError if it is kept and nothing is waited for.
+    """
     with open_lock(path, create) as opened:
         deadline = time.monotonic() + _PATIENCE
         while not lock(opened):
             if time.monotonic() > deadline:
-                raise UserError(f"{path.parent.name} is in use by another process")
+                if not waiting_for:
+                    raise UserError(f"{path.parent.name} is in use by another process: wait until it ends")
+                console.say(f"waiting for another process that is {waiting_for}")
+                deadline = math.inf
             time.sleep(0.05)
-        yield
-
-
-@contextlib.contextmanager
-def awaited(path: Path, message: str) -> Iterator[None]:
-    """Lock a file, which is made if it is missing; if another process has locked it, print the message and wait."""
-    with open_lock(path, create=True) as opened:
-        if not lock(opened):
-            console.say(message)
-            while not lock(opened):
-                time.sleep(0.2)
         yield
 
 

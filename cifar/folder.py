@@ -459,7 +459,7 @@ def _small_classes(classes: Sequence[str], files: list[_File]) -> Iterator[str]:
     counts = Counter((file.part, file.label) for file in files)
     for part in {file.part: None for file in files}:
         if missing := [name for label, name in enumerate(classes) if not counts[part, label]]:
-            yield f"Classes without images in {part}, where nothing is measured of them: {listing(missing)}."
+            yield f"Classes without images in {part}, so they are not measured there: {listing(missing)}."
     for part, (least, purpose) in _TOO_FEW.items():
         own = [(counts[part, label], name) for label, name in enumerate(classes)]
         if few := sorted((count, name) for count, name in own if 0 < count < least):

@@ -102,7 +102,7 @@ def _groups(network: nn.Module, config) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
+def build_ema(network: nn.Module, decay: float) -> AveragedModel | None:
     """Return the exponential moving average (EMA) of a network's weights and buffers; None for a decay of zero."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 

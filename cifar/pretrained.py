@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision import models
 
-from cifar import console
+from cifar import checkpoint, console
 from cifar.errors import UserError, first_line, listing
 
 TIMM = "timm/"  # what the names of timm's networks begin with here
@@ -119,7 +119,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         load_file = optional("safetensors.torch").load_file
     try:
-        content = None if _is_compressed(path) else load_file(path)
+        content = load_file(path) if not zipfile.is_zipfile(path) or checkpoint.is_stored(path) else None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except Exception:  # a damaged file can make the unpickler raise anything
@@ -128,18 +128,10 @@ def read(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no weights by name, as torch.save(network.state_dict(), FILE) writes them")
+        raise UserError(f"{path} contains no state_dict, as torch.save(network.state_dict(), FILE) writes it")
     weights = dict(content)
     consume_prefix_in_state_dict_if_present(weights, "module.")  # of DistributedDataParallel
     return {_OLD_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
-
-
-def _is_compressed(path: Path) -> bool:
-    """Say whether it is a zip file such as torch.save does not write: a small one could need any amount of memory."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _torchvision_weights(name: str) -> models.WeightsEnum:

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from cifar import __version__, console, files, records
 from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, model_name
-from cifar.console import Interrupted, handled, signal_number
+from cifar.console import ENDING, Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
@@ -227,9 +227,7 @@ class Run:
         """
         if self.is_shipped:
             place = display_path(self.path)
-            raise UserError(
-                f"{self.path.name} comes with this program and stays as it is: copy {place} to change the copy"
-            )
+            raise UserError(f"{self.path.name} comes with this program and is read-only: copy {place} and use the copy")
         for path in self.path.rglob("*"):
             if path.is_symlink() or (path.name == LOG and path.is_fifo()):  # the other files are replaced
                 kind = "symbolic link" if path.is_symlink() else "pipe"
@@ -264,7 +262,7 @@ class Run:
             for partial in self.path.rglob("*.partial"):  # left by a process that was killed
                 with files.writing(partial):
                     partial.unlink()
-            ignored = handled(signal.SIGINT, signal.SIGTERM, by=lambda *_: None)  # the process ends anyway
+            ignored = handled(signal.SIGINT, *ENDING, by=lambda *_: None)  # the process ends anyway
             try:
                 yield
                 self._end(status="completed")

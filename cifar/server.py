@@ -66,7 +66,7 @@ def credentials(auth: str | None) -> str | None:
     """Check USER:PASSWORD, by default from CIFAR_DEMO_AUTH in the environment. Raises UsageError."""
     auth = os.environ.get(AUTH_VARIABLE) if auth is None else auth
     if auth is not None and not (all(auth.partition(":")) and auth.isprintable()):
-        raise UsageError(f"--auth and {AUTH_VARIABLE} take USER:PASSWORD, printable and neither part empty")
+        raise UsageError(f"--auth and {AUTH_VARIABLE} must be USER:PASSWORD, both printable and not empty")
     return auth
 
 
@@ -238,7 +238,7 @@ class _Gate:
         own = {host, headers.get("x-forwarded-host")}  # behind a proxy; other sites cannot set this header
         if not self._is_own(host) or (origin is not None and origin.partition("://")[2] not in own):
             known_as = "open the demo by its IP address, or start it with this name as --host"
-            return PlainTextResponse(f"the demo does not answer to this name or for another site: {known_as}", 403)
+            return PlainTextResponse(f"this address, or the site of the request, is not allowed: {known_as}", 403)
         if int(headers.get("content-length", 0)) > limit:
             return PlainTextResponse("the request is too large", 413)
         return None

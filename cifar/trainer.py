@@ -12,64 +12,64 @@ from torch import Tensor, nn
 from cifar import console, data, device, evaluate, model, optim, pretrained, tracking, zoo
 from cifar.checkpoint import Checkpointer
 from cifar.config import LOCATIONS, Config
+from cifar.console import TrainingProgress
 from cifar.datasets import Dataset
 from cifar.errors import UserError, plural
 from cifar.records import EpochRecord
 from cifar.runs import Run
 
 _WHITENING_IMAGES = 5000  # that the whitening filters are computed from
-_LONG = 10  # minutes of training, from which a shorter one is offered
-# What `--minutes` reaches on CIFAR-10 with TTA in these fractions of the time of `fast` (docs/experiments.md).
-_SHORTER = {0.2: "89%", 0.55: "93%"}
-_FAST = Config(dataset="cifar10", val_size=2000, small_size=24, crop_scale=1.0)  # resolved
 _LOWEST = (-math.inf, -math.inf)  # score
-_NOT_MEASURED = {"seed", "seeds", "device", "precision", "compile", "deterministic", "track", *LOCATIONS}
+_OFFERED_FROM = 10  # minutes of training, above which shorter trainings are offered
+# Fraction of the time of `fast` -> its accuracy on CIFAR-10 with TTA in so many --minutes (docs/experiments.md).
+_ACCURACY_OF_SHORTER = {0.2: "89%", 0.55: "93%"}
+_MEASURED = Config(dataset="cifar10", val_size=2000, small_size=24, crop_scale=1.0)  # `fast`, as resolved for CIFAR-10
+_MAY_DIFFER = {"seed", "seeds", "device", "precision", "compile", "deterministic", "track", *LOCATIONS}
 
 
 def fit(run: Run, dataset: Dataset) -> None:
     """Train the run's network on the dataset's training split alone; writes history.jsonl, last.pt and best.pt.
 
-    If the run has a checkpoint, the training resumes from it. best.pt has the weights of the epoch that was best on
-    validation, of equal accuracies that with the lower loss; without validation, of the last. With `ema` they are the
-    averaged ones.
+    Resumes from the run's checkpoint, if there is one. best.pt has the weights, with `ema` the averaged ones, of the
+    epoch that was best on validation (of equal accuracies that with the lower loss), or without validation of the last.
     Raises UserError, with epoch and step, if the loss is not finite; after saving, Interrupted for Ctrl-C and SIGTERM.
     """
-    device.keep_freed_memory()
+    device.keep_freed_memory()  # of glibc: else getting it again takes a third of a step
     hardware = device.choose(run.config.device)
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
-    network, batches, criterion, optimizer = prepare(config, train_set, len(dataset.classes), hardware)
+    network, batches, criterion, optimizer = build(config, train_set, len(dataset.classes), hardware)
     training = Training(network, optimizer, batches)
     checkpoints = Checkpointer(run, training, dataset)
-    forecaster = partial(forecast, config, hardware)
-    progress = console.TrainingProgress(batches.steps_per_epoch, batches.image_sizes, forecaster)
+    progress = TrainingProgress(batches.steps_per_epoch, batches.image_sizes, partial(forecast, config, hardware))
     if checkpoints.resume():
         progress.resume(training.epoch, training.step)
     elif config.is_pretrained:
         pretrained.load(network, config)
-    ddp_network = device.compiled(device.distribute(network), config.compile)  # averages gradients of several processes
+    wrapped = device.compiled(device.distribute(network), config.compile)  # has the same weights
     kernels = device.training_kernels(config.deterministic == "on")
 
     with tracking.tracking(run) as track, progress, kernels, console.deferred_interrupt() as received_signal:
         while not training.has_finished:
             model.set_training_mode(network)
             for batch in batches.epoch(training.epoch, skip=training.step):
-                losses, correct = train_step(ddp_network, optimizer, batch, criterion, config.precision)
+                losses, correct = train_step(wrapped, optimizer, batch, criterion, config.precision)
+                training.update_ema()
                 training.record_step(batch, losses, correct)
                 if progress.is_due():
                     progress.step(training.epoch, training.step, **training.running_means())
                 checkpoints.save_if_due(received_signal())
             record = training.summary(evaluate.validate(training.kept, val_set, config.precision))
-            is_best = training.end_epoch(_score(record, config.early_stopping))
+            is_best = training.end_epoch(_score(record, config.early_stopping))  # the next epoch is now the current one
             checkpoints.end_epoch(record, is_best)
             progress.end_epoch(record, is_best)
             track(record.model_dump(), record.epoch)
             checkpoints.save_if_due(received_signal())  # a signal during validation
-    if training.epoch <= config.epochs:
-        console.say(training.early_stop())
+    if training.stopped_early:
+        console.say(training.early_stop_message())
 
 
-def prepare(
+def build(
     config: Config, train_set: data.Split, classes: int, hardware: torch.device
 ) -> tuple[nn.Module, data.Batches, nn.Module, optim.ScheduledOptimizer]:
     """Make what `train_step` takes, on the device: a new network, the batches, the criterion and the optimizer.
@@ -80,43 +80,6 @@ def prepare(
     batches = data.Batches(train_set, config, hardware, classes)
     criterion = nn.CrossEntropyLoss(batches.class_weights, label_smoothing=config.label_smoothing)
     return network, batches, criterion, optim.build(network, config, batches.steps_per_epoch)
-
-
-def train_step(
-    network: nn.Module, optimizer: optim.ScheduledOptimizer, batch: data.Batch, criterion: nn.Module, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Forward, loss, backward, update.
-
-    criterion: from logits (B, classes) and targets to the loss.
-    Returns each image's cross-entropy without smoothing and weights, float32 (B,), and whether it was classified
-    correctly, bool (B,). Both stay on the device, so that no step waits for it.
-    """
-    with device.autocast(batch.images.device, precision):
-        logits = network(batch.images)
-    logits = logits.float()
-    optimizer.backward(criterion(logits, batch.targets))
-    optimizer.step()
-    losses = F.cross_entropy(logits.detach(), batch.targets, reduction="none")
-    return losses, logits.argmax(1) == batch.labels
-
-
-def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
-    """Say how long the training will take and, where that is long, what less time would give."""
-    length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
-    where = f"in {config.precision} on {device.describe(hardware)}"
-    sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
-    if seconds < _LONG * 60 or config.model_dump(exclude=_NOT_MEASURED) != _FAST.model_dump(exclude=_NOT_MEASURED):
-        return sentence
-    offers = [f"--minutes {math.ceil(part * seconds / 60)} reaches {reached}" for part, reached in _SHORTER.items()]
-    return f"{sentence} and reach about 94% with test-time augmentation; {', '.join(offers)}"
-
-
-def _score(record: EpochRecord, criterion: str) -> tuple[float, float] | None:
-    """Return what the best epoch has most of, and what decides between equals; None without validation."""
-    if record.val_accuracy is None or record.val_loss is None:
-        return None
-    accuracy, negative_loss = record.val_accuracy, -record.val_loss
-    return (accuracy, negative_loss) if criterion == "accuracy" else (negative_loss, accuracy)
 
 
 def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Module:
@@ -137,16 +100,35 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
     return network
 
 
-class Training:
-    """What changes while a network trains; `state_dict` is all that a resumed training needs beside the weights.
+def train_step(
+    network: nn.Module, optimizer: optim.ScheduledOptimizer, batch: data.Batch, criterion: nn.Module, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Forward, loss, backward, update.
 
-    `epoch`, from 1, is the current one, of which `step` steps are done.
+    criterion: from logits (B, classes) and targets to the loss.
+    `optimizer.backward` scales the loss in float16; `optimizer.step` clips and clears the gradients and schedules.
+    Returns each image's cross-entropy without smoothing and weights, float32 (B,), and whether it was classified
+    correctly, bool (B,). Both stay on the device, so that no step waits for it.
+    """
+    with device.autocast(batch.images.device, precision):
+        logits = network(batch.images)
+    logits = logits.float()
+    optimizer.backward(criterion(logits, batch.targets))
+    optimizer.step()
+    losses = F.cross_entropy(logits.detach(), batch.targets, reduction="none")
+    return losses, logits.argmax(1) == batch.labels
+
+
+class Training:
+    """All that changes during training; `state_dict` is what resuming needs beside the network's weights.
+
+    `epoch` is the current one, from 1, and `step` the number of its steps that are done.
     """
 
     def __init__(self, network: nn.Module, optimizer: optim.ScheduledOptimizer, batches: data.Batches):
         self.network, self.optimizer, self.batches = network, optimizer, batches
         self.device = batches.device
-        self.averaged = optim.averaged(network, batches.config.ema)
+        self.ema = optim.build_ema(network, batches.config.ema)
         self.best_epoch, self.best_score = 0, _LOWEST
         self.started = time.perf_counter()
         self._start_epoch(1)
@@ -154,18 +136,21 @@ class Training:
     @property
     def kept(self) -> nn.Module:
         """The network that is validated and kept: the averaged one, if there is one."""
-        return self.network if self.averaged is None else self.averaged.module
+        return self.network if self.ema is None else self.ema.module
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch, self.step, self.lr = epoch, 0, self.optimizer.lr
-        self.losses = torch.zeros(len(self.batches), device=self.device)  # of each step
+        self.losses = torch.zeros(len(self.batches), device=self.device)  # of each step; an epoch may have fewer
         self.correct = torch.zeros((), device=self.device)
         self.epoch_started = time.perf_counter()
 
+    def update_ema(self) -> None:
+        """Average the weights, if there is an average."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
     def record_step(self, batch: data.Batch, losses: Tensor, correct: Tensor) -> None:
-        """Add the results of a step, gathered from all processes, to those of the epoch, and average the weights."""
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.network)
+        """Add the results of a step, gathered from all processes, to those of the epoch."""
         results = torch.stack([losses, correct.to(losses.dtype)])
         losses, correct = device.gather_slices(results, len(batch.indices))
         self.batches.record_losses(batch.indices, losses)
@@ -208,7 +193,7 @@ class Training:
         )
 
     def end_epoch(self, score: tuple[float, float] | None) -> bool:
-        """Go to the next epoch; returns whether this one has the best score so far; without scores, it is the last."""
+        """Advance to the next epoch; returns whether the finished one is the best so far. Without a score it is."""
         is_best = score is None or score > self.best_score
         if is_best:
             self.best_epoch, self.best_score = self.epoch, score or _LOWEST
@@ -217,11 +202,16 @@ class Training:
 
     @property
     def has_finished(self) -> bool:
-        """Whether all epochs are done, or the last `patience`, if that is not 0, have brought no better one."""
+        """Whether all epochs are done, or the last `patience` ones, unless it is 0, brought no improvement."""
         config, done = self.batches.config, self.epoch - 1
         return done >= config.epochs or 0 < config.patience <= done - self.best_epoch
 
-    def early_stop(self) -> str:
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the training has finished before its last epoch."""
+        return self.has_finished and self.epoch <= self.batches.config.epochs
+
+    def early_stop_message(self) -> str:
         """Say why the training has stopped before its last epoch."""
         config, done = self.batches.config, self.epoch - 1
         better = "lower validation loss" if config.early_stopping == "loss" else "higher validation accuracy"
@@ -258,7 +248,7 @@ class Training:
             "epoch_seconds": time.perf_counter() - self.epoch_started,
             "losses": self.losses,
             "correct": self.correct,
-            "averaged": self.averaged and self.averaged.state_dict(),
+            "averaged": self.ema and self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
             "rng_state": device.random_module(self.device).get_rng_state(),
@@ -274,8 +264,8 @@ class Training:
             raise ValueError("the optimizer is at another step")
         self.optimizer.load_state_dict(optimizer)
         self.batches.load_state_dict(state["batches"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["averaged"])
         self.epoch, self.step, self.lr = epoch, step, state["lr"]
         score = state["best_score"]  # a number in the checkpoints of earlier versions
         self.best_epoch, self.best_score = state["best_epoch"], score if isinstance(score, tuple) else (score, math.inf)
@@ -288,3 +278,27 @@ class Training:
         device.random_module(self.device).set_rng_state(state["rng_state"])
         if device.rank():  # the file has rank 0's state
             torch.manual_seed(self.batches.config.seed + device.rank() + device.world_size() * optimizer["steps"])
+
+
+def _score(record: EpochRecord, metric: str) -> tuple[float, float] | None:
+    """Return (accuracy, -loss) on validation or, for the metric loss, (-loss, accuracy); None without validation."""
+    if record.val_accuracy is None or record.val_loss is None:
+        return None
+    accuracy, negative_loss = record.val_accuracy, -record.val_loss
+    return (accuracy, negative_loss) if metric == "accuracy" else (negative_loss, accuracy)
+
+
+def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
+    """Say how long the training will take and, where that is long, what less time would give."""
+    length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
+    where = f"in {config.precision} on {device.describe(hardware)}"
+    sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
+    is_measured = config.model_dump(exclude=_MAY_DIFFER) == _MEASURED.model_dump(exclude=_MAY_DIFFER)
+    if seconds < _OFFERED_FROM * 60 or not is_measured:
+        return sentence
+    offers = [
+        f"--minutes {math.ceil(part * seconds / 60)} reaches {accuracy}"
+        for part, accuracy in _ACCURACY_OF_SHORTER.items()
+    ]
+    reached = "reach a test accuracy of about 94% with test-time augmentation"
+    return f"{sentence} and {reached}; {', '.join(offers)}"

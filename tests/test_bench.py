@@ -61,7 +61,7 @@ def test_the_planned_epochs_fit_the_minutes(measured, digits, tmp_path, capsys):
     assert datasets.resolve(planned, digits) == planned
     assert (
         "8 epochs in 2 minutes: "
-        "4 at 24x24 of 10.0 s, 4 at 32x32 of 20.0 s, the last 2 on the hardest 64% of the images\n"
+        "4 at 24x24 (10.0 s each), 4 at 32x32 (20.0 s each), the last 2 on the hardest 64% of the images\n"
     ) in capsys.readouterr().out
 
 

@@ -196,7 +196,7 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, name, content, sen
 def test_settings_without_an_effect_are_named_unless_they_are_the_recipes_own():
     given = {"recipe": "plain", "momentum": 0.5, "decay_rate": 0.5, "small_size": 16, "body_lr": 0.5, "hard_share": 0.5}
     _, sentences = resolve(Config(**given, early_stopping="loss", val_size=0), DIGITS)
-    idle = [sentence.split()[0] for sentence in sentences if "has no effect beside the other settings" in sentence]
+    idle = [sentence.split()[0] for sentence in sentences if "has no effect with the other settings" in sentence]
     flags = ["body-lr", "decay-rate", "early-stopping", "hard-share", "momentum", "small-size"]
     assert idle == [f"--{name}" for name in flags]
     recipes = [resolve(Config(recipe=name), DIGITS) for name in RECIPES]
@@ -265,7 +265,7 @@ def test_resolving_again_changes_nothing_nor_does_a_way_through_a_file(fitted, t
 
 @pytest.mark.parametrize(
     ("batch_size", "processes", "resolved", "reason"),
-    [(64, 3, 63, "each of 3 processes takes as many images"), (99, 3, 63, "needs at least 20 steps"), (64, 2, 64, "")],
+    [(64, 3, 63, "it must be a multiple of the 3 processes"), (99, 3, 63, "needs at least 20 steps"), (64, 2, 64, "")],
 )
 def test_the_batch_size_is_a_multiple_of_the_processes(batch_size, processes, resolved, reason):
     config, sentences = resolve(Config(recipe="mlp", flip="none", batch_size=batch_size), DIGITS, processes)

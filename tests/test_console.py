@@ -47,7 +47,7 @@ GPU_OUT_OF_MEMORY = (
 )
 
 
-DISK_IS_FULL = "error: the disk is full to which standard output, or a temporary file, is written\n"
+DISK_IS_FULL = "error: the disk is full (writing standard output or a temporary file): make room\n"
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_command_goes_on_when_nobody_reads_its_output(tmp_path):
     action = f"[console.say('x'), console.say('y'), open({str(tmp_path / 'done')!r}, 'w')]"
     code, _, err = exit_of(action, stdout=writer)
     os.close(writer)
-    assert (code, err) == (0, "standard output is closed: going on without it\n")
+    assert (code, err) == (0, "standard output is closed: continuing without it\n")
     assert (tmp_path / "done").exists()
 
 

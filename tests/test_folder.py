@@ -375,7 +375,7 @@ def test_a_class_that_test_or_val_lacks_is_kept_and_named(root):
     assert images.classes == ("cat", "dog")
     assert images.test.labels.unique().tolist() == [1]
     for part, name in (("val", "dog"), ("test", "cat")):
-        assert f"Classes without images in {part}, where nothing is measured of them: {name}." in images.note
+        assert f"Classes without images in {part}, so they are not measured there: {name}." in images.note
 
 
 # A table of labels

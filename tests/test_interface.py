@@ -82,7 +82,7 @@ def test_it_predicts_where_there_is_no_run_and_says_so(tmp_path, evaluated_run):
 def test_the_demo_offers_it_after_ones_own_runs(tmp_path, evaluated_run, capsys):
     demo = Demo(None, str(tmp_path), "nowhere", "cpu")
     assert demo.default == "fast"
-    sentence = f"no evaluated run in {tmp_path}, so the network that comes with this program (fast) answers"
+    sentence = f"no evaluated run in {tmp_path}: using the network that comes with this program (fast)"
     assert sentence in capsys.readouterr().out
     ((title, name),) = demo.choices()
     assert (title[:20], title[-23:], name) == ("fast on cifar10, 93.", "comes with this program", "fast")
@@ -97,14 +97,14 @@ def test_it_is_not_changed(task, tmp_path, monkeypatch, digits):
     before = {path: path.stat().st_mtime_ns for path in FAST.rglob("*")}
     code, out, err = invoke(task, "--run", "fast", "--output-dir", str(tmp_path))
     assert (code, out) == (1, "")
-    assert "error: fast comes with this program and stays as it is: copy " in err
+    assert "error: fast comes with this program and is read-only: copy " in err
     assert {path: path.stat().st_mtime_ns for path in FAST.rglob("*")} == before
 
 
 def test_weights_for_others_are_a_run_measured_again_in_float16(evaluated_run, digits, tmp_path):
     with pytest.raises(UserError, match="is not an empty folder: name another one with --weights"):
-        export.write_weights(evaluated_run, digits, evaluated_run.path, "cpu")
-    made = export.write_weights(evaluated_run, digits, tmp_path / "new" / "weights", "cpu")
+        export.write_weights(evaluated_run, evaluated_run.path, None, "cpu")
+    made = export.write_weights(evaluated_run, tmp_path / "new" / "weights", None, "cpu")
     assert made.metrics.original == {
         "run": evaluated_run.path.name,
         "accuracy": evaluated_run.metrics.accuracy,

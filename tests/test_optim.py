@@ -89,14 +89,14 @@ def test_gradients_are_clipped_to_their_common_norm():
 
 def test_the_average_starts_at_the_first_weights_and_follows_them_by_its_decay():
     network = nn.BatchNorm1d(1)
-    average = optim.averaged(network, 0.75)
+    average = optim.build_ema(network, 0.75)
     for value, expected in ((1.0, 1.0), (5.0, 2.0), (6.0, 3.0)):  # a quarter of the way each time
         nn.init.constant_(network.weight, value)
         network.running_mean.fill_(10 * value)
         average.update_parameters(network)
         assert average.module.weight.item() == pytest.approx(expected)
         assert average.module.running_mean.item() == pytest.approx(10 * expected)
-    assert optim.averaged(network, 0.0) is None
+    assert optim.build_ema(network, 0.0) is None
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])

@@ -194,7 +194,7 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(weights, tmp_path):
         for member in stored.infolist():
             packed.writestr(member.filename, stored.read(member))
     assert pretrained.read(tmp_path / "stored.pth").keys() == weights.keys()
-    with pytest.raises(UserError, match="holds no weights by name"):
+    with pytest.raises(UserError, match="contains no state_dict"):
         pretrained.read(tmp_path / "packed.pth")
 
 
@@ -210,7 +210,7 @@ def test_a_file_without_weights_is_refused_and_runs_no_code(content, suffix, tmp
         pytest.importorskip("safetensors")
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(UserError, match=r"^.*file\.\w+ holds no weights by name, as torch.save"):
+    with pytest.raises(UserError, match=r"^.*file\.\w+ contains no state_dict, as torch.save"):
         pretrained.read(path)
     assert capsys.readouterr().out == ""
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cifar import files, runs
+from cifar import console, files, runs
 from cifar.config import Config
 from cifar.errors import UserError
 from cifar.records import EpochRecord
@@ -92,17 +92,25 @@ def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, statu
     assert os.readlink(run.path.parent / "latest") == run.path.name
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("first", [None, KeyboardInterrupt(), OSError("disk full")])
-def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first):
+def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first, number):
+    def interrupt(*_):
+        raise console.Interrupted(number)
+
     def update_and_interrupt(_, **changes):
         update(run, **changes)
         if changes.get("end"):
             monkeypatch.setattr(runs.Run, "update", update)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     update = runs.Run.update
     monkeypatch.setattr(runs.Run, "update", update_and_interrupt)
-    record = end(run, first)
+    before = signal.signal(number, interrupt)
+    try:
+        record = end(run, first)
+    finally:
+        signal.signal(number, before)
     assert record.status == ("failed" if isinstance(first, OSError) else "interrupted")
     assert record.end
 
