@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.model_selection import train_test_split
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as reference
@@ -60,10 +61,15 @@ def test_validation_is_stratified_and_has_no_image_of_training(digits):
     assert shares.max() < 0.11
 
 
-def test_the_seed_draws_the_validation_split(digits):
-    first, again, other = (data.train_val_split(digits.train, 100, seed)[1].sha256() for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
+@pytest.mark.parametrize("counts", [(50, 50, 50, 50), (3, 40, 7, 90, 2), (333, 333, 334), (2, 2)])
+def test_the_split_is_the_one_that_scikit_learn_draws(counts):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+    split = data.Split(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels)
+    for val_size in {len(counts), max(len(counts), len(labels) // 3), len(labels) - len(counts)}:
+        for seed in range(4):
+            parts = data.train_val_split(split, val_size, seed)
+            expected = train_test_split(range(len(labels)), test_size=val_size, stratify=labels, random_state=seed)
+            assert [part.rows.tolist() for part in parts] == expected
 
 
 def test_a_dataset_with_validation_images_of_its_own_is_split_there(digits):
@@ -99,34 +105,14 @@ def test_a_crop_wider_than_the_image_is_refused():
         data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
 
 
-def test_random_boxes_have_the_distribution_of_torchvisions():
-    boxes = data.random_boxes(4000, 100, 0.2, generator()).double()
-    transform = transforms.RandomResizedCrop(100, scale=(0.2, 1))
-    torch.manual_seed(0)
-    parameters = [transform.make_params([torch.empty(3, 100, 100)]) for _ in range(4000)]
-    expected = torch.tensor([[p[name] for p in parameters] for name in ("top", "left", "height", "width")]).double()
-    top, left, height, width = boxes
-    assert ((top >= 0) & (left >= 0) & (top + height <= 100) & (left + width <= 100)).all()
-    assert (height * width / 100**2).min() > 0.19
-    for ours, theirs in zip([*boxes, height / width], [*expected, expected[2] / expected[3]]):
-        levels = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
-        torch.testing.assert_close(ours.quantile(levels), theirs.quantile(levels), atol=3, rtol=0.04)
-
-
-def test_a_resized_crop_is_torchvisions():
-    images = random_images(3, size=40)
-    boxes = torch.tensor([[0, 5, 12], [0, 7, 3], [40, 20, 9], [40, 15, 30]])
-    for crop, image, box in zip(data.resized_crop(images, boxes), images, boxes.T.tolist()):
-        expected = reference.resized_crop(image, *box, size=[40, 40], antialias=True)
-        assert crop.equal(expected)
-
-
-def test_with_a_crop_scale_training_images_are_resized_crops_and_validation_images_whole():
-    split = numbered(20, size=64)
+def test_with_a_crop_scale_training_images_are_resized_crops_of_which_no_two_are_alike():
+    image = random_images(1, size=64)
+    split = data.Split(image.expand(20, -1, -1, -1).contiguous(), torch.arange(20))
     for batch in make_batches(split, crop_scale=0.3).epoch(1):
         whole = data.to_float(split.images[batch.indices])
         assert batch.images.shape == whole.shape
         assert (batch.images != whole).flatten(1).any(1).sum() >= 9
+        assert len({image.numpy().tobytes() for image in batch.images}) == len(batch.images)
         assert batch.images.mean((1, 2, 3)).sub(whole.mean((1, 2, 3))).abs().max() < 0.1  # of the same image
 
 
@@ -188,18 +174,17 @@ def test_batches_cut_out_with_the_mean_color_of_the_training_images():
 
 
 @pytest.mark.parametrize(
-    ("name", "reference"),
-    [("randaugment", transforms.RandAugment), ("trivialaugment", transforms.TrivialAugmentWide)],
+    "transform", [transforms.RandAugment(), transforms.TrivialAugmentWide(), transforms.RandomResizedCrop(32)]
 )
-def test_automatic_augmentation_is_torchvisions_drawn_by_the_seeds_alone(name, reference):
+def test_torchvisions_transforms_are_drawn_by_the_seeds_alone(transform):
     images, seeds = random_images(40, size=32), torch.arange(20).repeat_interleave(2)
     torch.manual_seed(5)
-    augmented = data.auto_augment(images, seeds, name)
+    augmented = data.transform_by_seed(transform, images, seeds)
     after = torch.rand(1)
     for seed in range(20):
         torch.manual_seed(seed)
         pair = slice(2 * seed, 2 * seed + 2)
-        assert torch.equal(augmented[pair], reference()(images[pair]))
+        assert torch.equal(augmented[pair], transform(images[pair]))
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), after)
     assert 10 < sum((image != before).any() for image, before in zip(augmented, images)) <= 40
