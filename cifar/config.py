@@ -116,7 +116,7 @@ _SMALL, _CROP_SCALE = 64, 0.35  # pixels; above them, images get random resized 
 _LEAST_ALPHA = 0.01  # of the Beta distribution
 _MIN_STEPS = 20  # per epoch; with fewer, `fast` does not converge
 _MAX_STEP_PIXELS = 2000 * 32**2  # for images above 32x32; `fast` takes 3 GB of memory for them
-_ADDRESS = re.compile(r"https?://([^\s/]*@)?(\[[\da-f:.]+\]|[^\s/@:\[\]]+)(:\d+)?([/?]\S*)?", re.IGNORECASE)
+_ADDRESS = re.compile(r"https?://([^\s/?#]*@)?(\[[\da-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?([/?][^\s#]*)?", re.IGNORECASE)
 _WORDINGS = {  # by pydantic's type of error, or its first word
     "bool": "takes yes or no",
     "int": "takes a whole number",
@@ -228,7 +228,7 @@ class Config(BaseModel):
     cutout: int = Field(ge=0, description="Cutout size, in pixels; at most half the image size")
     jitter: float = Field(ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
-        "none", description="torchvision's, at its default strength; drawn once for every four images"
+        "none", description="automatic augmentation by torchvision, drawn once for every four images"
     )
     mixup: float = Field(0.0, ge=0, description="mixup: alpha of the Beta distribution, such as 0.2; 0: none")
     cutmix: float = Field(
@@ -270,8 +270,8 @@ class Config(BaseModel):
             raise UserError(f"{flag(name)} does not take {value!a}")
         if not isinstance(value, str):
             return value
-        if name == "mirror" and not all(map(_ADDRESS.fullmatch, value.split())):  # which may hold a password
-            raise UsageError("--mirror takes addresses that begin with http:// or https://")
+        if name == "mirror":
+            check_addresses(value.split())
         return os.path.expanduser(value) if name in _PATHS and value[0] == "~" else _known_spelling(name, value)
 
     @classmethod
@@ -326,7 +326,7 @@ class Config(BaseModel):
 
     @property
     def unused(self) -> set[str]:
-        """The settings that have no effect beside the others."""
+        """The settings that have no effect with the other settings."""
         is_unused = {
             "pretrained": self.weights is not None,
             "body_lr": not self.is_pretrained,
@@ -402,6 +402,12 @@ def help_text(name: str) -> str:
         others = [f"{recipe}: {value}" for recipe, value in by_recipe.items() if value != default]
         parts.append(f"default {default}" + (f" ({', '.join(others)})" if others else ""))
     return "; ".join(parts)
+
+
+def check_addresses(urls: list[str]) -> None:
+    """Raise UsageError unless all are http or https addresses; they are not shown, as they may hold a password."""
+    if not all(map(_ADDRESS.fullmatch, urls)):
+        raise UsageError("--mirror and CIFAR_MIRROR take addresses that begin with http:// or https://")
 
 
 def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:

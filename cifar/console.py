@@ -1,4 +1,4 @@
-"""The terminal: messages, banners, progress and tables; Ctrl-C and SIGTERM; exit codes.
+"""The terminal: messages, banners, progress and tables; signals; exit codes.
 
 Everything has a plain form for a pipe, a file or a dumb terminal.
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from cifar import console
+from cifar.config import check_addresses
 from cifar.errors import UsageError, UserError, first_line
 from cifar.files import claimed, writing
 
@@ -185,12 +186,12 @@ def addresses(archive: Archive, mirror: str | None = None) -> list[str]:
     Raises UsageError for what is not an http or https address.
     """
     given = f"{mirror or ''} {os.environ.get('CIFAR_MIRROR', '')}".split()
+    check_addresses(given)
     for url in given:
-        with contextlib.suppress(httpx.InvalidURL):
-            if httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host:
-                continue
-        shown = re.sub(r"^(.*?//)?.*@", r"\1***@", url)  # even without a scheme, a password may be in it
-        raise UsageError(f"--mirror and CIFAR_MIRROR take http:// or https:// addresses, not '{shown}'")
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL:  # whose message may show a part of a password
+            raise UsageError("--mirror or CIFAR_MIRROR has an invalid address") from None
     return [url + archive.name if url.endswith("/") else url for url in (*given, *archive.urls)]
 
 

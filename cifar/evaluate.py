@@ -143,7 +143,7 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
     run.check_dataset(dataset.name)
     if dataset.train.sha256() != run.dataset.train_sha256:
         others = f"the training images of {dataset.name} are not those that {run.path.name} was trained on"
-        raise UserError(f"{others}: name the place of those with --data-dir")
+        raise UserError(f"{others}: restore those, or train again")
     config, labels = run.config, dataset.test.labels.numpy()
     network, content = load_network(run, dataset.classes)
     hardware = device.choose(device_name)

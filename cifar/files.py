@@ -130,9 +130,9 @@ def lock(file: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def claimed(path: Path, create: bool = False, waiting_for: str = "") -> Iterator[None]:
-    """Lock a file as `open_lock` opens it. If another process keeps it locked, say what is waited for, and wait.
+    """Lock a file as `open_lock` opens it. If another process has locked it, wait: for a second, then raise UserError.
 
-    Raises UserError if it is kept and nothing is waited for.
+    waiting_for: what the other process is doing; then say so after the second, and wait until it ends.
     """
     with open_lock(path, create) as opened:
         deadline = time.monotonic() + _PATIENCE

@@ -1,7 +1,6 @@
 """Train and evaluate an image classifier, and write a report."""
 
 import gc
-import importlib
 import os
 import sys
 import time
@@ -55,11 +54,12 @@ def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
 
 def run_pipeline(given: dict[str, Any], resume: str | None) -> None:
     """Make one run, or with --seeds several in one directory, or complete the run to resume."""
-    gc.disable()  # or Python would search all modules for garbage again and again: a fifth of the time that they take
-    importlib.import_module("torch._dynamo")  # which the first step of any optimizer imports
-    from cifar import pipeline
-
-    gc.enable()
+    gc.disable()  # looking for garbage again and again is a fifth of the time of the imports
+    try:
+        from cifar import pipeline
+    finally:
+        gc.freeze()  # what was imported stays
+        gc.enable()
     config = Config.create(given)
     if resume is not None:
         return pipeline.run_stages(*pipeline.resume(resume, given))

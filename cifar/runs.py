@@ -254,7 +254,7 @@ class Run:
     def lifetime(self) -> Iterator[None]:
         """Claim the run and record how it ended: completed, interrupted or failed; then `latest` points at it.
 
-        Raises Interrupted, with the command that resumes the run, after Ctrl-C and SIGTERM.
+        Raises Interrupted, with the command that resumes the run, after Ctrl-C, SIGTERM and SIGHUP.
         """
         with self.claim():
             if self.record.status != "running":
@@ -330,7 +330,7 @@ def provenance() -> dict[str, Any]:
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib")
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
-        "command": [Path(sys.argv[0]).name, *_without_password(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *itertools.takewhile(_may_be_kept, sys.argv[1:])],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "versions": {"cifar-suite": __version__, "python": platform.python_version(), **versions},
@@ -338,10 +338,9 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _without_password(words: Sequence[str]) -> list[str]:
-    """Hide what --auth, of the demo in the same command line, has as its value."""
-    hidden = [re.sub("^(--auth=).*", r"\1***", word, flags=re.IGNORECASE | re.DOTALL) for word in words]
-    return ["***" if before.lower() == "--auth" else word for before, word in zip(["", *hidden], hidden)]
+def _may_be_kept(word: str) -> bool:
+    """Whether a word is not --auth, the password of a demo: from there on the command line is not recorded."""
+    return not word.replace("_", "-").lower().startswith("--auth")
 
 
 def _git(*arguments: str) -> str | None:

@@ -32,9 +32,9 @@ def fit(run: Run, dataset: Dataset) -> None:
 
     Resumes from the run's checkpoint, if there is one. best.pt has the weights, with `ema` the averaged ones, of the
     epoch that was best on validation (of equal accuracies that with the lower loss), or without validation of the last.
-    Raises UserError, with epoch and step, if the loss is not finite; after saving, Interrupted for Ctrl-C and SIGTERM.
+    Raises UserError, with epoch and step, if the loss is not finite; after saving, Interrupted for a signal.
     """
-    device.keep_freed_memory()  # of glibc: else getting it again takes a third of a step
+    device.keep_freed_memory()  # or glibc returns it to the system, and getting it back takes a third of a step
     hardware = device.choose(run.config.device)
     config = run.config.replace(precision=device.resolve_precision(run.config.precision, hardware))
     train_set, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
@@ -46,7 +46,7 @@ def fit(run: Run, dataset: Dataset) -> None:
         progress.resume(training.epoch, training.step)
     elif config.is_pretrained:
         pretrained.load(network, config)
-    wrapped = device.compiled(device.distribute(network), config.compile)  # has the same weights
+    wrapped = device.compiled(device.distribute(network), config.compile)  # the same weights
     kernels = device.training_kernels(config.deterministic == "on")
 
     with tracking.tracking(run) as track, progress, kernels, console.deferred_interrupt() as received_signal:
@@ -106,7 +106,8 @@ def train_step(
     """Forward, loss, backward, update.
 
     criterion: from logits (B, classes) and targets to the loss.
-    `optimizer.backward` scales the loss in float16; `optimizer.step` clips and clears the gradients and schedules.
+    `optimizer.backward` scales the loss in float16; `optimizer.step` clips and clears the gradients and sets the
+    next learning rate.
     Returns each image's cross-entropy without smoothing and weights, float32 (B,), and whether it was classified
     correctly, bool (B,). Both stay on the device, so that no step waits for it.
     """
@@ -202,7 +203,7 @@ class Training:
 
     @property
     def has_finished(self) -> bool:
-        """Whether all epochs are done, or the last `patience` ones, unless it is 0, brought no improvement."""
+        """Whether all epochs are done, or `patience` (0: never) epochs in a row have brought no improvement."""
         config, done = self.batches.config, self.epoch - 1
         return done >= config.epochs or 0 < config.patience <= done - self.best_epoch
 

@@ -47,13 +47,6 @@ def test_label_errors_are_ranked_by_log_odds_not_by_confidence():
     assert np.isfinite(found[0]["log_odds"]), "a probability of zero"
 
 
-def test_images_of_a_folder_have_their_files():
-    files = [f"test/{name}.png" for name in "abcde"]
-    content = analysis.analyze(PROBABILITIES, LABELS, CLASSES, [], files)
-    assert [image["file"] for image in content["suspected_labels"]] == ["test/c.png", "test/e.png"]
-    assert records.parse("analysis.json", content).confident_mistakes[0].file == "test/c.png"
-
-
 def test_a_class_of_few_images_has_as_few_points():
     curves = analysis.analyze(PROBABILITIES, LABELS, CLASSES, [])["precision_recall"]
     assert curves["ship"] == {"recall": [0.5, 1.0], "precision": [1.0, 1.0]}
@@ -214,3 +207,10 @@ def test_corruptions_are_printed_mildest_first_with_their_means(capsys):
     assert re.search(r"shift .*70.0% .*30.0% .*50.0% .*20.0%", printed)
     assert printed.index("shift") < printed.index("noise")
     assert "mean accuracy 40.0%; on the clean images 75.0%" in printed
+
+
+def test_images_of_a_folder_have_their_files():
+    files = [f"test/{name}.png" for name in "abcde"]
+    content = analysis.analyze(PROBABILITIES, LABELS, CLASSES, [], files)
+    assert [image["file"] for image in content["suspected_labels"]] == ["test/c.png", "test/e.png"]
+    assert records.parse("analysis.json", content).confident_mistakes[0].file == "test/c.png"

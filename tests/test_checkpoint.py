@@ -48,15 +48,9 @@ def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
-def test_the_previous_checkpoint_is_kept_under_the_given_name(tmp_path):
-    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    for epoch in (1, 2, 3):
-        save(last, epoch=epoch, previous=previous)
-    assert [checkpoint.load(path)["epoch"] for path in (last, previous)] == [3, 2]
-    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
-
-
-def test_an_unreadable_checkpoint_is_named(tmp_path):
+def test_a_checkpoint_that_is_missing_or_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no checkpoint .*best\.pt: "):
+        checkpoint.load(tmp_path / "best.pt")
     save(tmp_path / "best.pt")
     (tmp_path / "best.pt").chmod(0)
     with as_nobody(), pytest.raises(UserError, match=r"cannot read the checkpoint .*best\.pt: Permission denied$"):

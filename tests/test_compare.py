@@ -3,19 +3,16 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from scipy.stats import binomtest, ttest_ind, ttest_rel
 
-from cifar import compare, console, files, runs, style
-from cifar.config import PROJECT
+import commands
+from cifar import compare, files, runs, style
 from cifar.errors import UserError
 from cifar.runs import Run
 from handmade import erring_run, make_line
@@ -49,15 +46,12 @@ def test_the_better_of_two_runs_is_named_with_mcnemars_p(tmp_path):
     assert pair["difference"] == pytest.approx(14 / 300)
     correct = [np.array([i not in wrong for i in range(300)], float) for wrong in (range(20), range(18, 24))]
     assert pair["interval_95"] == pytest.approx([*ttest_rel(correct[1], correct[0]).confidence_interval()])
-    assert pair["verdict"].startswith(
-        "B (fast) is better than A (fast) by 4.67 points of test accuracy, 95% interval 1.6"
-    )
+    better = "{} (fast) is better than {} (fast) by 4.67 points of test accuracy, 95% interval 1.6".format
+    assert pair["verdict"].startswith(better("B", "A"))
     assert pair["verdict"].endswith("p = 0.004 (McNemar's exact test on 300 images)")
     (swapped,) = compare.compare([second, first])["pairs"]
     assert (pair["better"], swapped["better"], swapped["difference"]) == ("B", "A", -pair["difference"])
-    assert swapped["verdict"].startswith(
-        "A (fast) is better than B (fast) by 4.67 points of test accuracy, 95% interval 1.6"
-    )
+    assert swapped["verdict"].startswith(better("A", "B"))
 
 
 def test_p_values_of_more_than_two_runs_are_corrected(tmp_path):
@@ -358,31 +352,13 @@ def test_groups_are_listed_with_mean_and_standard_deviation_even_if_damaged(outp
     files.write_json(outputs / "5-seeds" / "summary.json", summary)
     (row,) = compare.groups(str(outputs))
     assert (row["status"], row["accuracy"]) == ("completed", (0.9341, 0.0019))
-    compare.show_runs(compare.leaderboard(str(outputs)), [row], compare.columns())
+    found = compare.leaderboard(str(outputs))
+    compare.show_runs([*found, {**found[0], "damaged": ["run.json", "metrics.json"]}], [row], compare.columns())
     printed = capsys.readouterr().out
-    assert "93.41% ± 0.19%" in printed
-    assert all(
-        f" {column} " in f" {printed}".replace("\n", " ") for column in compare.COLUMNS
-    )  # a pipe has room for all
+    assert all(part in printed for part in ("93.41% ± 0.19%", "damaged:", "run.json", "metrics.json"))
     for content in (*DAMAGED, "{}"):
         (outputs / "5-seeds" / "summary.json").write_text(content, encoding="latin-1")
         assert compare.groups(str(outputs)) == [{**empty, "status": "damaged: summary.json"}]
-
-
-@pytest.mark.parametrize("width", [60, 200])
-def test_the_list_of_runs_fits_the_terminal_and_names_what_it_leaves_out(capsys, monkeypatch, outputs, width):
-    monkeypatch.setattr(console, "out", Console(width=width, force_terminal=True, color_system=None))
-    (outputs / "new").rename(outputs / "2026-01-01_00-00-00_fast_cifar10")
-    rows = compare.leaderboard(str(outputs))
-    broken = {**rows[0], "run": "broken", "accuracy": None, "damaged": ["run.json", "metrics.json"]}
-    compare.show_runs([*rows, broken], [], compare.columns())
-    printed = capsys.readouterr().out
-    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
-    for part in ("2026-01-01_00-00-00_fast_cifar10", "damaged:", "run.json", "metrics.json"):
-        assert part in printed
-    header, _, left_out = printed.partition("too narrow to show:")
-    shown = [column for column in compare.COLUMNS if f" {column} " in header.split("━")[0].replace("\n", " ")]
-    assert all(column in shown or column in " ".join(left_out.split()) for column in compare.COLUMNS)
 
 
 def test_the_leaderboard_does_not_import_torch_or_matplotlib(outputs):
@@ -390,5 +366,4 @@ def test_the_leaderboard_does_not_import_torch_or_matplotlib(outputs):
         "import sys; from cifar import compare; compare.leaderboard(sys.argv[1]); "
         "print({'torch', 'matplotlib', 'pandas'} & sys.modules.keys() or 'none')"
     )
-    done = subprocess.run([sys.executable, "-c", code, outputs], cwd=PROJECT, capture_output=True, text=True)
-    assert done.stdout.strip() == "none", done.stderr
+    assert commands.run("-c", code, str(outputs)) == (0, "none\n", "")

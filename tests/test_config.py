@@ -209,7 +209,9 @@ def test_settings_without_an_effect_are_named_unless_they_are_the_recipes_own():
 def test_a_path_is_text_and_a_mirror_without_a_scheme_is_not_repeated():
     assert Config(dataset=Path("a") / "b", output_dir=Path("c")).dataset == os.path.join("a", "b")
     for mirror in ("user:secret@mirror/x", "https://user:p/w@host/", "https://u:a b@h/", "ftp://u:secret@h/"):
-        with pytest.raises(UsageError, match=r"^--mirror takes addresses that begin with http:// or https://$"):
+        with pytest.raises(
+            UsageError, match=r"^--mirror and CIFAR_MIRROR take addresses that begin with http:// or https://$"
+        ):
             Config(mirror=mirror)
     assert Config(mirror="https://u:p@[::1]:80/a?b http://h").mirror
 

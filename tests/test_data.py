@@ -52,15 +52,6 @@ def test_real_cifar10_has_its_published_statistics(real_cifar10):
 # Splitting
 
 
-def test_validation_is_stratified_and_has_no_image_of_training(digits):
-    numbered = data.Split(torch.arange(len(digits.train)), digits.train.labels)
-    train, val = data.train_val_split(numbered, 143, seed=1)
-    assert sorted([*train.images.tolist(), *val.images.tolist()]) == list(range(1437))
-    shares = val.labels.bincount() / digits.train.labels.bincount()
-    assert shares.min() > 0.09
-    assert shares.max() < 0.11
-
-
 @pytest.mark.parametrize("counts", [(50, 50, 50, 50), (3, 40, 7, 90, 2), (333, 333, 334), (2, 2)])
 def test_the_split_is_the_one_that_scikit_learn_draws(counts):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
@@ -114,6 +105,13 @@ def test_with_a_crop_scale_training_images_are_resized_crops_of_which_no_two_are
         assert (batch.images != whole).flatten(1).any(1).sum() >= 9
         assert len({image.numpy().tobytes() for image in batch.images}) == len(batch.images)
         assert batch.images.mean((1, 2, 3)).sub(whole.mean((1, 2, 3))).abs().max() < 0.1  # of the same image
+
+
+def test_the_crop_scale_is_the_minimum_fraction_of_the_area():
+    ramp = (torch.arange(64) * 4).to(torch.uint8).expand(100, 3, 64, 64).contiguous()
+    (batch,) = make_batches(data.Split(ramp, torch.arange(100)), crop_scale=0.9, batch_size=100).epoch(1)
+    values = batch.images[:, 0, 32]
+    assert (values.amax(1) - values.amin(1)).min() > 0.75  # a width of at least the root of 0.9 * 3 / 4
 
 
 def by_label(batches: data.Batches, epoch: int) -> dict[int, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import io
 import json
 import os
 import random
@@ -76,19 +75,13 @@ def site(evaluated_run, tmp_path_factory):
         process.kill()
 
 
-def as_file(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
 def resident(site) -> int:
     """Return the server's memory in bytes."""
     return int(Path(f"/proc/{site.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def digit(digits, index: int = 0) -> bytes:
-    return as_file(Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()))
+    return image_files.saved(Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()), "PNG")
 
 
 def ask(site, image: bytes | dict, **run: str) -> dict | str:
@@ -113,7 +106,7 @@ def test_the_newest_run_that_loads_comes_first_and_the_newer_ones_are_named_with
 def test_the_api_answers_with_the_predictors_probabilities_for_the_file_as_it_was_sent(site):
     noise, exif = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8), Image.Exif()
     exif[0x0112] = 6  # rotated
-    content, predictor = as_file(Image.fromarray(noise), "JPEG", exif=exif), site.predictor
+    content, predictor = image_files.saved(Image.fromarray(noise), "JPEG", exif=exif), site.predictor
     expected = predictor.probabilities(decode(content, predictor.image_size)[None])[0]
     answer = ask(site, content)
     confidences = {row["label"]: row["confidence"] for row in answer.pop("confidences")}
@@ -132,7 +125,7 @@ def test_the_api_selects_a_run_by_name_also_a_newly_added_one(site, digits):
         assert re.fullmatch(rf".*{reason}.*\.", ask(site, digit(digits), run=name))
 
 
-@pytest.mark.parametrize("content", [b"not an image", b"", as_file(Image.new("1", (10_001, 10_001)))])
+@pytest.mark.parametrize("content", [b"not an image", b"", image_files.saved(Image.new("1", (10_001, 10_001)), "PNG")])
 def test_a_file_that_is_no_image_is_refused_in_one_sentence(content, site):
     assert re.fullmatch(r"[A-Z][^\n]*\.", ask(site, content))
 
@@ -228,15 +221,8 @@ def test_data_of_a_wrong_shape_is_answered_with_a_sentence_and_never_reaches_the
             assert site.http.post("/gradio_api/queue/join", json=body).is_success
             with site.http.stream("GET", "/gradio_api/queue/data?session_hash=shapes") as stream:
                 assert any('"process_completed"' in line for line in stream.iter_lines())
-    for body in (
-        {},
-        [],
-        5,
-        {"data": 5},
-        {"data": [], "fn_index": 99},
-        {"data": [], "fn_index": ESCAPES},
-        {"zzz": ESCAPES},
-    ):
+    bodies = [{}, [], 5, {"data": 5}, {"zzz": ESCAPES}, *({"data": [], "fn_index": index} for index in (99, ESCAPES))]
+    for body in bodies:
         for path in ("call/predict", f"call/{ESCAPES}", "call/v2/predict", "queue/join", "cancel", "component_server"):
             reply = site.http.post(f"/gradio_api/{quote(path)}", json=body)
             assert 400 <= reply.status_code < 500 or reply.text.startswith('{"event_id"'), (path, body)

@@ -59,7 +59,10 @@ def exit_codes(processes: list, seconds: float = 60) -> list[int | None]:
 
 def one_step(file: Path) -> None:
     """Save the weights after a step of mlp without dropout, and what the step and validation return."""
-    config = Config.create({"recipe": "mlp", "batch_size": 20, "optimizer": "sgd", "lr": 1.0, "small_size": 24})
+    augmentation = {"crop_scale": 0.5, "auto_augment": "randaugment"}
+    config = Config.create(
+        {"recipe": "mlp", "batch_size": 20, "optimizer": "sgd", "lr": 1.0, "small_size": 24, **augmentation}
+    )
     images = torch.randint(256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = data.Split(images, torch.arange(20) % 10)
     network = trainer.new_network(config, split, 10)

@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 from torch import nn
 
-from cifar import data, evaluate, model
+from cifar import data, evaluate
 from cifar.errors import UserError
 from cifar.metrics import wilson_interval
 from cifar.runs import Run
@@ -90,31 +90,15 @@ def test_the_metrics_are_scikit_learns_on_the_saved_predictions(evaluated_run, d
     low, high = metrics["interval_95"]
     assert low < metrics["accuracy"] < high
     assert metrics["weighted_average"]["f1"] == pytest.approx(f1_score(true, predicted, average="weighted"))
+    assert f"{metrics['accuracy']:.4f}" in (evaluated_run.path / "classification_report.txt").read_text("utf-8")
 
 
-def test_the_saved_confidence_is_that_of_the_predicted_class(evaluated_run):
-    for row in saved_predictions(evaluated_run):
-        probabilities = {name: float(row[name]) for name in "0123456789"}
-        assert float(row["confidence"]) == probabilities[row["predicted"]] == max(probabilities.values())
-
-
-def test_the_classification_report_is_kept_as_text(evaluated_run):
-    report = (evaluated_run.path / "classification_report.txt").read_text(encoding="utf-8")
-    assert "precision" in report
-    assert f"{evaluated_run.metrics.accuracy:.4f}" in report
-
-
-def test_a_run_is_not_evaluated_on_another_dataset(evaluated_run, digits):
-    other = dataclasses.replace(digits, key="cifar10")
-    with pytest.raises(UserError, match="was trained on digits, not on cifar10"):
-        evaluate.evaluate(evaluated_run, other, "cpu")
-
-
-def test_a_run_is_not_evaluated_on_changed_training_images(evaluated_run, digits):
-    changed = dataclasses.replace(digits)
+def test_a_run_is_evaluated_on_its_own_dataset_alone(evaluated_run, digits):
+    other, changed = dataclasses.replace(digits, key="cifar10"), dataclasses.replace(digits)
     vars(changed)["train"] = data.Split(digits.train.images.flip(0), digits.train.labels)
-    with pytest.raises(UserError, match=r"are not those that .* was trained on"):
-        evaluate.evaluate(evaluated_run, changed, "cpu")
+    for dataset, sentence in ((other, "was trained on digits, not on cifar10"), (changed, "are not those that ")):
+        with pytest.raises(UserError, match=sentence):
+            evaluate.evaluate(evaluated_run, dataset, "cpu")
 
 
 def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, digits):
@@ -122,34 +106,23 @@ def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, d
     assert (calibration.temperature, calibration.threshold, calibration.fitted_on) == (1, None, 0)
 
 
-def test_a_run_without_a_checkpoint_says_so(make_run, digits):
-    run = make_run()
-    (run.checkpoints / "best.pt").unlink()
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        evaluate.evaluate(run, digits, "cpu")
-
-
-def test_weights_of_another_network_are_refused(make_run):
-    run = make_run()
-    content = torch.load(run.checkpoints / "best.pt", weights_only=True)
-    weights = model.build("convnet", 10, 32).state_dict()
-    torch.save({**content, "weights": weights}, run.checkpoints / "best.pt")
-    with pytest.raises(UserError, match="do not fit the network mlp"):
-        evaluate.load_network(run, "0123456789")
-
-
-def test_weights_for_other_classes_are_refused(evaluated_run):
-    with pytest.raises(UserError, match="is for other classes: 0, 1, 2 and 7 more"):
-        evaluate.load_network(evaluated_run, "abcdefghij")
-
-
-def test_a_checkpoint_that_names_another_network_imports_nothing(evaluated_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"weights": {}}, "do not fit the network mlp"),
+        ({"classes": list("abcdefghij")}, "is for other classes: a, b, c and 7 more"),
+        ({"model": "hostile:build"}, "is of the network hostile:build, not mlp"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_and_imports_nothing(
+    evaluated_run, tmp_path, monkeypatch, changes, sentence
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.py").write_text("from pathlib import Path\nPath('imported').touch()\nbuild = dict\n")
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
     path = run.checkpoints / "best.pt"
-    torch.save({**torch.load(path, weights_only=True), "model": "hostile:build"}, path)
-    with pytest.raises(UserError, match="is of the network hostile:build, not mlp"):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    with pytest.raises(UserError, match=sentence):
         evaluate.load_network(run, "0123456789")
     assert not (tmp_path / "imported").exists()
 

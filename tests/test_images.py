@@ -46,11 +46,6 @@ def test_malformed_exif_is_ignored(exif):
     np.testing.assert_allclose(quarters(decode(file, SIZE)), COLORS, atol=12)
 
 
-def test_an_image_of_the_networks_size_keeps_every_pixel(digits):
-    for image in digits.test.images[:20]:
-        assert torch.equal(decode(saved(Image.fromarray(image.permute(1, 2, 0).numpy()), "PNG"), SIZE), image)
-
-
 @pytest.mark.parametrize(("factor", "order", "format"), [(15, "<u2", "PNG"), (15, "<u2", "TIFF"), (257, ">u2", "TIFF")])
 def test_sixteen_bits_in_memory_are_seen_as_in_their_file(factor, order, format):
     values = np.array(wide(np.uint16, factor)).astype(order)

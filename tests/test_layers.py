@@ -54,11 +54,6 @@ def test_gelu_is_torchs(layout):
     assert found.is_contiguous(memory_format=layout)
 
 
-def test_a_column_of_zeros_separates_images_side_by_side():
-    images = torch.arange(1.0, 9.0).view(2, 1, 2, 2)
-    assert layers.side_by_side(images).tolist() == [[[[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]]]]
-
-
 FAST = {"size": 8, "stride": 1, "precision": "bfloat16", "has_tiles": True, "is_training": True}
 SLOW = {"size": 9, "stride": 2, "precision": "float32", "has_tiles": False, "is_training": False}
 

@@ -3,19 +3,9 @@ import math
 import numpy as np
 import pytest
 from scipy.special import softmax
-from scipy.stats import ttest_1samp
 from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
 from cifar import metrics
-
-
-def test_the_wilson_interval_is_that_of_the_formula():
-    low, high = metrics.wilson_interval(8, 10)
-    z = 1.959963985
-    middle = (0.8 + z * z / 20) / (1 + z * z / 10)
-    half = z / (1 + z * z / 10) * math.sqrt(0.8 * 0.2 / 10 + z * z / 400)
-    assert (low, high) == (pytest.approx(middle - half), pytest.approx(middle + half))
-    assert metrics.wilson_interval(10, 10)[1] == 1
 
 
 def test_the_metrics_of_six_images_are_those_worked_out_by_hand():
@@ -136,25 +126,11 @@ def test_all_but_a_twentieth_of_the_validation_images_reach_the_threshold():
     assert (confidence < calibration["threshold"]).mean() == calibration["threshold_share"] == 0.05
 
 
-def test_mcnemars_p_is_that_of_the_binomial_worked_out_by_hand():
-    # 1 against 8: twice the chance of at most 1 head in 9 throws, 2 * (1 + 9) / 2**9.
-    assert metrics.mcnemar(1, 8) == metrics.mcnemar(8, 1) == pytest.approx(20 / 512)
-    assert metrics.mcnemar(5, 5) == 1
-    assert metrics.mcnemar(0, 0) == 1
-
-
 def test_holm_multiplies_the_smallest_p_most_and_keeps_the_order():
     # 0.01 * 3, then 0.02 * 2, then max(0.04, 0.03 * 1).
     assert metrics.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert metrics.holm([0.9, 0.6]) == [1, 1]
     assert metrics.holm([]) == []
-
-
-def test_the_interval_of_a_mean_is_that_of_students_distribution():
-    values = [0.1, 0.7, 0.2, 0.4]
-    spread = metrics.mean_and_spread(values)
-    assert (spread["mean"], spread["standard_deviation"]) == pytest.approx((0.35, 0.07**0.5))
-    assert spread["interval_95"] == pytest.approx([*ttest_1samp(values, 0).confidence_interval()])
 
 
 def test_the_interval_of_a_mean_ends_at_the_bounds_of_the_values():

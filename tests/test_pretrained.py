@@ -11,23 +11,11 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from cifar import (
-    checkpoint,
-    commands,
-    datasets,
-    evaluate,
-    export,
-    main,
-    model,
-    optim,
-    pipeline,
-    predict,
-    pretrained,
-    trainer,
-    zoo,
-)
+from cifar import checkpoint, commands, datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.errors import UserError
+from cifar.main import parse
+from cifar.predict import Predictor
 
 MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
 
@@ -129,7 +117,7 @@ def test_a_fine_tuned_run_resumes_bit_for_bit(finetune, photos, monkeypatch, fil
 def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(finetune, photos, tmp_path):
     run = finetune()
     evaluate.evaluate(run, photos, "cpu")
-    predictor = predict.Predictor(run, "cpu")
+    predictor = Predictor(run, "cpu")
     assert predictor.probabilities(photos.test.images[:2]).shape == (2, 3)
     paths = [Path(photos.key) / "down" / "3.png", tmp_path / "large.jpg"]
     Image.new("RGB", (700, 400)).save(paths[1])
@@ -218,16 +206,10 @@ def test_a_file_without_weights_is_refused_and_runs_no_code(content, suffix, tmp
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda weights: weights.pop("features.0.0.weight"), "it lacks features.0.0.weight$"),
-        (
-            lambda weights: weights.update({"stem.weight": torch.ones(1)}),
-            "it has stem.weight, which the network lacks$",
-        ),
-        (
-            lambda weights: weights.update({"features.0.0.weight": torch.ones(1, 3, 3, 3)}),
-            "features.0.0.weight is 1x3x3x3 instead of 16x3x3x3$",
-        ),
-        (lambda weights: weights["features.0.0.weight"].fill_(float("nan")), "are not finite"),
+        (lambda w: w.pop("features.0.0.weight"), "it lacks features.0.0.weight$"),
+        (lambda w: w.update({"stem.weight": torch.ones(1)}), "it has stem.weight, which the network lacks$"),
+        (lambda w: w.update({"features.0.0.weight": torch.ones(1, 3, 3, 3)}), "is 1x3x3x3 instead of 16x3x3x3$"),
+        (lambda w: w["features.0.0.weight"].fill_(float("nan")), "are not finite"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_before_there_is_a_run(finetune, weights, tmp_path, change, sentence):
@@ -298,7 +280,7 @@ def test_timms_networks_take_a_file_of_theirs_and_say_where_it_is_to_be_had(fine
     ],
 )
 def test_pretrained_is_a_switch_that_brings_the_recipe(words, expected):
-    config = Config.create(main.parse(words)[0])
+    config = Config.create(parse(words)[0])
     assert (config.recipe, config.model, config.pretrained) == expected
     assert commands._spelled(deque(["train", *words]), Collection.from_module(commands).tasks)[0] == "train"
 

@@ -259,7 +259,7 @@ def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(out
     second = outputs.start(name=outputs.run.path.name)
     second.join(60)
     assert second.exitcode == 1
-    sentence = f"{outputs.run.path.name} is in use by another process"
+    sentence = f"{outputs.run.path.name} is in use by another process: wait until it ends"
     assert outputs.said().splitlines()[-1] == f"error: {sentence}"
     assert outputs.run.status() == "running"
     os.kill(first.pid, signal.SIGCONT)

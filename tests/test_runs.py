@@ -68,11 +68,10 @@ def test_the_credentials_of_a_url_are_stored_nowhere(config, monkeypatch, passwo
     assert run.record.note == "what?a=b me@home"
 
 
-def test_the_password_of_a_demo_in_the_same_command_is_stored_nowhere(config, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["invoke", "train", "demo", "--auth", "me:secret", "--auth=me:secret"])
-    run = runs.create(config)
-    assert run.record.command[3:] == ["--auth", "***", "--auth=***"]
-    assert b"secret" not in (run.path / "run.json").read_bytes()
+@pytest.mark.parametrize("words", [["--auth", "me:secret"], ["--AUTH=me:secret"], ["-_auth=me:secret"]])
+def test_the_password_of_a_demo_in_the_same_command_is_stored_nowhere(config, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["invoke", "train", "demo", *words])
+    assert runs.create(config).record.command == ["invoke", "train", "demo"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, statu
     assert os.readlink(run.path.parent / "latest") == run.path.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, *console.ENDING])
 @pytest.mark.parametrize("first", [None, KeyboardInterrupt(), OSError("disk full")])
 def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first, number):
     def interrupt(*_):
@@ -161,14 +160,6 @@ def test_a_run_that_says_running_is_recorded_as_killed_where_no_process_has_clai
         assert run.status() == "running"
     assert runs.find(config.output_dir, run.path.name).record.status == "killed"
     assert run.record.end >= run.record.start
-
-
-def test_a_claimed_run_cannot_be_claimed_again_until_it_is_released(run, monkeypatch):
-    monkeypatch.setattr(files, "_PATIENCE", 0.0)
-    with run.claim(), pytest.raises(UserError, match="is in use by another process"), run.lifetime():
-        raise AssertionError("it was claimed twice")
-    with run.claim():
-        pass
 
 
 def test_a_claim_waits_for_a_short_lock(run):

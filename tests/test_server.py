@@ -85,7 +85,7 @@ def read(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("auth", ["", "ada", ":secret", "ada:"])
 def test_auth_needs_a_user_and_a_password(auth):
-    with pytest.raises(UserError, match="take USER:PASSWORD") as error:
+    with pytest.raises(UserError, match="must be USER:PASSWORD") as error:
         server.credentials(auth)
     assert error.value.exit_code == 2
 

@@ -2,8 +2,6 @@ import dataclasses
 import itertools
 import os
 import re
-import subprocess
-import sys
 
 import matplotlib
 import numpy as np
@@ -12,10 +10,10 @@ from matplotlib import pyplot
 from PIL import Image
 
 from cifar import checkpoint, model, records, visualize
-from cifar.config import PROJECT
 from cifar.errors import UserError
 from cifar.records import EpochRecord, LayerRecord, ModelRecord
 from cifar.visualize import FIGURES
+from commands import run
 from handmade import CLASSES, LAYERS, MATRIX, make_dataset, make_line, make_metrics, make_run
 
 SUBJECT = "fast on digits"
@@ -105,27 +103,16 @@ def test_the_users_matplotlib_is_left_alone():
 
 def test_a_backend_that_is_not_installed_does_not_matter(tmp_path):
     script = "import sys; from cifar import visualize; visualize.canvas('x', 2, 2).savefig(sys.argv[1])"
+    flags = ("-W", "error", "-W", "ignore::DeprecationWarning")
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-W",
-        "ignore::DeprecationWarning",
-        "-c",
-        script,
-        str(tmp_path / "figure.png"),
-    ]
-    subprocess.run(command, cwd=PROJECT, env=environment, check=True)
+    assert run(*flags, "-c", script, str(tmp_path / "figure.png"), env=environment)[0] == 0
     assert (tmp_path / "figure.png").stat().st_size
 
 
 def test_any_name_is_shown_as_it_is_or_one_sentence_says_why_not(tmp_path, capfd):
     classes = ["$a_1$", "50% <b>[v2]^\\x", "\u732b" * 40, "\u0645\u0648\u0633", "\U0001f41f\U00010600", "x" * 200]
-    true, dataset = (
-        [*range(6)] * 2,
-        dataclasses.replace(make_dataset(classes, [*range(6)] * 2), test_files=["a/$b$_c.png"] * 12),
-    )
+    true = [*range(6)] * 2
+    dataset = dataclasses.replace(make_dataset(classes, true), test_files=["a/$b$_c.png"] * 12)
     run = make_run(tmp_path, classes, true=true, predicted=true[::-1], confidence=[0.6] * 12)
     visualize.visualize(run, dataset)
     printed = capfd.readouterr()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import cifar
-from cifar import checkpoint, config, evaluate, model, predict, zoo
+from cifar import config, evaluate, model, zoo
 from cifar.config import allow_model
 from cifar.errors import UserError
 from commands import invoke, main
@@ -58,11 +58,6 @@ def test_images_that_are_too_small_for_the_network_are_enlarged(name, size):
         modules = zoo.modules(name, 10, 32)
         assert modules["enlarge"](torch.zeros(1, 3, 32, 32)).shape[-1] == size
         assert nn.Sequential(*modules.values()).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_an_unknown_network_is_an_error_with_the_nearest_of_all_names():
-    with pytest.raises(UserError, match=r"'resnet5': did you mean resnet50\? choose from airbench94, .*, a class"):
-        zoo.require("resnet5")
 
 
 # The user's own network.
@@ -134,16 +129,6 @@ def test_a_users_network_is_imported_only_if_the_user_names_it_and_not_only_a_fi
     run.allow_model("my_network:build")
     with pytest.raises(SystemExit):
         evaluate.load_network(run, digits.classes)
-
-
-@pytest.mark.usefixtures("user_directory")
-def test_a_users_network_is_trained_evaluated_and_predicts(make_run, digits):
-    run = make_run(recipe="plain", model="my_network:build", epochs=1, val_size=1200)
-    assert run.path.name.endswith("_plain-my_network-build_digits")
-    assert checkpoint.load(run.checkpoints / "best.pt")["model"] == "my_network:build"
-    evaluation = evaluate.evaluate(run, digits, "cpu")
-    predicted = predict.Predictor(run, "cpu").probabilities(digits.test.images).argmax(1)
-    assert (predicted == digits.test.labels.numpy()).mean() == pytest.approx(evaluation.metrics.accuracy)
 
 
 @pytest.mark.parametrize(
