@@ -16,11 +16,9 @@ from cifar import (
     evaluate,
     model,
     pretrained,
-    report,
     runs,
     tracking,
     trainer,
-    visualize,
 )
 from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, STAGES, Config, flag
 from cifar.datasets import Dataset
@@ -153,6 +151,8 @@ def run_stages(run: Run, dataset: Dataset) -> None:
         if not is_trained:
             with run.stage("train"):
                 trainer.fit(run, dataset)
+        from cifar import report, visualize  # Matplotlib would keep the first step waiting
+
         with run.stage("evaluate"):
             evaluation = evaluate.evaluate(run, dataset, run.config.device)
             analysis.write(run, dataset, evaluation)
