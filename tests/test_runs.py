@@ -93,14 +93,19 @@ def test_a_run_records_how_it_ended_and_latest_points_at_it(config, error, statu
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *console.ENDING])
 @pytest.mark.parametrize("first", [None, KeyboardInterrupt(), OSError("disk full")])
-def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, first, number):
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_signal_while_the_end_is_recorded_loses_no_status(run, monkeypatch, is_early, first, number):
     def interrupt(*_):
         raise console.Interrupted(number)
 
     def update_and_interrupt(_, **changes):
-        update(run, **changes)
-        if changes.get("end"):
+        is_end = bool(changes.get("end"))
+        if is_end:
             monkeypatch.setattr(runs.Run, "update", update)
+        if is_end and is_early:
+            signal.raise_signal(number)
+        update(run, **changes)
+        if is_end and not is_early:
             signal.raise_signal(number)
 
     update = runs.Run.update
