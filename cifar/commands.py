@@ -2,8 +2,8 @@
 
 A task is a function: its parameters are the flags, its docstring is the help. A parameter without a default stands for
 the words without a flag, `**settings` for a flag of every setting in cifar/config.py. The flags are read here, as those
-of main.py are, and passed on to invoke as it spells them. (It is not called
-tasks.py: invoke, started in this folder, would load it alone.)
+of main.py are, and passed on to invoke as it spells them. (This file is not called tasks.py: invoke, started in this
+folder, would load it alone.)
 """
 
 import functools
@@ -233,7 +233,7 @@ def demo(
 
 
 @command(
-    output="file that ends in .pt2; default model.pt2 in the run's directory, or outputs/export/fast/model.pt2",
+    output="file that ends in .pt2; default model.pt2 in the run's directory; for fast in outputs/export/fast",
     run=_EVALUATED,
     weights="empty folder: write a copy of the run with float16 weights, measured again on the test set, instead",
     model=_OWN_NETWORK,
