@@ -68,7 +68,12 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, and keep it for the log; not what moves the cursor, for a bar."""
-        super().print(*objects, **options)
+        try:
+            super().print(*objects, **options)
+        except OSError as problem:
+            if problem.errno != errno.EIO:  # the terminal has been closed, and SIGHUP follows
+                raise
+            _leave_terminal()
         if not any(isinstance(part, Control) for part in objects):
             _log_console.print(*objects, **{"width": self.width, **options})
 
