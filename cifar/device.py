@@ -77,16 +77,6 @@ def require_precision(name: str, device: torch.device) -> None:
         raise UserError(f"--precision float16 needs an NVIDIA GPU, and the device is {device.type}: leave it out")
 
 
-def multiplies_tiles(device: torch.device) -> bool:
-    """Say whether products are now computed in bfloat16 by a processor with tile multiplication (AMX)."""
-    in_bfloat16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
-    return device.type == "cpu" and in_bfloat16 and _has_amx()
-
-
-def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Return a context in which the network's products are computed in `precision`; weights stay float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
@@ -96,7 +86,6 @@ def compiled(network: nn.Module, mode: str) -> nn.Module:
     """Return the network with its calls compiled by torch.compile in a mode of its own, or as it is for `off`."""
     if mode == "off":
         return network
-    torch.compiler.assume_constant_result(_has_amx)  # or the network would not be one graph; importing this is slow
     return cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
 
 

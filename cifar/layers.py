@@ -2,10 +2,10 @@
 
 Which algorithm a 3x3 convolution takes on a CPU, `Conv2d` decides; docs/experiments.md has the measurements:
 
-    precision   processor    input                              algorithm
-    bfloat16    AMX          up to 8 pixels, weights' gradient  images joined into long rows
-    float32     any          64 channels or more, 16 images     Winograd
-    otherwise                                                   torch's own
+    precision   input                                                     algorithm
+    bfloat16    rows of few pixels (JOINED_PIXELS), gradient of weights   images joined into long rows
+    float32     64 channels or more, 16 images or more                    Winograd
+    otherwise                                                             torch's own
 """
 
 import functools
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import device
-
 CHUNK_BYTES = 2_000_000  # of features pooled at once, which stay in the cache
 WINOGRAD_BYTES = 4_000_000  # of transformed tiles at once for each thread; 1, 2 and 8 MB were slower
+
+# The longest rows, in pixels, on which the kernels for bfloat16 leave much of the processor idle, by what it has.
+JOINED_PIXELS = {"amx_bf16": 8, "avx512_bf16": 7}
 
 # Of torch's kernels; module-level, since torch.compile does not read attributes of an autograd.Function.
 _CONV_ARGS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
@@ -36,8 +37,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         if self.stride != (1, 1) or features.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(features)
-        is_small = features.shape[-1] <= 8  # larger ones fill AMX's tiles by themselves
-        if is_small and self.training and features.requires_grad and device.multiplies_tiles(features.device):
+        if self.training and features.requires_grad and features.shape[-1] <= _joined_pixels():
             return _SideBySideConv.apply(features.to(torch.bfloat16), self.weight.to(torch.bfloat16))
         is_float32 = features.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         # With fewer channels the transforms cost more than they save, and with few images that of the filters.
@@ -46,12 +46,21 @@ class Conv2d(nn.Conv2d):
         return super().forward(features)
 
 
+def _joined_pixels() -> int:
+    """Return how long a row may be for it to be worth joining with others, in pixels, as products are computed now."""
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return 0
+    capabilities = torch.cpu.get_capabilities()
+    return max((pixels for name, pixels in JOINED_PIXELS.items() if capabilities.get(name)), default=0)
+
+
 class _SideBySideConv(torch.autograd.Function):
     """A 3x3 convolution that computes its weights' gradient on images joined into long rows.
 
-    AMX multiplies 32 neighbouring pixels of a row at once, so rows of a few pixels leave most of it idle. On two cores
-    of an Intel Xeon the gradient of 2,000 images of 7, 5, 3 and 2 pixels and 256 channels takes 103, 41, 16 and 10 ms
-    instead of 198, 157, 116 and 100.
+    The kernels work on many neighbouring pixels of a row at once, AMX on 32, so rows of a few pixels leave most of it
+    idle. The gradient of 2,000 images of 7, 5, 3 and 2 pixels and 256 channels takes 103, 41, 16 and 10 ms instead of
+    198, 157, 116 and 100 on two cores of an Intel Xeon with AMX, and 136, 70, 26 and 12 instead of 162, 95, 50 and 33
+    on two of an AMD EPYC with AVX-512 BF16.
     """
 
     @staticmethod

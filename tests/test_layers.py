@@ -54,14 +54,14 @@ def test_gelu_is_torchs(layout):
     assert found.is_contiguous(memory_format=layout)
 
 
-FAST = {"size": 8, "stride": 1, "precision": "bfloat16", "has_tiles": True, "is_training": True}
-SLOW = {"size": 9, "stride": 2, "precision": "float32", "has_tiles": False, "is_training": False}
+FAST = {"size": 7, "stride": 1, "precision": "bfloat16", "hardware": "avx512_bf16", "is_training": True}
+SLOW = {"size": 8, "stride": 2, "precision": "float32", "hardware": "avx2", "is_training": False}
 
 
 @pytest.mark.parametrize("changed", [None, *SLOW])
 def test_images_are_joined_only_where_it_is_faster(changed, monkeypatch):
     case = {name: SLOW[name] if name == changed else value for name, value in FAST.items()}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": case["has_tiles"]})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {case["hardware"]: True})
     conv = layers.Conv2d(5, 4, case["stride"]).train(case["is_training"])
     with device.autocast(torch.device("cpu"), case["precision"]):
         output = conv(torch.rand(6, 5, case["size"], case["size"]).requires_grad_())
