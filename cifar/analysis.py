@@ -180,10 +180,7 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
     """
     run.check_dataset(dataset.name)
     temperature, seed = run.metrics.calibration.temperature, run.config.seed
-    network, _ = evaluate.load_network(run, dataset.classes)
-    target = device.choose(device_name)
-    network.to(target)
-    precision = device.resolve_precision(run.config.precision, target)
+    network, _, precision = evaluate.load_network(run, dataset.classes, device_name)
     order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
     split = dataset.test[order[:_MAX_CORRUPTED]]
 
@@ -191,7 +188,8 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
         parts = [evaluate.infer(network, change(part.images), precision=precision) for part in split.chunks()]
         logits = torch.cat(parts)
         error = metrics.reliability(logits.numpy() / temperature, split.labels.numpy())["expected_calibration_error"]
-        return {"accuracy": metrics.accuracy(logits, split.labels), "expected_calibration_error": error}
+        accuracy = (logits.argmax(1) == split.labels).float().mean().item()
+        return {"accuracy": accuracy, "expected_calibration_error": error}
 
     table: dict[str, list[dict[str, float]]] = {kind: [] for kind in CORRUPTIONS}
     for kind, amounts in CORRUPTIONS.items():
@@ -213,8 +211,7 @@ def corrupt(images: Tensor, kind: str, amount: float, seed: int) -> Tensor:
     as long as the network. Torch's global generator is left untouched.
     """
     transform = _corruption(kind, amount, images.shape[-1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with data.seeded(seed):
         return torch.cat([transform(batch) for batch in images.split(20)])
 
 

@@ -246,7 +246,7 @@ def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
         steps.append(transforms.RandomHorizontalFlip())
     if config.jitter:
         steps.append(transforms.ColorJitter(config.jitter, config.jitter, config.jitter))
-    normalize = transforms.Normalize(*(values.tolist() for values in split.mean_and_std()))
+    normalize = transforms.Normalize(*(values.tolist() for values in split.mean_and_std))
     return transforms.Compose([*steps, transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True), normalize])
 
 

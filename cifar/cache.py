@@ -8,10 +8,8 @@ import hashlib
 import json
 import math
 import mmap
-import shutil
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor
 
 from cifar import files
 from cifar.data import Split
-from cifar.errors import UserError
 from cifar.files import atomic_write, open_regular
 
 PARTS = ("train", "test")
@@ -29,11 +26,6 @@ _ABOUT = "about.json"
 # Bytes of a file whose pixels are always compared with their hash, which takes half a second. Those of a larger file
 # are if its time of change is not the one recorded.
 _ALWAYS_HASHED = 1e9
-
-
-def locked(place: Path) -> AbstractContextManager[None]:
-    """Keep other processes from writing to the cache at the same time."""
-    return files.claimed(place / "lock", create=True, waiting_for="decoding these images")
 
 
 def write(place: Path, images: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
@@ -83,16 +75,6 @@ def read(place: Path, part: str, labels: Tensor, size: int, about: dict[str, Any
     if is_hashed and split.sha256() != about[f"{part}_sha256"]:
         raise ValueError("the pixels have changed")
     return replace(split, digest=about[f"{part}_sha256"])
-
-
-def require_room(place: Path, what: str, needed: float) -> None:
-    """Raise UserError if so many bytes cannot be written there; what: is written, as the sentence's subject."""
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"{what} {needed / 1e9:.1f} GB on the disk of {place.parent}, which has {free / 1e9:.1f} GB free: make "
-            "room, name another place with --data-dir, or use fewer images or a smaller --image-size"
-        )
 
 
 def _pixels(place: Path, part: str) -> Path:

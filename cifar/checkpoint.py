@@ -39,7 +39,11 @@ class Checkpointer:
     def __init__(self, run: Run, training: Any, dataset: Dataset):
         """training: a trainer.Training."""
         self.run, self.training, self.dataset = run, training, dataset
-        self.requirements = requirements(run, dataset)
+        # What a training needs to be the same when it resumes. Of versions, code and hardware, `pipeline.resume` says
+        # where they differ.
+        settings = run.config.model_dump(exclude=set(LOCATIONS))
+        images = {"classes": list(dataset.classes), "training images (SHA-256)": dataset.train.sha256()}
+        self.requirements = {**settings, **images, "device": device.choose(run.config.device).type}
         self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))
         self.unsaved_best: dict[str, Any] | None = None
         self.saved_step = (training.epoch, training.step)
@@ -97,10 +101,10 @@ class Checkpointer:
         now = (self.training.epoch, self.training.step)
         if device.rank() == 0 and now != self.saved_step:
             if self.unsaved_best:
-                save(self.best, **self.unsaved_best)
+                save(self.best, self.unsaved_best)
             state, outputs = self.training.state_dict(), self._outputs()
             training = {"requirements": self.requirements, "state": state, "outputs": outputs}
-            save(self.last, **self._content(self.training.network), training=training, previous=self.previous)
+            save(self.last, {**self._content(self.training.network), "training": training}, self.previous)
         self.unsaved_best, self.saved_step, self.saved_at = None, now, time.monotonic()
 
     def _outputs(self) -> Tensor:
@@ -116,9 +120,9 @@ class Checkpointer:
     def _content(self, network: nn.Module) -> dict[str, Any]:
         return {
             "model": self.run.config.model,
-            "classes": self.dataset.classes,
+            "classes": list(self.dataset.classes),
             "image_size": self.dataset.train.image_size,
-            "epoch": self.training.epoch - 1,
+            "epoch": self.training.epoch - 1,  # the number of epochs trained
             "weights": network.state_dict(),
         }
 
@@ -129,7 +133,9 @@ class Checkpointer:
             raise UserError(f"the checkpoint {path} has no training that this version can resume")
         defaults = Config(recipe=self.run.config.recipe).model_dump()  # of settings that are newer than the file
         saved = {key: defaults.get(key) for key in self.requirements} | training["requirements"]
-        require_same(saved, self.requirements, str(path))
+        if changed := [key for key in sorted(saved, key=str) if saved[key] != self.requirements.get(key)]:
+            changes = ", ".join(f"{key} was {saved[key]} and is {self.requirements.get(key)}" for key in changed)
+            raise UserError(f"cannot resume from {path}: these settings have changed: {changes}")
         try:
             if not all(leaf.isfinite().all() for leaf in tree_leaves(training["state"]) if isinstance(leaf, Tensor)):
                 raise ValueError("a value is not finite")
@@ -165,54 +171,14 @@ class Checkpointer:
             self.run.mark_resumed(self.training.epoch, self.training.step, seconds)
 
 
-def requirements(run: Run, dataset: Dataset) -> dict[str, Any]:
-    """Return what a training needs to be the same when it resumes: settings, classes and training images.
-
-    Versions, code and hardware are not among them: where they differ, `pipeline.resume` says so.
-    """
-    settings = run.config.model_dump(exclude=set(LOCATIONS))
-    images = {"classes": list(dataset.classes), "training images (SHA-256)": dataset.train.sha256()}
-    return {**settings, **images, "device": device.choose(run.config.device).type}
-
-
-def require_same(saved: dict[str, Any], current: dict[str, Any], name: str) -> None:
-    """Raise UserError that lists how the requirements in the checkpoint `name` differ from the current ones."""
-    changes = [
-        f"{key} was {saved.get(key)} and is {current.get(key)}"
-        for key in sorted(saved.keys() | current.keys(), key=str)
-        if saved.get(key) != current.get(key)
-    ]
-    if changes:
-        raise UserError(f"cannot resume from {name}: these settings have changed: {', '.join(changes)}")
-
-
-def save(
-    path: Path,
-    *,
-    model: str,
-    classes: tuple[str, ...],
-    image_size: int,
-    epoch: int,
-    weights: dict[str, Tensor],
-    training: dict[str, Any] | None = None,
-    previous: Path | None = None,
-) -> None:
+def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
     """Write a checkpoint; a reader sees the old one or the new one, never a part. Raises UserError if it cannot.
 
-    weights: a state_dict. epoch: the number of epochs trained. training: what a training needs to resume.
-    previous: where the old file is moved.
+    content: what `load` returns. previous: where the old file is moved.
     """
-    content = {
-        "format": FORMAT,
-        "model": model,
-        "classes": list(classes),
-        "image_size": image_size,
-        "epoch": epoch,
-        "weights": weights,
-    }
     # Into memory first: when the disk is full, torch.save says no more than that it failed.
     file = io.BytesIO()
-    torch.save(content if training is None else {**content, "training": training}, file)
+    torch.save({"format": FORMAT, **content}, file)
     with atomic_write(path, previous) as partial:
         partial.write_bytes(file.getbuffer())
 
@@ -272,15 +238,12 @@ def _check_file(path: Path) -> None:
 
     torch.load compares no checksum: a flipped bit is another weight.
     """
-    size = path.stat().st_size
-    if not path.is_file() or size > _MAX_BYTES:
+    if path.stat().st_size > _MAX_BYTES or not path.is_file():
         raise ValueError("not a file, or too large")
     with zipfile.ZipFile(path) as archive:
         pickled = sum(member.file_size for member in archive.infolist() if member.filename.endswith(".pkl"))
-        if not is_stored(path) or pickled > _MAX_PICKLED_BYTES:
-            raise ValueError("not as torch.save writes it")
-        if archive.testzip():
-            raise ValueError("a checksum is wrong")
+        if not is_stored(path) or pickled > _MAX_PICKLED_BYTES or archive.testzip():
+            raise ValueError("not as torch.save writes it, or a checksum is wrong")
 
 
 def is_stored(path: Path) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,15 +100,12 @@ class Split:
         digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
+    @functools.cached_property
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel over all pixels, in 0..1: two tensors (3,), computed once.
+        """Mean and standard deviation of each channel over all pixels, in 0..1: two tensors (3,).
 
         Not the mean of each image's standard deviation, which is where the (0.2023, ...) that circulates comes from.
         """
-        return self._mean_and_std
-
-    @functools.cached_property
-    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         counts = torch.zeros(3, 256, dtype=torch.int64)
         for part in self.chunks():
             channels = part.images.unbind(1)
@@ -129,14 +126,10 @@ def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Spli
     random = np.random.RandomState(seed)
     counts = split.labels.unique(return_counts=True)[1].numpy()
     train_counts = _in_proportion(counts, len(split) - val_size, random)
-    val_counts = _in_proportion(counts - train_counts, val_size, random)
+    _in_proportion(counts - train_counts, val_size, random)  # all that are left, but scikit-learn draws for them, too
     by_class = np.split(split.labels.argsort(stable=True).numpy(), np.cumsum(counts)[:-1])
-    shuffled = [own[random.permutation(len(own))] for own in by_class]
-    parts = (
-        [own[:count] for own, count in zip(shuffled, train_counts)],
-        [own[len(own) - count :] for own, count in zip(shuffled, val_counts)],
-    )
-    train, val = (split[torch.from_numpy(random.permutation(np.concatenate(part)))] for part in parts)
+    shuffled = (np.split(own[random.permutation(len(own))], [count]) for own, count in zip(by_class, train_counts))
+    train, val = (split[torch.from_numpy(random.permutation(np.concatenate(part)))] for part in zip(*shuffled))
     return train, val
 
 
@@ -175,7 +168,7 @@ class Batches:
         self.generator = torch.Generator(hardware).manual_seed(config.seed)
         self.split, self.labels = split.to(hardware), split.labels.to(hardware)
         self.class_weights = class_weights(self.labels, classes) if config.balance == "loss" else None
-        self.mean = split.mean_and_std()[0].to(hardware) if config.cutout else None
+        self.mean = split.mean_and_std[0].to(hardware) if config.cutout else None
         # Alternating flip (Jordan 2024, section 3.6): a coin per image once, then flipped in every other epoch.
         self.first_flip = self._coins(len(split))
         # Each image's loss when it was last trained on; one that was not yet is as hard as can be.
@@ -213,10 +206,6 @@ class Batches:
             collections.deque(itertools.islice(batches, skip), maxlen=0)
         yield from batches
         self.rng_state = self.generator.get_state()
-
-    def record_losses(self, indices: Tensor, losses: Tensor) -> None:
-        """Remember the losses (B,) of a batch's images (B,)."""
-        self.image_losses[indices] = losses
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted epoch needs to resume with the same batches."""
@@ -269,10 +258,11 @@ class Batches:
             for images, labels, batch_indices in zip(*parts, indices.split(batch_size)):
                 images = to_float(images, layout)
                 if config.jitter:
-                    factors = jitter_factors(batch_size, config.jitter, self.generator)
+                    factors = torch.empty(3, batch_size, device=self.device)
+                    factors.uniform_(1 - config.jitter, 1 + config.jitter, generator=self.generator)
                     images = color_jitter(images, factors[:, rank_slice])
                 if self.mean is not None:
-                    corners = random_corners(batch_size, config.cutout, images.shape[-2:], self.generator)
+                    corners = self._integers(self.split.image_size - config.cutout + 1, 2, batch_size)
                     images = cutout(images, corners[:, rank_slice], config.cutout, self.mean)
                 targets = labels
                 if config.mixup or config.cutmix:
@@ -289,7 +279,7 @@ class Batches:
             crop = transforms.RandomResizedCrop(images.shape[-2:], (self.config.crop_scale, 1.0))
             images = transform_by_seed(crop, images, self._seeds(len(indices))[in_rank])
         else:
-            offsets = random_offsets(len(indices), self.config.crop, self.generator)
+            offsets = self._integers(2 * self.config.crop + 1, 2, len(indices))
             images = random_crop(images, offsets[:, in_rank], self.config.crop, self.config.crop_mode)
         if self.config.flip == "none":
             return images
@@ -301,7 +291,10 @@ class Batches:
         return torch.rand(count, generator=self.generator, device=self.generator.device) < 0.5
 
     def _seeds(self, count: int) -> Tensor:
-        return torch.randint(2**62, (count,), generator=self.generator, device=self.generator.device)
+        return self._integers(2**62, count)
+
+    def _integers(self, bound: int, *shape: int) -> Tensor:
+        return torch.randint(bound, shape, generator=self.generator, device=self.generator.device)
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
@@ -317,20 +310,13 @@ def to_float(images: Tensor, layout: torch.memory_format = torch.channels_last) 
     return images.to(dtype=torch.float32, memory_format=layout).div_(255)
 
 
-def random_offsets(count: int, padding: int, generator: torch.Generator) -> Tensor:
-    """Draw the offsets of crops, down and to the right, from 0 to 2 * padding: (2, count)."""
-    return torch.randint(0, 2 * padding + 1, (2, count), generator=generator, device=generator.device)
-
-
 def random_crop(images: Tensor, offsets: Tensor, padding: int, mode: str) -> Tensor:
     """Crop images to their own size after padding them on each side.
 
-    images: (N, 3, H, W), any dtype; offsets: (2, N), of `random_offsets`; mode: `reflect` or `zeros`. Returns the same
-    shape. Raises ValueError unless 0 <= padding < min(H, W). Source: He et al. 2015, section 4.2, for `zeros`.
+    images: (N, 3, H, W), any dtype; offsets: (2, N), down and to the right, from 0 to 2 * padding; mode: `reflect` or
+    `zeros`. Returns the same shape. Source: He et al. 2015, section 4.2, for `zeros`.
     """
     height, width = images.shape[-2:]
-    if not 0 <= padding < min(height, width):
-        raise ValueError(f"padding {padding} must be from 0 to {min(height, width) - 1}")
     if padding == 0:
         return images
     padded = pad_border(images, padding, mode)
@@ -354,12 +340,6 @@ def horizontal_flip(images: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def jitter_factors(count: int, largest: float, generator: torch.Generator) -> Tensor:
-    """Draw factors from 1 - largest to 1 + largest for brightness, contrast and saturation: (3, count)."""
-    factors = torch.empty(3, count, device=generator.device)
-    return factors.uniform_(1 - largest, 1 + largest, generator=generator)
-
-
 def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Scale brightness, contrast and saturation of each image by its factors, (3, N).
 
@@ -369,20 +349,6 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     images = (images * brightness).clamp_(0, 1)
     images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
     return torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
-
-
-def random_corners(count: int, size: int, image_size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draw upper left corners, rows and columns, of squares within images of (H, W) pixels: (2, count).
-
-    Raises ValueError if the square is larger than the images.
-    """
-    if size > min(image_size):
-        raise ValueError(f"a square of {size} pixels does not fit into {min(image_size)}")
-    draws = [
-        torch.randint(0, length - size + 1, (count,), generator=generator, device=generator.device)
-        for length in image_size
-    ]
-    return torch.stack(draws)
 
 
 def cutout(images: Tensor, corners: Tensor, size: int, color: Tensor) -> Tensor:
@@ -399,7 +365,7 @@ def cutout(images: Tensor, corners: Tensor, size: int, color: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's global generator, from which torchvision draws, and restore it afterwards."""
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
@@ -421,7 +387,7 @@ def transform_by_seed(transform: Callable[[Tensor], Tensor], images: Tensor, see
     parts = []
     seeds, counts = seeds.unique_consecutive(return_counts=True)
     for seed, part in zip(seeds.tolist(), images.split(counts.tolist())):
-        with _seeded(seed):
+        with seeded(seed):
             parts.append(transform(part))
     return torch.cat(parts)
 
@@ -438,7 +404,7 @@ def mix(
 
     alphas = {transforms.MixUp: mixup, transforms.CutMix: cutmix}
     kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in alphas.items() if alpha]
-    with _seeded(seed):
+    with seeded(seed):
         return transforms.RandomChoice(kinds)(images, labels)
 
 

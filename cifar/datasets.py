@@ -35,21 +35,14 @@ _CIFAR: Mapping[str, tuple[Mapping[str, Sequence[str]], str, str, str]] = {
 class Dataset:
     """A dataset on disk. A split is read when it is first used: training never opens the test split."""
 
-    key: str
-    """What --dataset finds it by: its name, or the absolute path of a folder."""
+    key: str  # what --dataset finds it by: its name, or the absolute path of a folder
     classes: tuple[str, ...]
-    location: str
-    """Where its files are, for people."""
-    can_flip: bool
-    """Whether a mirrored image still shows its class."""
-    read: Callable[[str], Split]
-    """Reads "train" or "test". Raises UserError that names a damaged file."""
-    verify: Callable[[], None] = lambda: None
-    """Raises UserError that names a damaged file, without reading images."""
-    test_files: tuple[str, ...] = ()
-    """Of a folder: the path of each test image, relative to it, with /."""
-    note: str | None = None
-    """What the user must not overlook."""
+    location: str  # where its files are, for people
+    can_flip: bool  # whether a mirrored image still shows its class
+    read: Callable[[str], Split]  # takes "train" or "test"; raises UserError that names a damaged file
+    verify: Callable[[], None] = lambda: None  # raises UserError that names a damaged file, without reading images
+    test_files: tuple[str, ...] = ()  # of a folder: the path of each test image, relative to it, with /
+    note: str | None = None  # what the user must not overlook
 
     @property
     def name(self) -> str:
@@ -149,13 +142,8 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     return replace(dataset, key=config.dataset)
 
 
-def summary_lines(dataset: Dataset) -> list[str]:
-    """Describe the class sizes of a folder; empty for other datasets, whose test split training must not open."""
-    return _class_sizes(dataset) if dataset.test_files else []
-
-
-def _class_sizes(dataset: Dataset) -> list[str]:
-    lines = []
+def say_class_sizes(dataset: Dataset) -> None:
+    """Print how many images each split and each class has; reads both splits."""
     for part, split in (("train", dataset.train), ("test", dataset.test)):
         counts = torch.bincount(split.labels, minlength=len(dataset.classes)).tolist()
         sizes = [f"{name}: {count:,}" for count, name in sorted(zip(counts, dataset.classes))]
@@ -164,8 +152,7 @@ def _class_sizes(dataset: Dataset) -> list[str]:
         elif len(sizes) > 10:
             sizes[5:-5] = [f"{len(sizes) - 10:,} more classes"]
         own_val = f" ({split.own_val:,} of them for validation)" if split.own_val else ""
-        lines.append(f"{part}: {len(split):,} images{own_val}: {', '.join(sizes)}")
-    return lines
+        console.say(f"{part}: {len(split):,} images{own_val}: {', '.join(sizes)}")
 
 
 def show_dataset(dataset: Dataset) -> None:
@@ -181,8 +168,7 @@ def show_dataset(dataset: Dataset) -> None:
     console.out.print(console.table(dataset.name, columns))
     console.say(f"location: {dataset.location}")
     console.say(f"classes: {listing(dataset.classes, 10)}")
-    for line in _class_sizes(dataset):
-        console.say(line)
+    say_class_sizes(dataset)
 
 
 # Each of them

@@ -53,12 +53,7 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
         with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
             ImageOps.exif_transpose(image, in_place=True)
         image = _over_white(_to_srgb(image))
-        if fit != "letterbox":
-            return image
-        square = Image.new("RGB", (size, size), "white")
-        left, top = (round((size - length) / 2) for length in image.size)
-        square.paste(image, (left, top))
-        return square
+        return ImageOps.pad(image, (size, size), color="white") if fit == "letterbox" else image
     except (Refused, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files

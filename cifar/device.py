@@ -35,11 +35,9 @@ def choose(name: str) -> torch.device:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [device for device, is_available in available.items() if is_available]
-    if name == "auto":
-        return torch.device(present[0])
-    if name not in present:
+    if name not in ("auto", *present):
         raise UserError(f"PyTorch finds no device '{name}' here: it finds {', '.join(present)}")
-    return torch.device(name)
+    return torch.device(present[0] if name == "auto" else name)
 
 
 def unused_gpu() -> str | None:
@@ -264,26 +262,17 @@ def gather_slices(values: Tensor, total: int) -> Tensor:
     return joined
 
 
-def _exchange() -> str:
-    """Return the device whose tensors the processes exchange."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
-
-
-def all_reduce(values: Tensor) -> Tensor:
-    """Sum a tensor over all processes."""
+def all_reduce(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Combine a tensor over all processes, by default by its sum."""
     if world_size() > 1:
-        values = values.to(_exchange())
-        dist.all_reduce(values)
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")  # what the processes exchange
+        dist.all_reduce(values, operation)
     return values
 
 
 def maximum(value: int) -> int:
     """Return the maximum over all processes; every process must call it."""
-    if world_size() == 1:
-        return value
-    largest = torch.tensor(value, device=_exchange())
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return int(all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
 
 
 def broadcast_object(value: Any) -> Any:

@@ -140,21 +140,15 @@ def ensure(archive: Archive, path: Path, mirror: str | None = None) -> Path:
         return found
     file = find_file(archive, path) or path / archive.name
     folder = file.parent / archive.folder
-    with _one_process(file.parent):
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    waiting_for = f"downloading the dataset to {file.parent}"
+    with claimed(file.parent / ".cifar.lock", create=True, waiting_for=waiting_for):
         if not folder.is_dir():  # else another process has unpacked it meanwhile
             if not file.is_file():
                 _download(archive, file, addresses(archive, mirror))
             _unpack(file, folder)
     return folder
-
-
-@contextlib.contextmanager
-def _one_process(folder: Path) -> Iterator[None]:
-    """Wait until no other process downloads to the folder. The system releases the lock of a process that dies."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder / ".cifar.lock", create=True, waiting_for=f"downloading the dataset to {folder}"):
-        yield
 
 
 def _unpack(file: Path, folder: Path) -> None:

@@ -80,8 +80,7 @@ def infer(network: nn.Module, images: Tensor, *, precision: str, advance: Advanc
 
 def infer_split(network: nn.Module, split: data.Split, **options: Any) -> Tensor:
     """Compute the logits of a split of any size, as `infer`."""
-    own = [infer(network, part.images, **options) for part in split.chunks()]
-    return torch.cat(own) if own else infer(network, split.images, **options)
+    return torch.cat([infer(network, part.images, **options) for part in split.chunks()])
 
 
 def infer_tta(
@@ -105,17 +104,12 @@ def infer_tta(
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
     views = ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25))
-    passes = len(views) * (1 + flips) - 1  # without that of the unchanged images, which is done
-    share = len(images) / max(1, len(unsure) * passes)  # of the work, for an image of a pass
-
-    def infer_copies(copies: Tensor) -> Tensor:
-        return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
-
     for copies, weight in views:
-        logits = plain[is_unsure] if copies is unsure else infer_copies(copies)
+        logits = plain[is_unsure] if copies is unsure else infer(network, copies, precision=precision)
         if flips:
-            logits = (logits + infer_copies(copies.flip(-1))) / 2
+            logits = (logits + infer(network, copies.flip(-1), precision=precision)) / 2
         mean += weight * logits
+        advance(len(images) / len(views))
     augmented = plain.clone()
     augmented[is_unsure] = mean
     return plain, augmented
@@ -126,10 +120,14 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
 
     Raises UserError as `measure` does.
     """
+    from sklearn.metrics import classification_report
+
     evaluation = measure(run, dataset, device_name)
-    probabilities, labels = evaluation.probabilities, dataset.test.labels.numpy()
-    run.write_text("classification_report.txt", _report(probabilities, labels, dataset.classes))
-    write_predictions(run, probabilities, labels, dataset.classes, dataset.test_files)
+    probabilities, labels, classes = evaluation.probabilities, dataset.test.labels.numpy(), dataset.classes
+    options = {"labels": range(len(classes)), "target_names": list(map(console.printable, classes))}
+    report = classification_report(labels, probabilities.argmax(1), **options, digits=4, zero_division=0)
+    run.write_text("classification_report.txt", report)
+    write_predictions(run, probabilities, labels, classes, dataset.test_files)
     run.write("metrics.json", evaluation.metrics)
     return evaluation
 
@@ -145,10 +143,7 @@ def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation
         others = f"the training images of {dataset.name} are not those that {run.path.name} was trained on"
         raise UserError(f"{others}: restore those, or train again")
     config, labels = run.config, dataset.test.labels.numpy()
-    network, content = load_network(run, dataset.classes)
-    hardware = device.choose(device_name)
-    network.to(hardware)
-    precision = device.resolve_precision(config.precision, hardware)
+    network, content, precision = load_network(run, dataset.classes, device_name)
     _, val_set = data.train_val_split(dataset.train, config.val_size or 0, config.seed)
     with console.counting_bar("evaluating", len(val_set) + 2 * len(labels)) as advance:
         val_logits = infer_split(network, val_set, precision=precision, advance=advance).numpy()
@@ -202,8 +197,8 @@ def learning_problems(run: Run) -> list[str]:
     return problems
 
 
-def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network with the run's best weights, on the CPU; returns it and the checkpoint's content.
+def load_network(run: Run, classes: Sequence[str], device_name: str = "cpu") -> tuple[nn.Module, dict[str, Any], str]:
+    """Build the network with the run's best weights on a device; returns it, the checkpoint's content, the precision.
 
     Raises UserError if the weights are missing, damaged or do not fit.
     """
@@ -215,16 +210,8 @@ def load_network(run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str,
         raise UserError(f"the checkpoint {path} is of the network {content['model']}, not {run.config.model}")
     network = model.build(run.config.model, len(classes), content["image_size"], run.config.is_pretrained)
     checkpoint.load_weights(path, content, network)
-    return network, content
-
-
-def _report(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
-    """Format scikit-learn's table of precision, recall and F1."""
-    from sklearn.metrics import classification_report
-
-    names, numbers = list(map(console.printable, classes)), range(len(classes))
-    predicted = probabilities.argmax(1)
-    return classification_report(labels, predicted, labels=numbers, target_names=names, digits=4, zero_division=0)
+    hardware = device.choose(device_name)
+    return network.to(hardware), content, device.resolve_precision(run.config.precision, hardware)
 
 
 def write_predictions(

@@ -174,17 +174,13 @@ def _card(predictor: Predictor) -> str:
         title=f"{run.config.title} on {console.printable(metrics.dataset)}",
         architecture=architecture,
         parameters=sum(parameter.numel() for parameter in predictor.network.parameters()),
-        multiply_adds=record.model.multiply_adds if record.model else None,
         image_size=predictor.image_size,
         threshold=predictor.threshold,
         packages=packages,
         load=(_TEMPLATES / "hub_load.py.txt").read_text(encoding="utf-8").strip(),
         hub_dataset=_HUB_DATASETS.get(metrics.dataset),
         metrics=metrics,
-        calibration=metrics.calibration,
-        most_confused=next(iter(metrics.most_confused), None),
         corruptions=corruptions,
-        severities=len(next(iter(corruptions.corruptions.values()))) if corruptions else 0,
         config=run.config,
         record=record,
         epochs=len(run.history()) or run.config.epochs,
@@ -206,7 +202,7 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{display_path(folder)} is not an empty folder: name another one with --weights")
     dataset = datasets.of_run(run, data_dir)
-    _, content = evaluate.load_network(run, dataset.classes)
+    _, content, _ = evaluate.load_network(run, dataset.classes)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()
     }
@@ -217,8 +213,7 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     defaults["precision"] = "float32"  # so that predictions are the same on every processor, to 1e-4
     made.write(runs.CONFIG, run.config.model_dump() | defaults)
     made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
-    kept = {key: content[key] for key in ("model", "image_size", "epoch")}
-    checkpoint.save(made.checkpoints / "best.pt", classes=tuple(content["classes"]), weights=weights, **kept)
+    checkpoint.save(made.checkpoints / "best.pt", {**content, "weights": weights})
     measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
     itself = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
     made.write(runs.METRICS, {**measured, "original": itself})
@@ -234,9 +229,7 @@ def show_export(written: Sequence[Path]) -> None:
     console.say(f"{loaded} takes uint8 RGB images and returns calibrated probabilities")
     if not _are_installed("onnx", "onnxscript"):
         console.say("no .onnx file was written: that needs two more packages, `pip install onnx onnxscript`")
-    if written[-1].is_dir():
-        console.say(
-            f"{display_path(written[-1])} can be uploaded to the Hugging Face Hub as it is; README.md is its card"
-        )
+    if (folder := written[-1]).is_dir():
+        console.say(f"{display_path(folder)} can be uploaded to the Hugging Face Hub as it is; README.md is its card")
     else:
         console.say("no folder for the Hugging Face Hub was written: that needs `pip install safetensors`")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import shutil
 import stat
 import tempfile
 import unicodedata
@@ -22,7 +23,7 @@ from cifar import cache, console
 from cifar.config import MAX_CLASSES
 from cifar.data import Split
 from cifar.errors import UserError, listing, plural
-from cifar.files import open_regular, writing
+from cifar.files import claimed, open_regular, writing
 from cifar.images import MAX_BYTES, decode_all
 
 _DECODED_TOGETHER = 500  # images
@@ -88,7 +89,9 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
     place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
     fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
     images = _read_cache(place, fingerprint, found, size)
-    if images and not _can_read_one(root, images.left_out, size):
+    # Why a file could not be read before may have been the disk, a missing permission, or a machine at its limits.
+    left_out = [root / name for name in images.left_out[:20]] if images else []
+    if images and not any(isinstance(image, Tensor) for image in decode_all(left_out, size)):
         return images
     try:
         with writing(place):
@@ -98,7 +101,7 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
         console.say(f"the images cannot be cached, and will be decoded again by the next run: {error}")
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # stays mapped after its end
             return _write_cache(Path(temporary), fingerprint, root, found, size)
-    with cache.locked(place):
+    with claimed(place / "lock", create=True, waiting_for="decoding these images"):
         written = None if images else _read_cache(place, fingerprint, found, size)  # by another process
         return written or _write_cache(place, fingerprint, root, found, size)
 
@@ -139,7 +142,7 @@ def _list(root: Path) -> Found:
         for entry in _entries(folder):
             if not os.path.exists(entry):
                 passed["broken link"].append(entry.name)
-            elif os.path.isfile(entry) and _suffix(entry.name) in _IMAGES[1:]:
+            elif os.path.isfile(entry) and os.path.splitext(entry.name)[1].lower() in _IMAGES[1:]:
                 passed["loose image"].append(entry.name)
     notes = [_count(passed)] if passed else []
     if parts.keys() != {""} and (beside := sorted(set(_folders(root)) - {folder.name for folder in parts.values()})):
@@ -240,11 +243,6 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     return sorted((entry for entry in entries if entry.name.lower() not in _LITTER), key=lambda entry: entry.name)
 
 
-def _suffix(name: str) -> str:
-    start = name.rfind(".")
-    return name[start:].lower() if start >= 0 else ""
-
-
 def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tuple[str, os.stat_result]]:
     """Yield name and status of each image in the folder and below it; add all others to `passed`, by their kind.
 
@@ -271,7 +269,7 @@ def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tu
                 waiting.append(current / entry.name)
             elif not stat.S_ISREG(status.st_mode):
                 passed["special file"].append(name)
-            elif (suffix := _suffix(entry.name)) not in _IMAGES:
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in _IMAGES:
                 passed[f"{suffix} file"].append(name)
             else:
                 yield name, status
@@ -488,18 +486,15 @@ def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> Image
     return None
 
 
-def _can_read_one(root: Path, names: Sequence[str], size: int) -> bool:
-    """Whether one of the files, of the first twenty, can be read now.
-
-    That it could not before may have been due to the disk, a missing permission, or a machine at its limits.
-    """
-    return any(isinstance(image, Tensor) for image in decode_all([root / name for name in names[:20]], size))
-
-
 def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder:
     """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
-    images = f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels,"
-    cache.require_room(place, images, 3 * size**2 * len(found.files))
+    needed, free = 3 * size**2 * len(found.files), shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"the {len(found.files):,} images of {root} need, at {size}x{size} pixels, {needed / 1e9:.1f} GB on the "
+            f"disk of {place.parent}, which has {free / 1e9:.1f} GB free: make room, name another place with "
+            "--data-dir, or use fewer images or a smaller --image-size"
+        )
     files = _split(root, found.files)
     errors: dict[_File, UserError] = {}
     decoded = _decode(root, files, size, errors)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -141,9 +142,8 @@ def _decode_group(sources: list[Source], size: int, fit: str) -> list[Tensor | U
 def _read(source: Source) -> bytes | UserError:
     try:
         if isinstance(source, Path) and source.exists() and not source.is_file():
-            return UserError(
-                "this is a folder, not an image" if source.is_dir() else "this is not a regular file"
-            )  # opening a named pipe would wait for its writer
+            kind = "a folder, not an image" if source.is_dir() else "not a regular file"
+            return UserError(f"this is {kind}")  # opening a named pipe would wait for its writer
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > MAX_BYTES:
             return UserError(f"the file has over {MAX_BYTES / 1e6:.0f} MB: make the image smaller")
@@ -187,11 +187,9 @@ class _Worker:
             )
         except OSError as error:
             raise UserError(f"the image decoder cannot be started: {error.strerror}") from None
-        requests, answers = self.process.stdin, self.process.stdout
-        assert isinstance(requests, io.BufferedWriter)
-        assert isinstance(answers, io.BufferedReader)
-        self.requests, self.answers = requests, answers
-        if not answers.readline():
+        self.requests = cast(io.BufferedWriter, self.process.stdin)
+        self.answers = cast(io.BufferedReader, self.process.stdout)
+        if not self.answers.readline():
             self.stop()
             raise UserError("the image decoder cannot be started: too little memory, or a limit of it (ulimit)")
 
@@ -230,11 +228,8 @@ class _Worker:
 
     def stop(self) -> None:
         """End the process, if it has not ended."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.requests, self.answers):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        with contextlib.suppress(BrokenPipeError), self.process:  # closes its pipes and waits for its end
+            self.process.kill()
 
 
 @atexit.register

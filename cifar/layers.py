@@ -183,7 +183,7 @@ class _Tiles:
 
 
 @functools.cache
-def winograd_matrices(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def winograd_matrices(size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Compute the transforms of tiles of inputs, filters and `size` x `size` outputs (Toom and Cook's construction).
 
     Each takes flattened squares: ((size + 2)**2, (size + 2)**2), ((size + 2)**2, 9) and (size**2, (size + 2)**2).
@@ -196,10 +196,7 @@ def winograd_matrices(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
         filters[row] = np.power(point, range(3)) / np.prod(np.subtract(point, others))
         outputs[:, row] = np.power(point, range(size))
     inputs[-1], filters[-1, -1], outputs[-1, -1] = np.poly(points)[::-1], 1, 1
-    of_inputs, of_filters, of_outputs = (
-        torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in (inputs, filters, outputs)
-    )
-    return of_inputs, of_filters, of_outputs
+    return tuple(torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in (inputs, filters, outputs))
 
 
 class GELU(nn.GELU):
@@ -219,9 +216,8 @@ class MaxPool2d(nn.MaxPool2d):
         super().__init__(2)
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(features)
-        if features.requires_grad and features.nbytes > CHUNK_BYTES:
+        is_eager_on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_eager_on_cpu and features.requires_grad and features.nbytes > CHUNK_BYTES:
             return _ChunkedMaxPool.apply(features)
         return super().forward(features)
 

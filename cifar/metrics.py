@@ -11,15 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
-from torch import Tensor
 
 BELOW_THRESHOLD = 0.05  # fraction of the validation images that are less confident than the threshold
 SIGNIFICANCE_LEVEL = 0.05  # below which a p value is called significant
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction, in 0..1, of logits (N, classes) that are highest at the label (N,)."""
-    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

@@ -65,10 +65,8 @@ def _airbench94_group(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def _airbench96_group(channels_in: int, channels_out: int) -> nn.Sequential:
-    first, second, third = (
-        _airbench_layers(number, channels, channels_out)
-        for number, channels in ((1, channels_in), (2, channels_out), (3, channels_out))
-    )
+    first = _airbench_layers(1, channels_in, channels_out)
+    second, third = (_airbench_layers(number, channels_out, channels_out) for number in (2, 3))
     activation = third.pop("activation3")  # after the addition
     return _chain(**first, more=Residual(OrderedDict(second | third)), activation3=activation)
 

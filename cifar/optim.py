@@ -201,24 +201,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):  # without annotations, as torch's own: Optimizer declares two signatures
         """Update all parameters that have a gradient, with few operations, since each takes a GPU's launch."""
         for group in self.param_groups:
-            gradients = {parameter: parameter.grad for parameter in group["params"] if parameter.grad is not None}
-            if gradients:
-                self._update(list(gradients), list(gradients.values()), group["lr"], group["momentum"])
-
-    def _update(self, parameters: list[Tensor], gradients: list[Tensor], lr: float, momentum: float) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, gradients)
-        nesterov = torch._foreach_add(gradients, buffers, alpha=momentum)
-        norms = torch._foreach_norm([*parameters, *nesterov])
-        torch._foreach_div_(norms, [len(parameter) ** 0.5 for parameter in parameters] + [1.0] * len(nesterov))
-        torch._foreach_add_(norms, 1e-7)
-        for tensor, norm in zip([*parameters, *nesterov], norms):
-            tensor.div_(norm)
-        torch._foreach_add_(parameters, _orthogonalize_all(nesterov, self.dtype), alpha=-lr)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            nesterov = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            norms = torch._foreach_norm([*parameters, *nesterov])
+            torch._foreach_div_(norms, [len(parameter) ** 0.5 for parameter in parameters] + [1.0] * len(nesterov))
+            torch._foreach_add_(norms, 1e-7)
+            for tensor, norm in zip([*parameters, *nesterov], norms):
+                tensor.div_(norm)
+            torch._foreach_add_(parameters, _orthogonalize_all(nesterov, self.dtype), alpha=-group["lr"])
 
 
 def _orthogonalize_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

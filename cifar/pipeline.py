@@ -22,7 +22,7 @@ from cifar import (
 )
 from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, STAGES, Config, flag
 from cifar.datasets import Dataset
-from cifar.errors import UsageError
+from cifar.errors import UsageError, UserError
 from cifar.records import ModelRecord
 from cifar.runs import Run
 
@@ -54,7 +54,8 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
     if config.device == "auto" and (problem := device.unused_gpu()):
         console.banner(f"Training on the CPU: {problem}. `{STAGES} doctor` says what to do.")
     model.require(config.model, config.is_pretrained)
-    pretrained.require(config.weights)
+    if config.weights and not Path(config.weights).is_file():
+        raise UserError(f"cannot read {config.weights}: there is no such file")
     tracking.require(config.track)
     if config.is_pretrained and config.dataset not in DATASETS and "image_size" not in config.model_fields_set:
         config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))
@@ -64,8 +65,8 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
     device.broadcast_object(None)  # the others wait for a download
     if device.rank():
         dataset = datasets.of_config(config)
-    for line in datasets.summary_lines(dataset):
-        console.say(line)
+    if dataset.test_files:  # a folder's: of other datasets, training must not open the test split
+        datasets.say_class_sizes(dataset)
     return datasets.resolve(config, dataset), dataset
 
 

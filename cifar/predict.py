@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar import console, device, evaluate, files, folder
+from cifar import console, evaluate, files, folder
 from cifar.errors import UsageError, UserError, csv_cell, display_path, known_name, listing
 from cifar.images import FITS, MAX_BYTES, AnyImage, Source, as_source, decode_all
 from cifar.runs import Run
@@ -69,11 +69,9 @@ class Predictor:
         self.classes: tuple[str, ...] = tuple(run.dataset.classes)
         self.temperature: float = calibration.temperature
         self.threshold: float | None = calibration.threshold  # confidence below which it is probably none of them
-        self.network, content = evaluate.load_network(run, self.classes)
+        self.network, content, self.precision = evaluate.load_network(run, self.classes, device_name)
+        self.network.to(memory_format=torch.channels_last)
         self.image_size: int = content["image_size"]
-        chosen = device.choose(device_name)
-        self.network.to(chosen).to(memory_format=torch.channels_last)
-        self.precision = device.resolve_precision(run.config.precision, chosen)
 
     def probabilities(self, images: Tensor) -> np.ndarray:
         """Compute calibrated probabilities, float64 (N, classes), of uint8 images (N, 3, image_size, image_size)."""

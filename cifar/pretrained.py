@@ -50,12 +50,6 @@ def preprocessing(name: str) -> Preprocessing:
     return Preprocessing(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
 
 
-def require(weights: str | None) -> None:
-    """Raise UserError if there is no such file of weights."""
-    if weights and not Path(weights).is_file():
-        raise UserError(f"cannot read {weights}: there is no such file")
-
-
 def adapt(network: nn.Module, name: str, head: frozenset[str], body_lr: float) -> None:
     """Set the normalization that the weights expect, name the head's parameters, and freeze the body at a rate of zero.
 

@@ -65,7 +65,7 @@ def fit(run: Run, dataset: Dataset) -> None:
             progress.end_epoch(record, is_best)
             track(record.model_dump(), record.epoch)
             checkpoints.save_if_due(received_signal())  # a signal during validation
-    if training.stopped_early:
+    if training.epoch <= config.epochs:
         console.say(training.early_stop_message())
 
 
@@ -94,7 +94,7 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
         pretrained.adapt(network, config.model, head, config.body_lr)
     else:
         images = (data.to_float(part.images) for part in train_set[:_WHITENING_IMAGES].chunks())
-        model.set_input_statistics(network, images, *train_set.mean_and_std())
+        model.set_input_statistics(network, images, *train_set.mean_and_std)
     if device.rank():  # so that dropout differs between processes
         torch.manual_seed(config.seed + device.rank())
     return network
@@ -154,7 +154,7 @@ class Training:
         """Add the results of a step, gathered from all processes, to those of the epoch."""
         results = torch.stack([losses, correct.to(losses.dtype)])
         losses, correct = device.gather_slices(results, len(batch.indices))
-        self.batches.record_losses(batch.indices, losses)
+        self.batches.image_losses[batch.indices] = losses
         self.losses[self.step] = losses.mean()
         self.correct += correct.sum()
         self.step += 1
@@ -206,11 +206,6 @@ class Training:
         """Whether all epochs are done, or `patience` (0: never) epochs in a row have brought no improvement."""
         config, done = self.batches.config, self.epoch - 1
         return done >= config.epochs or 0 < config.patience <= done - self.best_epoch
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether the training has finished before its last epoch."""
-        return self.has_finished and self.epoch <= self.batches.config.epochs
 
     def early_stop_message(self) -> str:
         """Say why the training has stopped before its last epoch."""
@@ -272,9 +267,7 @@ class Training:
         self.best_epoch, self.best_score = state["best_epoch"], score if isinstance(score, tuple) else (score, math.inf)
         self.started = time.perf_counter() - state["seconds"]
         self.epoch_started = time.perf_counter() - state["epoch_seconds"]
-        self.losses = torch.zeros(len(self.batches), device=self.device)
         self.losses.copy_(state["losses"])
-        self.correct = torch.zeros((), device=self.device)
         self.correct.copy_(state["correct"])
         device.random_module(self.device).set_rng_state(state["rng_state"])
         if device.rank():  # the file has rank 0's state

@@ -122,7 +122,7 @@ def test_the_comparison_reports_speeds_and_their_ratio(digits, tmp_path, capsys)
 def test_the_loaders_images_are_the_splits_normalized(digits, tmp_path):
     split = digits.train[:20]
     augment = bench._augmentation(quick_config(tmp_path, crop=0, jitter=0.0, flip="none"), split)
-    mean, std = (values.view(3, 1, 1) for values in split.mean_and_std())
+    mean, std = (values.view(3, 1, 1) for values in split.mean_and_std)
     for pixels, expected in zip(split.images, (data.to_float(split.images) - mean) / std):
         image = augment(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)

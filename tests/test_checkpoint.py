@@ -14,7 +14,7 @@ from cifar.errors import UserError
 from commands import start
 from conftest import as_nobody
 
-CONTENT = {"model": "convnet", "classes": ("a", "b"), "image_size": 32, "epoch": 3}
+CONTENT = {"model": "convnet", "classes": ["a", "b"], "image_size": 32, "epoch": 3}
 
 
 def network() -> torch.nn.Module:
@@ -23,7 +23,7 @@ def network() -> torch.nn.Module:
 
 
 def save(path: Path, **changes) -> None:
-    checkpoint.save(path, **{**CONTENT, "weights": network().state_dict(), **changes})
+    checkpoint.save(path, {**CONTENT, "weights": network().state_dict(), **changes})
 
 
 def rewrite(path: Path, **changes) -> None:

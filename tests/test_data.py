@@ -36,14 +36,14 @@ def test_the_hash_changes_with_one_pixel_or_label():
 
 def test_mean_and_standard_deviation_are_those_of_all_pixels():
     images = random_images(50)
-    mean, std = data.Split(images, torch.zeros(50)).mean_and_std()
+    mean, std = data.Split(images, torch.zeros(50)).mean_and_std
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
     np.testing.assert_allclose(mean, pixels.mean(1), atol=1e-6)
     np.testing.assert_allclose(std, pixels.std(1), atol=1e-6)
 
 
 def test_real_cifar10_has_its_published_statistics(real_cifar10):
-    mean, std = real_cifar10.train.mean_and_std()
+    mean, std = real_cifar10.train.mean_and_std
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=5e-5)
     np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=5e-5)
     assert real_cifar10.test.labels.bincount().tolist() == [1000] * 10
@@ -81,7 +81,7 @@ def test_no_validation_leaves_all_images_to_training(digits, own_val):
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("reflect", "reflect"), ("zeros", "constant")])
 def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
     images = random_images(200)
-    crops = data.random_crop(images, data.random_offsets(200, 2, generator()), 2, mode)
+    crops = data.random_crop(images, torch.randint(5, (2, 200), generator=generator()), 2, mode)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
     seen = set()
     for crop, around in zip(crops.numpy(), padded):
@@ -89,11 +89,6 @@ def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
         assert len(places) == 1
         seen.update(places)
     assert len(seen) == 25
-
-
-def test_a_crop_wider_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="padding 8 must be from 0 to 7"):
-        data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
 
 
 def test_with_a_crop_scale_training_images_are_resized_crops_of_which_no_two_are_alike():
@@ -137,8 +132,7 @@ def test_random_flip_draws_again_in_each_epoch():
 
 def test_color_jitter_scales_as_torchvision_does():
     images = data.to_float(random_images(5))
-    factors = data.jitter_factors(5, 0.4, generator(3))
-    assert ((factors >= 0.6) & (factors <= 1.4)).all()
+    factors = torch.empty(3, 5).uniform_(0.6, 1.4, generator=generator(3))
     jittered = data.color_jitter(images, factors)
     for image, expected, (brightness, contrast, saturation) in zip(jittered, images, factors.T.tolist()):
         expected = reference.adjust_brightness(expected, brightness)
@@ -150,7 +144,9 @@ def test_color_jitter_scales_as_torchvision_does():
 def test_cutout_fills_one_square_of_each_image_anywhere_within_it():
     images = 0.1 + 0.8 * torch.rand(400, 3, 8, 10)
     color = torch.tensor([0.0, 0.5, 1.0])
-    filled = data.cutout(images, data.random_corners(400, 3, (8, 10), generator()), 3, color)
+    draws = generator()
+    places = torch.stack([torch.randint(length - 2, (400,), generator=draws) for length in (8, 10)])
+    filled = data.cutout(images, places, 3, color)
     corners = set()
     for image, before in zip(filled, images):
         rows, columns = (image != before).any(0).nonzero().T
@@ -160,13 +156,11 @@ def test_cutout_fills_one_square_of_each_image_anywhere_within_it():
         assert (image != before).any(0).sum() == 9
         corners.add((int(top), int(left)))
     assert corners == {(row, column) for row in range(6) for column in range(8)}
-    with pytest.raises(ValueError, match="9 pixels does not fit into 8"):
-        data.random_corners(400, 9, (8, 10), generator())
 
 
 def test_batches_cut_out_with_the_mean_color_of_the_training_images():
     split = numbered(20)
-    mean = split.mean_and_std()[0]
+    mean = split.mean_and_std[0]
     for batch in make_batches(split, cutout=4).epoch(1):
         assert ((batch.images == mean.view(1, 3, 1, 1)).all(1).sum((1, 2)) == 16).all()
 
@@ -258,7 +252,7 @@ def test_the_last_epochs_take_the_images_of_the_highest_loss():
     batches = make_batches(numbered(95), epochs=4, hard_epochs=1, hard_share=0.33)
     losses, seen = torch.randperm(95, generator=generator()).float(), set()
     for batch in batches.epoch(3):
-        batches.record_losses(batch.indices, losses[batch.indices])
+        batches.image_losses[batch.indices] = losses[batch.indices]
         seen.update(batch.indices.tolist())
     assert batches.steps_per_epoch == [9, 9, 9, 3]
     shown = torch.cat([batch.indices for batch in batches.epoch(4)]).tolist()
@@ -313,7 +307,7 @@ def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left(crop_sca
     def train_on(batches, epoch, steps=99, skip=0):
         shown = []
         for batch, _ in zip(batches.epoch(epoch, skip=skip), range(steps)):
-            batches.record_losses(batch.indices, batch.images.mean((1, 2, 3)))
+            batches.image_losses[batch.indices] = batch.images.mean((1, 2, 3))
             shown.append(batch.images)
         return shown
 
@@ -323,7 +317,7 @@ def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left(crop_sca
     shown = batches.epoch(4)
     for _ in range(2):
         batch = next(shown)
-        batches.record_losses(batch.indices, torch.full((10,), 99.0))  # does not change what this epoch takes
+        batches.image_losses[batch.indices] = 99.0  # does not change what this epoch takes
     saved = {name: value.clone() for name, value in batches.state_dict().items()}
     rest = [batch.images for batch in shown]
     resumed = make_batches(split, 5, **settings)

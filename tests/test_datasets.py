@@ -12,11 +12,11 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from cifar import config, datasets, folder
+from cifar import config, datasets, folder, pipeline
 from cifar.data import Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
-from conftest import as_nobody
+from conftest import as_nobody, quick_config
 
 
 def test_digits_are_scikit_learns_1797_scans_as_rgb(digits):
@@ -72,12 +72,12 @@ def test_cifar100_is_read_with_its_fine_classes_and_a_damaged_file_is_named_befo
         dataset.verify()
 
 
-def test_the_training_split_is_read_without_the_test_file_of_which_nothing_is_said(small_cifar10):
+def test_a_training_is_prepared_without_the_test_file(small_cifar10, tmp_path):
     expected = datasets.find("cifar10", str(small_cifar10)).train.sha256()
     (small_cifar10 / "test_batch").unlink()
     dataset = datasets.find("cifar10", str(small_cifar10))
-    assert datasets.summary_lines(dataset) == []
     assert dataset.train.sha256() == expected
+    pipeline.prepare(quick_config(tmp_path, dataset="cifar10", data_dir=str(small_cifar10)))
     with pytest.raises(UserError, match="test_batch is missing"):
         _ = dataset.test
 
@@ -209,17 +209,19 @@ def test_show_dataset_lists_the_splits_and_escapes_names(digits, capsys):
         assert part in shown
 
 
-def test_the_sizes_of_all_classes_are_said_in_two_bounded_lines():
+def test_the_sizes_of_all_classes_are_said_in_two_bounded_lines(capsys):
     labels = torch.arange(1000).repeat_interleave(torch.arange(1000) % 7 + 3)
     train = Split(torch.zeros(len(labels), 3, 1, 1), labels)
     splits = {"train": train, "test": train[:6]}
-    facts = {"key": "x", "location": "x", "can_flip": True, "test_files": ("a",)}
+    facts = {"key": "x", "location": "x", "can_flip": True}
     names = tuple(f"c{number}" for number in range(1000))
-    assert datasets.summary_lines(datasets.Dataset(classes=names, read=splits.__getitem__, **facts)) == [
+    datasets.say_class_sizes(datasets.Dataset(classes=names, read=splits.__getitem__, **facts))
+    assert capsys.readouterr().out.splitlines() == [
         "train: 5,997 images: c0: 3, c105: 3, c112: 3, c119: 3, c126: 3, 990 more classes, c97: 9, c972: 9, c979: 9, "
         "c986: 9, c993: 9",
         "test: 6 images: c10: 0, c100: 0, c101: 0, c102: 0, c103: 0, 990 more classes, c997: 0, c998: 0, c999: 0, "
         "c0: 3, c1: 3",
     ]
     alike = datasets.Dataset(classes=("a", "b"), read=lambda _: Split(train.images[:6], labels[:6] % 2), **facts)
-    assert datasets.summary_lines(alike) == [f"{part}: 6 images: 3 in each class" for part in ("train", "test")]
+    datasets.say_class_sizes(alike)
+    assert capsys.readouterr().out == "".join(f"{part}: 6 images: 3 in each class\n" for part in ("train", "test"))

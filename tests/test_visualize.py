@@ -156,9 +156,9 @@ def test_the_marked_epoch_is_the_one_whose_weights_were_kept(tmp_path):
     assert (list(marker.get_xdata()), marker.get_label()) == ([1, 1], "weights of epoch 1 kept")
     trained = make_run(tmp_path / "trained", epochs=3, evaluated=False)
     assert visualize.read_results(trained, make_dataset())["kept_epoch"] == 0
-    content = {"model": "simple", "classes": CLASSES, "image_size": 8, "epoch": 2, "weights": {}}
+    content = {"model": "simple", "classes": list(CLASSES), "image_size": 8, "epoch": 2, "weights": {}}
     trained.checkpoints.mkdir()
-    checkpoint.save(trained.checkpoints / "best.pt", **content)
+    checkpoint.save(trained.checkpoints / "best.pt", content)
     assert visualize.read_results(trained, make_dataset())["kept_epoch"] == 2
 
 
