@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cifar import console, device
-from cifar.config import LOCATIONS, MAX_CLASSES, MAX_IMAGE_SIZE, PIPELINE, Config, model_name
+from cifar.config import LOCATIONS, MAX_CLASSES, MAX_IMAGE_SIZE, PIPELINE, Config, known_spelling
 from cifar.datasets import Dataset
 from cifar.errors import UserError, display_path
 from cifar.files import atomic_write
@@ -87,7 +87,7 @@ class Checkpointer:
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Write a finished epoch's line of the history; save if it is time, or the last epoch."""
         if device.rank() == 0:
-            self.run.append_history(record)
+            self.run.append_history(record.model_dump())
         if is_best:
             content = self._content(self.training.kept)
             weights = {name: tensor.clone() for name, tensor in content["weights"].items()}
@@ -201,7 +201,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} is not of format {FORMAT}")
     if problem := _problem(**{key: content[key] for key in _KEYS - {"format"}}):
         raise UserError(f"the checkpoint {path} is damaged: {problem}")
-    return {**content, "model": model_name(content["model"])}
+    return {**content, "model": known_spelling("model", content["model"])}
 
 
 def load_weights(path: Path, content: dict[str, Any], network: nn.Module) -> None:

@@ -102,7 +102,7 @@ MAX_CLASSES = 3000  # whose confusion matrix has nine million cells, and metrics
 YES, NO = ("yes", "y", "true", "t", "on", "1"), ("no", "n", "false", "f", "off", "0")  # for pydantic
 LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a run is, and not what it is
 
-_allowed: set[str] = set()  # networks of the user's own whose code may run: the user has named them
+allowed_models: set[str] = set()  # networks of the user's own whose code may run: the user has named them
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _MAX_SEED = 2**32 - 1
@@ -240,7 +240,7 @@ class Config(BaseModel):
     hard_share: float = Field(0.64, ge=0.05, le=1, description="fraction of the images that --hard-epochs train on")
 
     def __init__(self, **settings):
-        recipe = known_name("recipe", _known_spelling("recipe", str(settings.get("recipe", "fast"))), RECIPES)
+        recipe = known_name("recipe", known_spelling("recipe", str(settings.get("recipe", "fast"))), RECIPES)
         try:
             super().__init__(**{**RECIPES[recipe], **settings})
         except ValidationError as error:
@@ -272,7 +272,7 @@ class Config(BaseModel):
             return value
         if name == "mirror":
             check_addresses(value.split())
-        return os.path.expanduser(value) if name in _PATHS and value[0] == "~" else _known_spelling(name, value)
+        return os.path.expanduser(value) if name in _PATHS and value[0] == "~" else known_spelling(name, value)
 
     @classmethod
     def create(cls, given: Mapping[str, Any]) -> "Config":
@@ -288,7 +288,7 @@ class Config(BaseModel):
         if settings.get("weights") or str(settings.get("pretrained", "no")).lower() not in NO:
             settings.setdefault("recipe", "finetune")
         elif "model" in settings:
-            model = _known_spelling("model", str(settings["model"]))
+            model = known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
             settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
         settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(HOME / "data"))
@@ -346,20 +346,10 @@ class Config(BaseModel):
 FIELDS = tuple(Config.model_fields)
 
 
-def model_name(name: str) -> str:
-    """Return a network's name, also for the name that it had in the first version."""
-    return _known_spelling("model", name)
-
-
 def allow_model(name: str | None) -> None:
     """Allow the code of package.module:factory to be imported, because the user, and not only a file, names it."""
     if name:
-        _allowed.add(name)
-
-
-def is_allowed(name: str) -> bool:
-    """Return whether the user has named the network in this process."""
-    return name in _allowed
+        allowed_models.add(name)
 
 
 def max_small_epochs(epochs: int) -> int:
@@ -476,7 +466,7 @@ def _batch_limit(wanted: int, images: int, image_size: int, processes: int) -> t
     return size, reason
 
 
-def _known_spelling(name: str, value: str) -> str:
+def known_spelling(name: str, value: str) -> str:
     """Return the value as the setting spells it, if it is a known one in another case or by another name."""
     known = {"model": MODELS, "dataset": DATASETS}.get(name, _choices(name))
     lower = value.lower()

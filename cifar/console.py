@@ -405,14 +405,8 @@ class TrainingProgress(Progress):
 
         forecast: words what the training will take, given the seconds; printed as soon as these can be estimated.
         """
-        parts = (
-            "{task.description}",
-            BarColumn(None),
-            "{task.fields[status]}",
-            TimeRemainingColumn(compact=True),
-            "left",
-        )
-        super().__init__(SpinnerColumn(), *parts, console=out, transient=True, expand=True, disable=not is_live())
+        bar = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn(compact=True), "left"
+        super().__init__(SpinnerColumn(), *bar, console=out, transient=True, expand=True, disable=not is_live())
         self.steps, self.costs = steps, [size**2 for size in image_sizes]
         self.work = [0, *accumulate(map(mul, steps, self.costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process

@@ -186,15 +186,12 @@ def build(demo: Demo) -> server.Page:
             examples = _build_prediction(demo, chosen)
         with gr.Tab("The run") as tab:
             report = gr.HTML()
-        handlers = [
-            ([page.load], lambda _: gr.Dropdown(demo.choices()), chosen),
-            ([chosen.change], lambda name: _heading(demo.run(name)), heading),
-            # Examples come after the page, because reading the dataset takes a while.
-            ([page.load, chosen.change], lambda name: gr.Dataset(samples=demo.examples(name)), examples),
-            ([tab.select, chosen.change], lambda name: _report(demo.run(name)), report),
-        ]
-        for events, handler, output in handlers:
-            gr.on(events, handler, chosen, output, **_INTERNAL)
+        to: dict[str, Any] = {"inputs": chosen, **_INTERNAL}
+        gr.on([page.load], lambda _: gr.Dropdown(demo.choices()), outputs=chosen, **to)
+        gr.on([chosen.change], lambda name: _heading(demo.run(name)), outputs=heading, **to)
+        # Examples come after the page, because reading the dataset takes a while.
+        gr.on([page.load, chosen.change], lambda name: gr.Dataset(samples=demo.examples(name)), outputs=examples, **to)
+        gr.on([tab.select, chosen.change], lambda name: _report(demo.run(name)), outputs=report, **to)
     return page
 
 

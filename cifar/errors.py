@@ -47,6 +47,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def percent(fraction: float | None, decimals: int = 2) -> str:
+    """Word a fraction, in templates too; a dash where it is not known."""
+    return "\u2013" if fraction is None else f"{fraction:.{decimals}%}"
+
+
 def describe(error: BaseException) -> str:
     """Name the error's type and quote the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"

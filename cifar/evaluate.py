@@ -128,7 +128,7 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
     report = classification_report(labels, probabilities.argmax(1), **options, digits=4, zero_division=0)
     run.write_text("classification_report.txt", report)
     write_predictions(run, probabilities, labels, classes, dataset.test_files)
-    run.write("metrics.json", evaluation.metrics)
+    run.write("metrics.json", evaluation.metrics.model_dump(exclude_unset=True))
     return evaluation
 
 

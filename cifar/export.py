@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cifar import checkpoint, console, datasets, evaluate, files, model, runs
 from cifar.config import LOCATIONS, Config
-from cifar.errors import UserError, describe, display_path, listing
+from cifar.errors import UserError, describe, display_path, listing, percent
 from cifar.predict import Predictor
 from cifar.runs import Run
 
@@ -154,10 +154,6 @@ def _source(architecture: str, pretrained: bool) -> str:
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _percent(fraction: float, decimals: int = 2) -> str:
-    return f"{fraction:.{decimals}%}"
-
-
 def _card(predictor: Predictor) -> str:
     """Return the model card, made from what the run has saved."""
     run, architecture = predictor.run, predictor.run.config.model
@@ -168,7 +164,7 @@ def _card(predictor: Predictor) -> str:
     if ":" in architecture:
         packages += [f"the module `{architecture.partition(':')[0]}`"]
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "cell": _cell}
+    environment.filters |= {"percent": percent, "cell": _cell}
     return environment.get_template("hub_card.md").render(
         name=run.path.name,
         title=f"{run.config.title} on {console.printable(metrics.dataset)}",

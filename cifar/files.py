@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel
-
 from cifar import console
 from cifar.errors import UserError, display_path
 
@@ -59,16 +57,11 @@ def parse_json(text: bytes) -> Any:
 # Writing.
 
 
-def write_json(path: Path, content: BaseModel | dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file atomically, without the credentials of URLs in it."""
-    text = json.dumps(as_dict(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as partial:
         partial.write_text(_URL.sub(lambda url: _CREDENTIALS.sub("", url[0]), text), encoding="utf-8", newline="")
-
-
-def as_dict(content: BaseModel | dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON file; of a record, without the keys that were never set."""
-    return content.model_dump(exclude_unset=True) if isinstance(content, BaseModel) else content
 
 
 @contextlib.contextmanager

@@ -85,16 +85,12 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
     try:
         Config.create(settings | given)
     except UserError as error:
-        place = "" if _is_valid(settings) else f"{path}: "
-        raise type(error)(f"{place}{error}") from None
+        try:
+            Config.create(settings)
+        except UserError:
+            raise type(error)(f"{path}: {error}") from None
+        raise
     return settings | given
-
-
-def _is_valid(settings: dict[str, Any]) -> bool:
-    try:
-        return bool(Config.create(settings))
-    except UserError:
-        return False
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -7,19 +7,7 @@ from typing import Any
 
 import torch
 
-from cifar import (
-    analysis,
-    bench,
-    console,
-    datasets,
-    device,
-    evaluate,
-    model,
-    pretrained,
-    runs,
-    tracking,
-    trainer,
-)
+from cifar import analysis, bench, console, datasets, device, evaluate, model, pretrained, runs, tracking, trainer
 from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, STAGES, Config, flag
 from cifar.datasets import Dataset
 from cifar.errors import UsageError, UserError

@@ -13,7 +13,7 @@ from PIL import Image
 from cifar import analysis, console, evaluate, images, visualize
 from cifar.config import FIELDS, help_text
 from cifar.datasets import Dataset
-from cifar.errors import display_path, plural
+from cifar.errors import display_path, percent, plural
 from cifar.metrics import most_confused
 from cifar.records import Analysis, EpochRecord, Metrics
 from cifar.runs import Run, damaged
@@ -37,7 +37,7 @@ def write(run: Run, dataset: Dataset) -> Path:
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "short": lambda name: label(name, _NAME)}
+    environment.filters |= {"percent": percent, "short": lambda name: label(name, _NAME)}
     record, config, results = run.record, run.config, visualize.read_results(run, dataset)
     metrics = results["metrics"]
     saved = run.read("config.json")  # lacks settings that are newer than the run
@@ -60,10 +60,6 @@ def write(run: Run, dataset: Dataset) -> Path:
     table = pandas.DataFrame(rows, columns=list(EpochRecord.model_fields), dtype=object)  # which leaves integers whole
     run.write_text("history.csv", table.to_csv(index=False, lineterminator="\r\n"))
     return run.path / "report.html"
-
-
-def _percent(fraction: float | None, decimals: int = 2) -> str:
-    return "\u2013" if fraction is None else f"{fraction:.{decimals}%}"
 
 
 def _embed_figures(run: Run, names: list[str]) -> dict[str, dict[str, Any]]:

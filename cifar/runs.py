@@ -22,10 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from cifar import __version__, console, files, records
-from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, model_name
+from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, known_spelling
 from cifar.console import ENDING, Interrupted, handled, signal_number
 from cifar.errors import UserError, display_path
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
@@ -133,7 +131,7 @@ class Run:
 
     def allow_model(self, name: str | None) -> None:
         """Allow the network that the user names to be imported. Raises UserError if it is not the run's."""
-        if name and model_name(name) != self.config.model:
+        if name and known_spelling("model", name) != self.config.model:
             raise UserError(f"the network of {self.path.name} is {self.config.model}, not {name}: leave out --model")
         allow_model(name)
 
@@ -145,7 +143,7 @@ class Run:
         """Read a JSON file of the run as `read_json` does, None if it is missing."""
         return self.read(name) if (self.path / name).exists() else None
 
-    def write(self, name: str, content: BaseModel | dict[str, Any]) -> None:
+    def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run atomically."""
         files.write_json(self.path / name, content)
 
@@ -156,7 +154,7 @@ class Run:
 
     def update(self, **changes: Any) -> None:
         """Set keys of run.json."""
-        self.write(RECORD, {**files.as_dict(self.record), **changes})
+        self.write(RECORD, self.record.model_dump(exclude_unset=True) | changes)
 
     def history(self, first: int | None = None) -> list[EpochRecord]:
         """Read the epochs, or only the first ones, of history.jsonl; none if the file is missing."""
@@ -172,9 +170,9 @@ class Run:
         epoch, history = self.metrics.epoch or 0, self.history()
         return history[epoch - 1] if 0 < epoch <= len(history) else None
 
-    def append_history(self, epoch: BaseModel | dict[str, Any]) -> None:
+    def append_history(self, epoch: dict[str, Any]) -> None:
         """Add the line of one epoch to history.jsonl."""
-        line = json.dumps(files.as_dict(epoch), allow_nan=False).encode()
+        line = json.dumps(epoch, allow_nan=False).encode()
         with files.writing(self.path / HISTORY):
             self._write_history([*self._history_lines(), line])
 
@@ -213,7 +211,7 @@ class Run:
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
         """Record that training resumes now, after that step of the epoch, and how long it has taken so far."""
-        earlier = files.as_dict(self.record).get("resumed") or []
+        earlier = self.record.model_dump()["resumed"] or []
         resumed = [*earlier, {"time": now(), "epoch": epoch, "step": step}]
         self.update(resumed=resumed, seconds_before_resuming={"train": train_seconds})
 
@@ -244,9 +242,9 @@ class Run:
         if self.record.status == "running":
             with files.open_lock(self.path / CONFIG) as file:
                 if files.lock(file) and self.record.status == "running":  # it may have ended in the meantime
-                    last_sign = max(path.lstat().st_mtime for path in self.path.iterdir())
+                    last_sign = datetime.fromtimestamp(max(path.lstat().st_mtime for path in self.path.iterdir()))
                     with contextlib.suppress(UserError):  # the folder may be read-only
-                        self.update(status="killed", end=_iso_time(last_sign))
+                        self.update(status="killed", end=last_sign.astimezone().isoformat(timespec="seconds"))
                     return "killed"
         return self.record.status
 
@@ -329,18 +327,15 @@ def provenance() -> dict[str, Any]:
     """Describe what makes a run, as in run.json."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "matplotlib")
     versions = {package: importlib.metadata.version(package) for package in packages}
+    # Not the password of a demo, and what follows it.
+    words = itertools.takewhile(lambda word: not word.replace("_", "-").lower().startswith("--auth"), sys.argv[1:])
     return {
-        "command": [Path(sys.argv[0]).name, *itertools.takewhile(_may_be_kept, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *words],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "versions": {"cifar-suite": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
     }
-
-
-def _may_be_kept(word: str) -> bool:
-    """Whether a word is not --auth, the password of a demo: from there on the command line is not recorded."""
-    return not word.replace("_", "-").lower().startswith("--auth")
 
 
 def _git(*arguments: str) -> str | None:
@@ -356,11 +351,7 @@ def _git(*arguments: str) -> str | None:
 
 def now() -> str:
     """Return the local time in ISO 8601, in seconds."""
-    return _iso_time(time.time())
-
-
-def _iso_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 # Finding runs.

@@ -310,7 +310,11 @@ def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, s
     app = make_app(page, auth, hosts, **look)
     url = f"http://{name}:{port}/"
     if share:
-        url = _public_url(page, name, port)
+        try:
+            url = networking.setup_tunnel(name, port, page.share_token, None, None).replace("http://", "https://")
+        except Exception as error:  # of many kinds: from the network, the helper program or its download
+            message = f"no public address from Gradio's servers ({describe(error)}); try without --share"
+            raise UserError(message) from None
         hosts.add(str(urlsplit(url).hostname))
     console.say(f"demo running at {url}; press Ctrl-C to stop")
     if not address.is_loopback and not auth:
@@ -321,14 +325,6 @@ def serve(page: Page, listener: socket.socket, *, host: str, auth: str | None, s
         app, http=_Connection, ws="none", log_level="critical", backlog=64, timeout_graceful_shutdown=1
     )
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def _public_url(page: Page, host: str, port: int) -> str:
-    try:
-        url = networking.setup_tunnel(host, port, page.share_token, None, None)
-    except Exception as error:  # of many kinds: from the network, the helper program or its download
-        raise UserError(f"no public address from Gradio's servers ({describe(error)}); try without --share") from None
-    return url.replace("http://", "https://")
 
 
 async def _refuse_address(url: str) -> NoReturn:

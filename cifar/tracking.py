@@ -90,22 +90,18 @@ def _wandb(run: Run) -> Tracker:
     options = {"id": run.path.name, "dir": run.path.parent, "settings": wandb.Settings(silent=True)}
     session = wandb.init(**_description(run), **options)
     offline = f"`wandb sync {display_path(session.dir)}/..` uploads the curves"
-    return _logger(session), wandb.finish, f"curves at {session.url}" if session.url else offline
+    return session.log, wandb.finish, f"curves at {session.url}" if session.url else offline
 
 
 def _trackio(run: Run) -> Tracker:
     trackio = importlib.import_module("trackio")
     session = trackio.init(**_description(run), auto_log_gpu=False, auto_log_cpu=False)
-    return _logger(session), trackio.finish, f"`trackio show --project {_PROJECT}` shows the curves"
+    return session.log, trackio.finish, f"`trackio show --project {_PROJECT}` shows the curves"
 
 
 def _description(run: Run) -> dict[str, Any]:
     """Return what both call a run: resumed if it is known."""
     return {"project": _PROJECT, "name": run.path.name, "config": run.config.model_dump(), "resume": "allow"}
-
-
-def _logger(session: Any) -> Log:
-    return lambda values, epoch: session.log(dict(values), step=epoch)
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

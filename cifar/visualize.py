@@ -6,8 +6,8 @@ To add a figure, write a function that draws it and add one entry to FIGURES.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +181,12 @@ def blocks(layers: Sequence[LayerRecord]) -> list[LayerRecord]:
     A part is named by the first two words of the dotted names, in deep networks by the first; else all are one.
     """
     for words in (2, 1, 0):
-        groups = groupby(layers, partial(_part, words=words))
-        found = [_block(".".join(path) or "all layers", list(members)) for path, members in groups]
+        parts = [".".join((layer.name.split(".")[:-1] or [layer.name])[:words]) for layer in layers]
+        groups = groupby(zip(parts, layers), itemgetter(0))
+        found = [_block(part or "all layers", [layer for _, layer in members]) for part, members in groups]
         if len(found) <= _MAX_BLOCKS:
             break
     return found
-
-
-def _part(layer: LayerRecord, words: int) -> list[str]:
-    """Return the first words of the dotted name of what a layer belongs to."""
-    return (layer.name.split(".")[:-1] or [layer.name])[:words]
 
 
 def _block(name: str, layers: list[LayerRecord]) -> LayerRecord:

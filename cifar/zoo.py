@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from cifar import pretrained as weights
-from cifar.config import MODELS, OTHER_MODELS, is_allowed
+from cifar.config import MODELS, OTHER_MODELS, allowed_models
 from cifar.errors import UserError, describe, did_you_mean
 
 _SMALL = 64  # pixels
@@ -186,7 +186,7 @@ def _import_factory(name: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = name.partition(":")
     if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(f"--model takes a module as in an import, such as networks.mine:build, not '{name}'")
-    if not is_allowed(name):
+    if name not in allowed_models:
         raise UserError(
             f"{name} is code that would run on this computer: if you trust it, add --model {name} (in Python model=)"
         )

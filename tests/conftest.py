@@ -35,7 +35,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 def clean_environment(monkeypatch):
     for name in ("CIFAR_DATA_DIR", "CIFAR_MIRROR", "CIFAR_DEMO_AUTH", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(config, "_allowed", set())
+    config.allowed_models.clear()
 
 
 @pytest.fixture

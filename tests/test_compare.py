@@ -129,7 +129,7 @@ def test_recipes_that_cannot_be_tested_are_listed_with_the_reason(tmp_path, wron
 def test_recipes_of_equal_accuracy_with_tta_are_compared_without_it(tmp_path):
     found = seeds(tmp_path / "a", {0: 10, 1: 13}) + seeds(tmp_path / "b", {0: 9, 1: 14})
     for run in found:
-        run.write("metrics.json", run.metrics.model_copy(update={"accuracy_tta": 1.0, "interval_95_tta": (1.0, 1.0)}))
+        run.write("metrics.json", run.metrics.model_dump() | {"accuracy_tta": 1.0, "interval_95_tta": (1.0, 1.0)})
     (pair,) = compare.compare(found)["pairs"]
     assert pair["verdict"].endswith("(paired t-test over 2 seeds)")
 

@@ -102,7 +102,7 @@ def test_known_names_are_taken_in_any_case_but_not_over_a_folder_of_that_name(tm
 )
 def test_a_model_without_a_recipe_brings_its_own_under_its_old_name_too(model, recipe, title):
     made = Config.create({"model": model})
-    assert (made.model, made.recipe, made.title) == (config.model_name(model), recipe, title)
+    assert (made.model, made.recipe, made.title) == (config.known_spelling("model", model), recipe, title)
     assert Config.create({"model": model, "recipe": "simple"}).recipe == "simple"
 
 

@@ -234,7 +234,7 @@ def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
         assert received() == signal.SIGINT
         with pytest.raises(console.Interrupted) as second:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert console.signal_number(second.value) == signal.SIGTERM
+        assert second.value.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert capsys.readouterr().out == "finishing this step, then saving; press Ctrl-C again to quit now\n"
 

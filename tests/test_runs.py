@@ -19,7 +19,6 @@ import pytest
 from cifar import console, files, runs
 from cifar.config import Config
 from cifar.errors import UserError
-from cifar.records import EpochRecord
 from handmade import make_line, make_metrics
 
 
@@ -391,7 +390,7 @@ def test_the_history_is_read_as_it_was_appended(run):
     lines = [make_line(1, validated=False), make_line(2, validated=False, new_metric=0.5)]
     assert run.history() == []
     run.append_history(lines[0])
-    run.append_history(EpochRecord(**lines[1]))
+    run.append_history(lines[1])
     assert [epoch.model_dump(exclude_unset=True) for epoch in run.history()] == lines
     assert run.history()[1].new_metric == 0.5
     first, second = (run.path / "history.jsonl").read_text().splitlines()

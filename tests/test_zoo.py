@@ -109,7 +109,7 @@ def test_a_users_network_is_imported_only_if_the_user_names_it_and_not_only_a_fi
     evaluate.evaluate(run, digits, "cpu")
     (tmp_path / "my_network.py").write_text("raise SystemExit")
     sys.modules.pop("my_network")
-    config._allowed.clear()
+    config.allowed_models.clear()
     (tmp_path / "settings.toml").write_text('model = "my_network:build"')
     image, at, file = str(tmp_path / "x.png"), ("--run", str(run.path)), str(tmp_path / "settings.toml")
     for command in (
