@@ -34,7 +34,7 @@ _SECURITY = {
 }
 _CPU_TORCH = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
-_FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "8", "avx2": "20 to 35"}
+_FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "7", "avx2": "20 to 35"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
