@@ -174,7 +174,7 @@ class Checkpointer:
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
     """Write a checkpoint; a reader sees the old one or the new one, never a part. Raises UserError if it cannot.
 
-    content: what `load` returns. previous: where the old file is moved.
+    content: what `load` returns, but for the format. previous: where the old file is moved.
     """
     # Into memory first: when the disk is full, torch.save says no more than that it failed.
     file = io.BytesIO()

@@ -68,14 +68,18 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, and keep it for the log; not what moves the cursor, for a bar."""
-        try:
-            super().print(*objects, **options)
-        except OSError as problem:
-            if problem.errno != errno.EIO:  # the terminal has been closed, and SIGHUP follows
-                raise
-            _leave_terminal()
+        super().print(*objects, **options)
         if not any(isinstance(part, Control) for part in objects):
             _log_console.print(*objects, **{"width": self.width, **options})
+
+    def __exit__(self, *details: Any) -> None:
+        """Write what was printed, by bars too, unless the terminal has been closed; SIGHUP follows."""
+        try:
+            super().__exit__(*details)
+        except OSError as problem:
+            if problem.errno != errno.EIO or not stat.S_ISCHR(os.fstat(self.file.fileno()).st_mode):
+                raise
+            _leave_terminal()
 
     def on_broken_pipe(self) -> None:
         """Go on without output when nobody reads it any more, as after `| head -1`."""

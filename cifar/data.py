@@ -262,7 +262,8 @@ class Batches:
                     factors.uniform_(1 - config.jitter, 1 + config.jitter, generator=self.generator)
                     images = color_jitter(images, factors[:, rank_slice])
                 if self.mean is not None:
-                    corners = self._integers(self.split.image_size - config.cutout + 1, 2, batch_size)
+                    places = self.split.image_size - config.cutout + 1
+                    corners = torch.stack([self._integers(places, batch_size) for _ in range(2)])
                     images = cutout(images, corners[:, rank_slice], config.cutout, self.mean)
                 targets = labels
                 if config.mixup or config.cutmix:
@@ -314,9 +315,12 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int, mode: str) -> Ten
     """Crop images to their own size after padding them on each side.
 
     images: (N, 3, H, W), any dtype; offsets: (2, N), down and to the right, from 0 to 2 * padding; mode: `reflect` or
-    `zeros`. Returns the same shape. Source: He et al. 2015, section 4.2, for `zeros`.
+    `zeros`. Returns the same shape. Raises ValueError unless 0 <= padding < min(H, W). Source: He et al. 2015,
+    section 4.2, for `zeros`.
     """
     height, width = images.shape[-2:]
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"padding {padding} must be from 0 to {min(height, width) - 1}")
     if padding == 0:
         return images
     padded = pad_border(images, padding, mode)

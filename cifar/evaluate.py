@@ -104,12 +104,17 @@ def infer_tta(
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
     views = ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25))
+    passes = len(views) * (1 + flips) - 1  # without that of the unchanged images, which is done
+    share = len(images) / max(1, len(unsure) * passes)  # of the work, for an image of a pass
+
+    def infer_copies(copies: Tensor) -> Tensor:
+        return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
+
     for copies, weight in views:
-        logits = plain[is_unsure] if copies is unsure else infer(network, copies, precision=precision)
+        logits = plain[is_unsure] if copies is unsure else infer_copies(copies)
         if flips:
-            logits = (logits + infer(network, copies.flip(-1), precision=precision)) / 2
+            logits = (logits + infer_copies(copies.flip(-1))) / 2
         mean += weight * logits
-        advance(len(images) / len(views))
     augmented = plain.clone()
     augmented[is_unsure] = mean
     return plain, augmented
@@ -198,7 +203,7 @@ def learning_problems(run: Run) -> list[str]:
 
 
 def load_network(run: Run, classes: Sequence[str], device_name: str = "cpu") -> tuple[nn.Module, dict[str, Any], str]:
-    """Build the network with the run's best weights on a device; returns it, the checkpoint's content, the precision.
+    """Build the network with the run's best weights on a device; returns it, the checkpoint's content, and a precision.
 
     Raises UserError if the weights are missing, damaged or do not fit.
     """

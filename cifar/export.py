@@ -209,7 +209,8 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     defaults["precision"] = "float32"  # so that predictions are the same on every processor, to 1e-4
     made.write(runs.CONFIG, run.config.model_dump() | defaults)
     made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
-    checkpoint.save(made.checkpoints / "best.pt", {**content, "weights": weights})
+    kept = {key: content[key] for key in ("model", "classes", "image_size", "epoch")}
+    checkpoint.save(made.checkpoints / "best.pt", {**kept, "weights": weights})
     measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
     itself = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
     made.write(runs.METRICS, {**measured, "original": itself})

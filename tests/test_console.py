@@ -286,6 +286,36 @@ def test_a_program_whose_terminal_is_closed_saves_and_ends(tmp_path):
     assert (tmp_path / "made").read_text() == "saved"
 
 
+AFTER_THE_TERMINAL = """
+import os, sys, time
+from cifar import console
+console.say("ready")
+while True:
+    try:
+        os.write(1, b".")
+    except OSError:
+        break
+    time.sleep(0.05)
+with console.counting_bar("training", 2) as advance:
+    console.say("not shown")
+    advance(1)
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_a_write_to_a_closed_terminal_ends_nothing(tmp_path):
+    outer, inner = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inner)
+    command = [sys.executable, "-c", AFTER_THE_TERMINAL, str(tmp_path / "made")]
+    environment = {**os.environ, "FORCE_COLOR": "1"}  # rich draws its bars though the terminal is gone
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, start_new_session=True, **streams) as process:
+        os.close(inner)
+        assert os.read(outer, 100).strip().startswith(b"ready")
+        os.close(outer)
+        assert process.wait(30) == 0
+    assert (tmp_path / "made").read_text() == "saved"
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_signals_are_announced_and_counted_during_one_long_operation(presses, monkeypatch):
     said = []

@@ -80,15 +80,21 @@ def test_no_validation_leaves_all_images_to_training(digits, own_val):
 
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("reflect", "reflect"), ("zeros", "constant")])
 def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
-    images = random_images(200)
-    crops = data.random_crop(images, torch.randint(5, (2, 200), generator=generator()), 2, mode)
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
+    split = numbered(200)
+    (batch,) = make_batches(split, crop=2, crop_mode=mode, batch_size=200).epoch(1)
+    crops = (batch.images * 255).round().to(torch.uint8).numpy()
+    padded = np.pad(split.images[batch.indices].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), numpy_mode)
     seen = set()
-    for crop, around in zip(crops.numpy(), padded):
+    for crop, around in zip(crops, padded):
         places = [(y, x) for y in range(5) for x in range(5) if np.array_equal(around[:, y : y + 8, x : x + 8], crop)]
         assert len(places) == 1
         seen.update(places)
     assert len(seen) == 25
+
+
+def test_a_crop_wider_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="padding 8 must be from 0 to 7"):
+        data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
 
 
 def test_with_a_crop_scale_training_images_are_resized_crops_of_which_no_two_are_alike():
@@ -141,21 +147,27 @@ def test_color_jitter_scales_as_torchvision_does():
         torch.testing.assert_close(image, expected, atol=2e-3, rtol=0)
 
 
+def test_color_jitter_is_drawn_up_to_its_setting_in_both_directions():
+    grey = data.Split(torch.full((200, 3, 8, 8), 120, dtype=torch.uint8), torch.arange(200))
+    (batch,) = make_batches(grey, jitter=0.4, batch_size=200).epoch(1)
+    brightness = batch.images[:, 0, 0, 0] * 255 / 120  # contrast and saturation change nothing in a grey image
+    assert 0.6 <= brightness.min() < 0.65
+    assert 1.35 < brightness.max() <= 1.4
+
+
 def test_cutout_fills_one_square_of_each_image_anywhere_within_it():
-    images = 0.1 + 0.8 * torch.rand(400, 3, 8, 10)
-    color = torch.tensor([0.0, 0.5, 1.0])
-    draws = generator()
-    places = torch.stack([torch.randint(length - 2, (400,), generator=draws) for length in (8, 10)])
-    filled = data.cutout(images, places, 3, color)
+    split = data.Split((20 + torch.rand(400, 3, 8, 8) * 200).to(torch.uint8), torch.arange(400))
+    (batch,) = make_batches(split, cutout=3, batch_size=400).epoch(1)
+    color = split.mean_and_std[0]
     corners = set()
-    for image, before in zip(filled, images):
+    for image, before in zip(batch.images, data.to_float(split.images[batch.indices])):
         rows, columns = (image != before).any(0).nonzero().T
         (top, bottom), (left, right) = (rows.min(), rows.max()), (columns.min(), columns.max())
         assert (bottom - top, right - left) == (2, 2)
         assert image[:, top : bottom + 1, left : right + 1].equal(color.view(3, 1, 1).expand(3, 3, 3))
         assert (image != before).any(0).sum() == 9
         corners.add((int(top), int(left)))
-    assert corners == {(row, column) for row in range(6) for column in range(8)}
+    assert corners == {(row, column) for row in range(6) for column in range(6)}
 
 
 def test_batches_cut_out_with_the_mean_color_of_the_training_images():

@@ -68,6 +68,14 @@ def test_images_are_joined_only_where_it_is_faster(changed, monkeypatch):
     assert ("SideBySide" in output.grad_fn.name()) == (changed is None)
 
 
+@pytest.mark.parametrize(("size", "is_joined"), [(8, True), (9, False)])
+def test_amx_joins_longer_rows(size, is_joined, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    with device.autocast(torch.device("cpu"), "bfloat16"):
+        output = layers.Conv2d(5, 4)(torch.rand(6, 5, size, size).requires_grad_())
+    assert ("SideBySide" in output.grad_fn.name()) == is_joined
+
+
 def test_a_convolution_in_bfloat16_has_the_gradients_of_torchs_within_its_precision(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     torch.manual_seed(0)

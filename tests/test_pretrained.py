@@ -147,9 +147,10 @@ def test_the_preprocessing_is_that_of_the_weights(name, size):
     assert pretrained.preprocessing(name) == (size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_a_folders_images_have_the_size_that_the_weights_expect_unless_another_is_given(photos, file):
+def test_a_folders_images_have_the_size_that_the_weights_expect_unless_another_is_given(photos, file, capsys):
     given = {"dataset": photos.key, "data_dir": str(file.parent), "weights": str(file), "model": MODEL}
     assert pipeline.prepare(Config.create(given))[0].image_size == min(224, MAX_IMAGE_SIZE)
+    assert f"train: {len(photos.train):,} images: " in capsys.readouterr().out
     assert pipeline.prepare(Config.create({**given, "image_size": 48}))[0].image_size == 48
 
 
