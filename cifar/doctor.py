@@ -164,8 +164,9 @@ def _threads(threads: int, cores: int) -> Finding:
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         message += "; the machine was busy in the last minute: other programs make training slower"
-        fix = f"close other programs, or as long as they run: export OMP_NUM_THREADS={max(1, cores // 2)}"
-        return Finding("threads", "warning", message, fix)
+        fewer = max(1, cores // 2)
+        advice = f", or as long as they run: export OMP_NUM_THREADS={fewer}" if threads > fewer else ""
+        return Finding("threads", "warning", message, f"close other programs{advice}")
     if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
     return Finding("threads", "ok", message)

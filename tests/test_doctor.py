@@ -148,6 +148,7 @@ def test_the_kind_of_processor_is_named(monkeypatch, kind, level):
         (2, 0.0, "", "ok", ""),  # torch does not count hyperthreads
         (5, 0.0, "", "warning", "export OMP_NUM_THREADS=4"),
         (4, 1e9, "", "warning", "close other programs, or as long as they run: export OMP_NUM_THREADS=2"),
+        (2, 1e9, "2", "warning", "close other programs"),  # the advice has been taken
         (1, 0.0, "1", "note", "unset OMP_NUM_THREADS to use all cores"),
         (2, 0.0, "9", "ok", ""),
     ],
