@@ -14,6 +14,7 @@ from cifar.errors import UserError
 
 MAIN = str(PROJECT / "main.py")
 INVOKE = ("-c", "import sys; from invoke.main import program; sys.exit(program.run())")
+QUICK = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1", "--device", "cpu")  # a training of a second
 
 
 def start(*arguments: str, cwd: Path = PROJECT, **options) -> subprocess.Popen:

@@ -1,5 +1,7 @@
 """Small datasets of drawn images, as folders: what people's own images differ in, one property each.
 
+Only what is left of a difference once the files are decoded; image_files.py has the kinds of files.
+
 An image of class k of K has stripes at an angle of 180 k / K degrees, with noise, so a network can learn it quickly,
 and a mirrored image is of another class only by its angle. All random numbers come from a fixed seed.
 """
@@ -31,11 +33,6 @@ def color(random, label, classes, size):
     return Image.fromarray(
         (stripes(random, label, classes, size)[..., None] * random.uniform(0.5, 1, 3)).astype("uint8")
     )
-
-
-def converted(mode: str) -> Draw:
-    """Color in another of Pillow's modes."""
-    return lambda *drawing: color(*drawing).convert(mode)
 
 
 def two_colors(random, label, classes, size):
@@ -83,19 +80,6 @@ def dark(random, label, classes, size):
     return Image.fromarray(stripes(random, label, classes, size) // 64)
 
 
-def sixteen_bits(random, label, classes, size):
-    return Image.fromarray(stripes(random, label, classes, size).astype(np.uint16) * 257)
-
-
-def on_transparency(random, label, classes, size):
-    pattern = stripes(random, label, classes, size)
-    return Image.fromarray(np.dstack([np.zeros((size, size, 3), np.uint8), pattern]))
-
-
-def wide(random, label, classes, size):
-    return color(random, label, classes, 2 * size).crop((0, size // 2, 2 * size, size + size // 2))
-
-
 @dataclass(frozen=True)
 class ImageSet:
     """How a dataset is made, and whether a network must do better than chance on it."""
@@ -106,7 +90,6 @@ class ImageSet:
     test: int = 40
     size: int = 32  # of the files, in pixels
     image_size: int = 32  # what --image-size asks for
-    suffix: str = ".png"
     names: str = "class {}"
     learnable: bool = True
 
@@ -119,7 +102,7 @@ class ImageSet:
                 folder.mkdir(parents=True)
                 for number in range(count):
                     image = self.draw(random, label, self.classes, self.size)
-                    image.save(folder / f"{number}{self.suffix}")
+                    image.save(folder / f"{number}.png")
         return root
 
 
@@ -127,11 +110,6 @@ IMAGE_SETS = {
     "color": ImageSet(),
     "grey": ImageSet(grey),
     "grey, ten classes": ImageSet(grey, classes=10, train=100),
-    "one bit": ImageSet(converted("1")),
-    "palette": ImageSet(converted("P")),
-    "CMYK": ImageSet(converted("CMYK"), suffix=".jpg"),
-    "sixteen bits": ImageSet(sixteen_bits),
-    "transparent": ImageSet(on_transparency),
     "nearly grey": ImageSet(nearly_grey),
     "dark": ImageSet(dark),
     "two colors": ImageSet(two_colors),
@@ -142,14 +120,9 @@ IMAGE_SETS = {
     "all alike": ImageSet(all_alike, train=20, test=5, learnable=False),
     "three images a class": ImageSet(train=3, test=1, learnable=False),
     "eight pixels": ImageSet(size=8),
-    "sixteen pixels": ImageSet(grey, size=16),
     "64 pixels": ImageSet(size=64, image_size=64, train=200),
     "128 pixels": ImageSet(grey, size=128, image_size=128, train=50),
     "odd size": ImageSet(size=45, image_size=45),
-    "wide": ImageSet(wide),
-    "JPEG": ImageSet(suffix=".jpeg"),
-    "GIF": ImageSet(suffix=".gif"),
-    "WebP": ImageSet(grey, suffix=".webp"),
     "many classes": ImageSet(classes=120, train=4, test=1, learnable=False),
     "odd names": ImageSet(names="<b>[red]$x_{}^$ =1+1 \N{HEAVY BLACK HEART} 猫"),
     "long names": ImageSet(names="{}" + "x" * 200),

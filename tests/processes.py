@@ -1,6 +1,7 @@
 """Trainings in separate processes, and what they leave."""
 
 import multiprocessing
+import signal
 import sys
 import time
 from pathlib import Path
@@ -66,10 +67,16 @@ class Outputs:
         process.start()
         return process
 
-    def start_or_resume(self, hinder=None):
+    def exit_code(self, hinder=None, name: str | None = None) -> int | None:
+        """Start a process, and return its exit code once it has ended."""
+        process = self.start(hinder, name)
+        process.join(60)
+        return process.exitcode
+
+    def start_or_resume(self):
         """Start a process as a user would: a new run only if there is none to resume."""
         has_run = any(self.folder.glob("*/run.json"))
-        return self.start(hinder, "" if has_run else None)
+        return self.start(name="" if has_run else None)
 
     def finish(self) -> dict:
         """Return the results of the run, after a last process that nothing hinders, if it has not ended."""
@@ -111,6 +118,11 @@ def after_each_step(action) -> None:
         save_if_due(checkpointer, signal_number)
 
     checkpoint.Checkpointer.save_if_due = act
+
+
+def stop_after(steps: int) -> None:
+    """Have this process stop after so many steps, as if it had been interrupted then."""
+    after_each_step(lambda checkpointer: signal.SIGINT if checkpointer.training.optimizer.steps == steps else None)
 
 
 def slow_steps(seconds: float) -> None:

@@ -11,13 +11,11 @@ from cifar.errors import UserError
 from commands import run
 
 
-def test_auto_is_the_fastest_available_device_and_a_missing_one_is_refused(monkeypatch):
+def test_auto_is_the_fastest_available_device(monkeypatch):
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
         assert device.choose("auto").type == expected
-    with pytest.raises(UserError, match="no device 'cuda' here: it finds cpu"):
-        device.choose("cuda")
 
 
 @pytest.mark.parametrize(("flag", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])

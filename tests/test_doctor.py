@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 import torch
 
 from cifar import datasets, device, doctor, evaluate
-from cifar.config import PROJECT, Config
+from cifar.config import Config
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
+from commands import run
 from conftest import as_nobody
 from handmade import make_run
 from server import CONTENT, archive_of, fail, send
@@ -83,12 +83,11 @@ doctor.show_findings(doctor.examine(Config.create({"dataset": "digits"}), 7860))
 def test_a_broken_torch_is_one_failure_with_its_cure(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so: not found\\nx')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", EXAMINE], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    code, out, err = run("-c", EXAMINE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (code, err) == (0, "")
     failure = "failure  device    cannot be checked: OSError: libtorch_cpu.so: not found"
-    assert f"{failure}\n              fix: if a package is broken: pip install --force" in done.stdout
-    assert done.stdout.count("cannot be checked") == 2  # the datasets need torch too
+    assert f"{failure}\n              fix: if a package is broken: pip install --force" in out
+    assert out.count("cannot be checked") == 2  # the datasets need torch too
 
 
 # Hardware
@@ -234,7 +233,6 @@ def test_a_missing_dataset_is_looked_for_but_not_downloaded(known, server, tmp_p
 
 
 def test_a_dataset_that_cannot_be_used_is_a_failure(tmp_path):
-    assert "did you mean cifar10?" in dataset("cifr10").message
     assert dataset("digits").level == "ok"
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"x")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -19,8 +18,8 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
+import commands
 from cifar import download
-from cifar.config import PROJECT
 from cifar.download import ARCHIVES, Archive, UnavailableError
 from cifar.errors import UsageError, UserError
 from conftest import as_nobody
@@ -253,8 +252,8 @@ print(console.exit_code(lambda: download.ensure(archive, Path(sys.argv[2]))), fl
 
 
 def start(archive: Archive, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", ENSURE, repr(dataclasses.asdict(archive)), str(folder)]
-    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = (repr(dataclasses.asdict(archive)), str(folder))
+    return commands.start("-c", ENSURE, *words, stderr=subprocess.STDOUT)
 
 
 def test_of_three_processes_one_downloads_and_a_killed_one_is_continued_by_the_next(server, tmp_path):

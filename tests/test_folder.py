@@ -218,13 +218,6 @@ def test_the_pixels_of_a_large_cache_are_compared_only_if_the_file_has_changed(r
     assert content(load(root)) == first
 
 
-def test_images_of_which_the_file_is_deleted_stay_readable(root):
-    images = load(root)
-    before = images.test.images.clone()
-    shutil.rmtree(root.parent / "cache")
-    assert images.test.images.equal(before)
-
-
 def test_two_processes_decode_one_folder_once(root):
     script = "import sys, pathlib as p, cifar.folder as f; f.load(p.Path(sys.argv[1]), 32, p.Path(sys.argv[2]))"
     (root.parent / "cache" / ".decoded").mkdir(parents=True)
@@ -233,9 +226,10 @@ def test_two_processes_decode_one_folder_once(root):
     assert said.count("decoding 60 images") == 1
 
 
-def test_without_a_writable_cache_the_images_are_read_anyway(root, capsys):
+def test_without_a_writable_cache_the_images_are_read_anyway_and_stay_readable(root, capsys):
     (root.parent / "cache").write_bytes(b"a file in its place")
-    assert len(load(root).train) == 40
+    images = load(root)  # mapped from a temporary file, which is deleted by now
+    assert pixels(images.train) == {decode(file, 32).numpy().tobytes() for file in (root / "train").rglob("*.png")}
     assert "cannot be cached, and will be decoded again by the next run: cannot write" in capsys.readouterr().out
 
 
@@ -348,7 +342,7 @@ def test_a_folder_val_holds_the_validation_images(root):
     assert images.note is None
     assert (len(images.train), images.train.own_val, len(images.test)) == (47, 7, 20)
     train, val = data.train_val_split(images.train, 7, seed=3)
-    assert val.labels.bincount().tolist() == [3, 4]
+    assert (len(pixels(train)), val.labels.bincount().tolist()) == (40, [3, 4])
     assert pixels(val) == {decode(file, 32).numpy().tobytes() for file in (root / "Valid").rglob("*.png")}
     assert not pixels(val) & pixels(train)
     assert content(load(root)) == content(images)
@@ -438,6 +432,7 @@ TABLES = {
     "two columns": (lambda rows: ["path,label,Label", "a.png,x,y"], "names the column label twice$"),
     "a folder": (lambda rows: ["path,label", *rows, "train/cat,x"], "names train/cat, which is not a file$"),
     "latin 1": (lambda rows: ["path,label", *rows, "\udce9"], "is not a CSV file in UTF-8"),
+    "no file": (None, r"^cannot read .*labels\.csv: No such file or directory$"),
 }
 
 
@@ -445,11 +440,9 @@ TABLES = {
 def test_a_table_that_cannot_be_used_is_refused_in_one_sentence(root, kind):
     make, sentence = TABLES[kind]
     table = root / "labels.csv"
-    table.write_bytes("\n".join(make(rows(root))).encode(errors="surrogateescape"))
+    if make:
+        table.write_bytes("\n".join(make(rows(root))).encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=sentence):
-        folder.load(root, 32, root.parent / "cache", table)
-    table.unlink()
-    with pytest.raises(UserError, match=r"^cannot read .*labels\.csv: No such file or directory$"):
         folder.load(root, 32, root.parent / "cache", table)
 
 
@@ -467,10 +460,6 @@ def test_images_of_all_kinds_and_sizes_are_in_one_folder(tmp_path):
     Image.new("L", (8000, 6000), 9).save(path / "large.jpeg")
     images = load(tmp_path / "all")
     assert len(images.train) + len(images.test) == 12
-    assert images.note == (
-        "Too few images to learn well, fewer than 20 in train: a: 4, b: 6. "
-        "Too few images to measure well, fewer than 10 in test: a: 1, b: 1."
-    )
 
 
 # What cannot be used

@@ -183,7 +183,7 @@ def content_of(path: Path) -> list | bytes:
     return sorted((file, file.read_bytes()) for file in path.iterdir()) if path.is_dir() else path.read_bytes()
 
 
-SEEDS = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--seeds", "2")
+SEEDS = (*commands.QUICK, "--seeds", "2")
 
 
 @pytest.fixture(scope="module")

@@ -138,12 +138,11 @@ def test_files_bytes_pillows_images_arrays_and_tensors_get_the_same_prediction(f
     assert [one.label for one in fast.predict(batch)] == [alone.label] * 2
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
 def test_pillows_images_of_every_mode_are_read_as_their_files_are(fast, mode):
-    image = photo("L" if mode in ("I", "I;16", "F") else "RGB" if mode == "LAB" else mode)
-    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image
+    image = photo("L" if mode in ("I", "F") else "RGB" if mode == "LAB" else mode)
     image = image.convert(mode) if mode in ("I", "F") else image
-    format = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF"
+    format = "PNG" if mode in ("1", "L", "LA", "P", "RGBA") else "TIFF"
     file = saved(image.convert("RGB") if mode in ("YCbCr", "HSV") else image, format)
     (as_image, as_file) = fast.predict([image, file])
     np.testing.assert_allclose(as_image.probabilities, as_file.probabilities, atol=1e-6)
@@ -163,7 +162,6 @@ def test_a_rotated_and_a_transparent_image_in_memory_are_read_as_a_person_sees_t
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [
-        (5, "int is no image"),
         (Image.open(io.BytesIO(TRUNCATED)), "Pillow cannot read the image: OSError: image file is truncated"),
         (np.zeros((3, 32, 32), np.uint8), r"shape \(3, 32, 32\) is no image: arrays are \(H, W, 3\), tensors"),
         (np.full((32, 32, 3), 200.0), "float from 0 to 1, not float64"),
@@ -182,17 +180,16 @@ def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast):
     file = io.BytesIO(saved(Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).numpy()), "PNG"))
     (expected,), (read,) = fast.predict(pixels), fast.predict(file)
     np.testing.assert_array_equal(read.probabilities, expected.probabilities)
-    for nothing in (None, 5):
-        with pytest.raises(UserError, match="is no image"):
-            fast.predict(nothing)
+    with pytest.raises(UserError, match="int is no image"):
+        fast.predict(5)
     assert fast.predict("a\0b.png")[0].error
 
 
-def test_mistakes_are_user_errors(fast, make_run, tmp_path):
+def test_mistakes_are_user_errors(fast, tmp_path):
     with pytest.raises(UserError, match="the run needs a name or a path"):
         cifar.load("")
-    with pytest.raises(UserError, match="has not been evaluated; run `invoke evaluate"):
-        cifar.load(make_run())
+    with pytest.raises(UserError, match="there is no run named '\0'"):
+        cifar.load("\0")
     with pytest.raises(UserError, match="unknown device 'tpu'"):
         cifar.load("fast", device="tpu")
     with pytest.raises(UserError, match=r"takes torch.uint8 \(N, 3, 32, 32\), not torch.float32 \(1, 3, 32, 32\)"):

@@ -16,6 +16,7 @@ from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.errors import UserError
 from cifar.main import parse
 from cifar.predict import Predictor
+from processes import stop_after
 
 MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
 
@@ -94,15 +95,11 @@ def test_frozen_batchnorm_keeps_its_statistics_in_training_and_no_other_module_c
     assert [module.training for module in network] == [False, True, True, True]
 
 
-def test_a_fine_tuned_run_resumes_bit_for_bit(finetune, photos, monkeypatch, file):
+def test_a_fine_tuned_run_resumes_bit_for_bit(finetune, photos, monkeypatch):
     uninterrupted = finetune(epochs=2, ema=0.5)
-    save_if_due = checkpoint.Checkpointer.save_if_due
-
-    def stop_in_the_second_epoch(checkpointer, _):
-        save_if_due(checkpointer, 2 if checkpointer.training.optimizer.steps == 15 else None)
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpointer, "save_if_due", stop_in_the_second_epoch)
+        patch.setattr(checkpoint.Checkpointer, "save_if_due", checkpoint.Checkpointer.save_if_due)  # put back
+        stop_after(15)  # in the second epoch
         with pytest.raises(KeyboardInterrupt):
             finetune(epochs=2, ema=0.5)
     run = pipeline.runs.find_resumable(str(uninterrupted.path.parent))
@@ -222,7 +219,7 @@ def test_a_file_that_does_not_fit_is_refused_before_there_is_a_run(finetune, wei
     assert not list((tmp_path / "outputs").glob("*"))
 
 
-def test_a_missing_file_is_named(finetune):
+def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"^cannot read nowhere.pth: No such file or directory$"):
         pretrained.read(Path("nowhere.pth"))
 

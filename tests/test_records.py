@@ -96,8 +96,3 @@ def test_a_new_metric_needs_no_field():
     metrics = records.Metrics(**content)
     assert (metrics.top5["accuracy"], metrics.per_class["cat"].specificity) == (0.99, 0.5)
     assert json.loads(json.dumps(metrics.model_dump(exclude_unset=True))) == content
-
-
-def test_what_an_older_version_did_not_write_is_none():
-    record = records.parse("run.json", {"status": "running", "start": "2026-11-21T10:12:15+00:00", "seconds": {}})
-    assert (record.end, record.dataset, record.versions, record.threads) == (None, None, None, None)

@@ -18,7 +18,7 @@ from cifar import checkpoint, console, data, datasets, evaluate, pipeline, runs,
 from cifar.errors import UserError, display_path
 from cifar.runs import find
 from conftest import flat
-from processes import Outputs, after_each_step, results, slow_steps, slowly, wait_until
+from processes import Outputs, after_each_step, results, slow_steps, slowly, stop_after, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,7 @@ def test_saving_within_an_epoch_changes_nothing_and_a_killed_run_resumes_from_it
     saved = checkpoint.load(outputs.run.checkpoints / "last.pt")["training"]["state"]
     before = checkpoint.load(outputs.run.checkpoints / "previous.pt")["training"]["state"]
     assert saved["optimizer"]["steps"] - before["optimizer"]["steps"] in (0, 1)
-    process = outputs.start(save_every_step, "")
-    process.join(60)
+    assert outputs.exit_code(save_every_step, "") == 0
     assert results(outputs.run) == uninterrupted
 
 
@@ -159,9 +158,7 @@ def late_saves(instant: int, saved: bool) -> None:
 
 @pytest.mark.parametrize(("instant", "saved"), [(24, False), (30, True)])
 def test_an_epoch_that_was_not_saved_is_trained_again(outputs, uninterrupted, instant, saved):
-    process = outputs.start(functools.partial(late_saves, instant, saved))
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert outputs.exit_code(functools.partial(late_saves, instant, saved)) == -signal.SIGKILL
     assert len(outputs.run.history()) == 1
     present = {path.stem: checkpoint.load(path)["epoch"] for path in outputs.run.checkpoints.iterdir()}
     assert present == ({"best": 1, "last": 1} if saved else {})
@@ -180,9 +177,7 @@ def interrupt_validation() -> None:
 
 
 def test_a_signal_at_the_end_of_an_epoch_saves_it(outputs, uninterrupted):
-    process = outputs.start(interrupt_validation)
-    process.join(60)
-    assert process.exitcode == 130
+    assert outputs.exit_code(interrupt_validation) == 130
     assert {path.stem for path in outputs.run.checkpoints.iterdir()} == {"best", "last"}
     assert outputs.finish() == uninterrupted
     assert [(again.epoch, again.step) for again in outputs.run.record.resumed] == [(2, 0)]
@@ -204,11 +199,10 @@ def small_files(bytes: int, from_save: int = 1) -> None:
 
 @pytest.mark.parametrize("from_save", [3, *slowly([1, 2])])
 def test_on_a_full_disk_the_run_fails_with_a_sentence_and_resumes_later(outputs, uninterrupted, from_save):
-    process = outputs.start(functools.partial(small_files, 10**6, from_save))
-    process.join(60)
+    code = outputs.exit_code(functools.partial(small_files, 10**6, from_save))
     name = "best.pt" if from_save == 1 else "last.pt"
     sentence = f"cannot write {display_path(outputs.run.checkpoints / name)}: File too large"
-    assert (process.exitcode, outputs.said().splitlines()[-1]) == (1, f"error: {sentence}")
+    assert (code, outputs.said().splitlines()[-1]) == (1, f"error: {sentence}")
     assert (outputs.run.record.status, outputs.run.record.error) == ("failed", sentence)
     assert not list(outputs.run.path.rglob("*.partial"))
     assert outputs.finish() == uninterrupted
@@ -241,9 +235,7 @@ def lose_rights(folder: Path, steps: int) -> None:
 
 
 def test_a_folder_that_becomes_read_only_ends_the_training_with_a_sentence(outputs, uninterrupted):
-    process = outputs.start(functools.partial(lose_rights, outputs.folder, 30))
-    process.join(60)
-    assert process.exitcode == 1
+    assert outputs.exit_code(functools.partial(lose_rights, outputs.folder, 30)) == 1
     sentence = f"error: cannot write {display_path(outputs.run.path / 'history.jsonl')}: Permission denied"
     assert outputs.said().splitlines()[-1] == sentence
     for path in outputs.folder.rglob("*"):
@@ -256,9 +248,7 @@ def test_a_second_trainer_on_a_run_is_refused_and_the_first_is_not_disturbed(out
     first = outputs.start()
     wait_until(lambda: any(outputs.folder.glob("*/log.txt")))  # which a run has once it is claimed
     os.kill(first.pid, signal.SIGSTOP)
-    second = outputs.start(name=outputs.run.path.name)
-    second.join(60)
-    assert second.exitcode == 1
+    assert outputs.exit_code(name=outputs.run.path.name) == 1
     sentence = f"{outputs.run.path.name} is in use by another process: wait until it ends"
     assert outputs.said().splitlines()[-1] == f"error: {sentence}"
     assert outputs.run.status() == "running"
@@ -276,17 +266,11 @@ def test_two_trainers_in_one_outputs_folder_both_finish(outputs, uninterrupted):
     assert find(str(outputs.folder)).path in [run.path for run in made]
 
 
-def stop_after(steps: int) -> None:
-    """Have this process stop after so many steps, as if it had been interrupted then."""
-    after_each_step(lambda checkpointer: signal.SIGINT if checkpointer.training.optimizer.steps == steps else None)
-
-
 @pytest.fixture(scope="module")
 def once_interrupted(tmp_path_factory) -> Outputs:
     """A run whose last.pt is from the middle of its second epoch; copy it before you change it."""
     outputs = Outputs(tmp_path_factory.mktemp("interrupted"))
-    process = outputs.start(functools.partial(stop_after, 30))
-    process.join(60)
+    outputs.exit_code(functools.partial(stop_after, 30))
     return outputs
 
 

@@ -9,7 +9,7 @@ import pytest
 from cifar import bench, files, pipeline, report, runs, seeds, visualize
 from cifar.errors import UserError
 from cifar.runs import Run
-from commands import main, start
+from commands import QUICK, main, start
 from conftest import quick_config
 from processes import wait_until
 
@@ -24,8 +24,7 @@ main.main(sys.argv[1:])
 
 
 def test_the_same_command_resumes_a_killed_group(tmp_path, monkeypatch):
-    flags = ["--recipe", "mlp", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--seed", "3"]
-    flags += ["--seeds", "2", "--output-dir", str(tmp_path)]
+    flags = [*QUICK, "--seed", "3", "--seeds", "2", "--output-dir", str(tmp_path)]
     with start("-c", WITHOUT_FIGURES, *flags) as process:
         wait_until(lambda: len(list(tmp_path.glob("*/*/run.json"))) == 2)
         process.kill()

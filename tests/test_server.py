@@ -203,10 +203,6 @@ def test_a_request_that_takes_too_long_is_given_up(serve, monkeypatch, start):
         assert read(connection) == CLOSED
 
 
-def stored(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def test_uploads_have_a_total_and_the_oldest_give_way(serve, monkeypatch, tmp_path):
     monkeypatch.setattr(server, "_MAX_FILE", 1_000_000)
     monkeypatch.setattr(server, "_MAX_STORED", (3_000_000, 5))
@@ -221,7 +217,7 @@ def test_uploads_have_a_total_and_the_oldest_give_way(serve, monkeypatch, tmp_pa
         while not paths[-1].exists() and time.monotonic() < deadline:  # Gradio moves it after its answer
             time.sleep(0.01)
         assert paths[-1].exists()
-        assert stored(tmp_path) <= 3_000_000
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 3_000_000
         assert sum(path.exists() for path in paths) <= 6
 
 

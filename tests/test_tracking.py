@@ -9,7 +9,7 @@ import pytest
 from cifar import pipeline, report, tracking, visualize
 from cifar.errors import UserError
 from cifar.runs import Run
-from commands import main
+from commands import QUICK, main
 from conftest import quick_config
 
 
@@ -22,8 +22,7 @@ def track(tmp_path, monkeypatch):
     def train_with(tracker: str, **environment: str) -> Run:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        quick = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "2", "--device", "cpu")
-        code, out, err = main(*quick, "--track", tracker, "--output-dir", str(tmp_path))
+        code, out, err = main(*QUICK, "--epochs", "2", "--track", tracker, "--output-dir", str(tmp_path))
         assert (code, err) == (0, "")
         assert not [line for line in out.splitlines() if line.startswith(("*", "wandb", "\x1b"))]
         return Run(next(tmp_path.glob("2*_mlp_digits")))

@@ -19,12 +19,6 @@ from handmade import CLASSES, LAYERS, MATRIX, make_dataset, make_line, make_metr
 SUBJECT = "fast on digits"
 
 
-def all_figures(run, dataset) -> dict:
-    results = visualize.read_results(run, dataset)
-    with visualize.drawing():
-        return {name: visualize.draw(name, results) for name in visualize.drawable(results)}
-
-
 def metrics_of(*arguments, **keywords) -> records.Metrics:
     return records.parse("metrics.json", make_metrics(*arguments, **keywords))
 
@@ -60,7 +54,10 @@ def test_titles_say_what_is_shown_and_nothing_is_cut_or_too_large(tmp_path, clas
     true = [*range(len(classes))] * 2
     predicted = [(label + index % 3) % len(classes) for index, label in enumerate(true)]
     run = make_run(tmp_path, classes, true=true, predicted=predicted, confidence=[0.6] * len(true))
-    for name, figure in all_figures(run, make_dataset(classes, true)).items():
+    results = visualize.read_results(run, make_dataset(classes, true))
+    with visualize.drawing():
+        figures = {name: visualize.draw(name, results) for name in visualize.drawable(results)}
+    for name, figure in figures.items():
         is_plain = "test split, without test-time augmentation" in figure.get_suptitle()
         assert is_plain == (name not in ("training_history", "dataset_samples", "architecture"))
         assert SUBJECT in figure.get_suptitle()

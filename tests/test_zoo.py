@@ -113,7 +113,6 @@ def test_a_users_network_is_imported_only_if_the_user_names_it_and_not_only_a_fi
     (tmp_path / "settings.toml").write_text('model = "my_network:build"')
     image, at, file = str(tmp_path / "x.png"), ("--run", str(run.path)), str(tmp_path / "settings.toml")
     for command in (
-        lambda: invoke("predict", image, *at),
         lambda: invoke("predict", image, "my_network:build", *at),
         lambda: main("--config", file, "--dataset", "digits"),
         lambda: main("--config", str(run.path)),
