@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cifar import console, data, device, evaluate, metrics
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.evaluate import Evaluation
 from cifar.files import atomic_write, open_regular
 from cifar.records import Analysis, Corruptions, ImageRecord, Metrics

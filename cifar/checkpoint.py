@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cifar import console, device
 from cifar.config import LOCATIONS, MAX_CLASSES, MAX_IMAGE_SIZE, PIPELINE, Config, known_spelling
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import UserError, display_path
 from cifar.files import atomic_write
 from cifar.records import EpochRecord

@@ -401,7 +401,7 @@ def check_addresses(urls: list[str]) -> None:
 
 
 def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:
-    """Fit the settings to a datasets.Dataset; returns them, and a sentence for each setting that had to change.
+    """Fit the settings to a data.Dataset; returns them, and a sentence for each setting that had to change.
 
     Raises UserError if training or validation would have fewer images than classes.
     """

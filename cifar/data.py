@@ -1,4 +1,4 @@
-"""Images as uint8 tensors: the split into training and validation, augmentation, and batches.
+"""Images as uint8 tensors: datasets, the split into training and validation, augmentation, and batches.
 
 torchvision is imported where it is used: that takes a second, and the demo would wait for it.
 """
@@ -12,6 +12,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,36 @@ class Split:
         fractions, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
         mean, mean_square = fractions @ values, fractions @ values.square()
         return mean.float(), (mean_square - mean.square()).sqrt().float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset on disk. A split is read when it is first used: training never opens the test split."""
+
+    key: str  # what --dataset finds it by: its name, or the absolute path of a folder
+    classes: tuple[str, ...]
+    location: str  # where its files are, for people
+    can_flip: bool  # whether a mirrored image still shows its class
+    read: Callable[[str], Split]  # takes "train" or "test"; raises UserError that names a damaged file
+    verify: Callable[[], None] = lambda: None  # raises UserError that names a damaged file, without reading images
+    test_files: tuple[str, ...] = ()  # of a folder: the path of each test image, relative to it, with /
+    left_out: tuple[str, ...] = ()  # of a folder: the files that could not be read
+    note: str | None = None  # what the user must not overlook
+
+    @property
+    def name(self) -> str:
+        """Its name, for people."""
+        return Path(self.key).name
+
+    @functools.cached_property
+    def train(self) -> Split:
+        """All training images, including those for validation. Raises UserError if a file is damaged."""
+        return self.read("train")
+
+    @functools.cached_property
+    def test(self) -> Split:
+        """The test images. Raises UserError if a file is damaged."""
+        return self.read("test")
 
 
 def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Split]:

@@ -6,9 +6,8 @@ To add a dataset, write a function like `_digits`, call it in `find`, and add it
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from cifar import config as settings
 from cifar import console, device, download, folder
 from cifar.config import DATASETS, HOME, IMAGE_FOLDER, Config
-from cifar.data import Split
+from cifar.data import Dataset, Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError, known_name, listing
 from cifar.runs import Run
@@ -29,35 +28,6 @@ _CIFAR: Mapping[str, tuple[Mapping[str, Sequence[str]], str, str, str]] = {
     "cifar10": ({"train": _BATCHES, "test": ("test_batch",)}, "labels", "batches.meta", "label_names"),
     "cifar100": ({"train": ("train",), "test": ("test",)}, "fine_labels", "meta", "fine_label_names"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A dataset on disk. A split is read when it is first used: training never opens the test split."""
-
-    key: str  # what --dataset finds it by: its name, or the absolute path of a folder
-    classes: tuple[str, ...]
-    location: str  # where its files are, for people
-    can_flip: bool  # whether a mirrored image still shows its class
-    read: Callable[[str], Split]  # takes "train" or "test"; raises UserError that names a damaged file
-    verify: Callable[[], None] = lambda: None  # raises UserError that names a damaged file, without reading images
-    test_files: tuple[str, ...] = ()  # of a folder: the path of each test image, relative to it, with /
-    note: str | None = None  # what the user must not overlook
-
-    @property
-    def name(self) -> str:
-        """Its name, for people."""
-        return Path(self.key).name
-
-    @cached_property
-    def train(self) -> Split:
-        """All training images, including those for validation. Raises UserError if a file is damaged."""
-        return self.read("train")
-
-    @cached_property
-    def test(self) -> Split:
-        """The test images. Raises UserError if a file is damaged."""
-        return self.read("test")
 
 
 def find(
@@ -227,16 +197,7 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> D
     is_shared = (shared and place == os.path.realpath(shared)) or Path(place).is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = HOME / "data"
-    images = folder.load(root, image_size, data_dir, _labels_file(labels))
-    return Dataset(
-        key=str(root),
-        classes=images.classes,
-        location=str(root),
-        can_flip=True,
-        read={"train": images.train, "test": images.test}.__getitem__,
-        test_files=images.test_files,
-        note=images.note,
-    )
+    return folder.load(root, image_size, data_dir, _labels_file(labels))
 
 
 def _labels_file(labels: str | None) -> Path | None:

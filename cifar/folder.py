@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cifar import cache, console
 from cifar.config import MAX_CLASSES
-from cifar.data import Split
+from cifar.data import Dataset
 from cifar.errors import UserError, listing, plural
 from cifar.files import claimed, open_regular, writing
 from cifar.images import MAX_BYTES, decode_all
@@ -42,21 +42,6 @@ _CONVERTIBLE = (".heic", ".heif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3"
 _TOO_FEW = {"train": (20, "to learn"), "test": (10, "to measure")}
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder. Training images are sorted by their hashes, those of val/ and test images by their names.
-
-    The images of val/ are the last ones of `train`, which says how many they are.
-    """
-
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-    test_files: tuple[str, ...]  # of each test image: relative to the folder, with /
-    note: str | None  # what the user must not overlook
-    left_out: tuple[str, ...]  # the files that could not be read
-
-
 class _File(NamedTuple):
     name: str  # relative to the root, with /
     size: int  # bytes
@@ -74,21 +59,22 @@ class Found(NamedTuple):
     notes: list[str]  # sentences about what is left out
 
 
-def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> ImageFolder:
+def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> Dataset:
     """Load the images of root/train/CLASS/, root/val/CLASS/ and root/test/CLASS/, or of root/CLASS/, at any depth.
 
     size: pixels; images are decoded and cropped to squares as by `images.decode`. cache_dir: keeps them decoded.
     labels: a CSV file that says which images there are and of which class, instead of the folders.
     Classes are named by their folders, and sorted. Without test images, the fifth of each class with the lowest SHA-256
     is the test split: the same images for every seed and whatever their names are, so that it stays sealed over many
-    runs, and copies of an image in one class are on the same side.
+    runs, and copies of an image in one class are on the same side. Training images are sorted by their hashes, those of
+    val/ and of the test split by their names; those of val/ are the last ones of `train`, which says how many they are.
     Raises UserError if there are not two classes, too few images of one, too many files that cannot be read, or more
     images than fit onto the disk.
     """
     found = list_images(root, labels)
     place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
     fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
-    images = _read_cache(place, fingerprint, found, size)
+    images = _read_cache(place, fingerprint, root, found, size)
     # Why a file could not be read before may have been the disk, a missing permission, or a machine at its limits.
     left_out = [root / name for name in images.left_out[:20]] if images else []
     if images and not any(isinstance(image, Tensor) for image in decode_all(left_out, size)):
@@ -102,7 +88,7 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # stays mapped after its end
             return _write_cache(Path(temporary), fingerprint, root, found, size)
     with claimed(place / "lock", create=True, waiting_for="decoding these images"):
-        written = None if images else _read_cache(place, fingerprint, found, size)  # by another process
+        written = None if images else _read_cache(place, fingerprint, root, found, size)  # by another process
         return written or _write_cache(place, fingerprint, root, found, size)
 
 
@@ -468,7 +454,7 @@ def _small_classes(classes: Sequence[str], files: list[_File]) -> Iterator[str]:
 # The cache
 
 
-def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> ImageFolder | None:
+def _read_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> Dataset | None:
     """Map the images; None if there is no cache, a file has changed since it was written, or it is damaged."""
     by_name = {file.name: file for file in found.files}
     try:
@@ -478,15 +464,22 @@ def _read_cache(place: Path, fingerprint: str, found: Found, size: int) -> Image
         files = {part: [by_name.pop(name) for name in about[part]] for part in cache.PARTS}
         train, test = (cache.read(place, part, _labels(own), size, about) for part, own in files.items())
         if len(by_name) <= len(found.files) / 100 and 0 <= about["own_val"] < len(train):
-            train, names = replace(train, own_val=about["own_val"]), tuple(file.name for file in files["test"])
-            note = about["note"] and str(about["note"])
-            return ImageFolder(found.classes, train, test, names, note, tuple(by_name))
+            return Dataset(
+                key=str(root),
+                classes=found.classes,
+                location=str(root),
+                can_flip=True,
+                read={"train": replace(train, own_val=about["own_val"]), "test": test}.__getitem__,
+                test_files=tuple(file.name for file in files["test"]),
+                left_out=tuple(by_name),
+                note=about["note"] and str(about["note"]),
+            )
     except Exception:  # a damaged file can make anything fail
         pass
     return None
 
 
-def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> ImageFolder:
+def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: int) -> Dataset:
     """Decode the images into files, and map these. Raises UserError if there are too few images, or no room."""
     needed, free = 3 * size**2 * len(found.files), shutil.disk_usage(place).free
     if needed > free:
@@ -514,7 +507,7 @@ def _write_cache(place: Path, fingerprint: str, root: Path, found: Found, size: 
     about |= {"fingerprint": fingerprint, "note": " ".join(notes) or None}
     about |= {"own_val": sum(file.part == "val" for file in files)}
     cache.seal(place, digests, {part: _labels(own) for part, own in parts.items()}, about)
-    written = _read_cache(place, fingerprint, found, size)
+    written = _read_cache(place, fingerprint, root, found, size)
     if written is None:
         raise UserError(f"the decoded images in {place} changed while they were written: start again")
     return written

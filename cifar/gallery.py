@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.style import BLUE, ORANGE, Axes, Figure, canvas, label
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 
 from cifar import analysis, bench, console, datasets, device, evaluate, model, pretrained, runs, tracking, trainer
 from cifar.config import DATASETS, LOCATIONS, MAX_IMAGE_SIZE, STAGES, Config, flag
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import UsageError, UserError
 from cifar.records import ModelRecord
 from cifar.runs import Run

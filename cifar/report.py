@@ -12,7 +12,7 @@ from PIL import Image
 
 from cifar import analysis, console, evaluate, images, visualize
 from cifar.config import FIELDS, help_text
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import display_path, percent, plural
 from cifar.metrics import most_confused
 from cifar.records import Analysis, EpochRecord, Metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar import bench, compare, console, device, files, metrics, pipeline, runs
 from cifar.config import LOCATIONS, Config
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import UserError, display_path
 from cifar.records import Summary
 from cifar.runs import Run

@@ -13,7 +13,7 @@ from cifar import console, data, device, evaluate, model, optim, pretrained, tra
 from cifar.checkpoint import Checkpointer
 from cifar.config import LOCATIONS, Config
 from cifar.console import TrainingProgress
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import UserError, plural
 from cifar.records import EpochRecord
 from cifar.runs import Run

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cifar import analysis, checkpoint, evaluate, gallery
-from cifar.datasets import Dataset
+from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.files import atomic_write
 from cifar.gallery import PLAIN

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from cifar import cache, data, folder
-from cifar.data import Split
+from cifar.data import Dataset, Split
 from cifar.errors import UserError
-from cifar.folder import ImageFolder
 from cifar.images import decode, decode_all
 from commands import start
 from conftest import as_nobody
@@ -44,11 +43,11 @@ def flat(tmp_path) -> Path:
     return tmp_path / "flat"
 
 
-def load(root: Path, size: int = 32) -> ImageFolder:
+def load(root: Path, size: int = 32) -> Dataset:
     return folder.load(root, size, root.parent / "cache")
 
 
-def content(images: ImageFolder) -> tuple:
+def content(images: Dataset) -> tuple:
     names = [name.split("/", 1)[1] for name in images.test_files]
     return images.classes, images.note, names, images.train.sha256(), images.test.sha256()
 
