@@ -45,6 +45,7 @@ class Checkpointer:
         images = {"classes": list(dataset.classes), "training images (SHA-256)": dataset.train.sha256()}
         self.requirements = {**settings, **images, "device": device.choose(run.config.device).type}
         self.last, self.previous, self.best = (run.checkpoints / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.history: list[EpochRecord] = []
         self.unsaved_best: dict[str, Any] | None = None
         self.saved_step = (training.epoch, training.step)
         self.saved_at = time.monotonic()
@@ -87,7 +88,8 @@ class Checkpointer:
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Write a finished epoch's line of the history; save if it is time, or the last epoch."""
         if device.rank() == 0:
-            self.run.append_history(record.model_dump())
+            self.history.append(record)
+            self.run.write_history(self.history)
         if is_best:
             content = self._content(self.training.kept)
             weights = {name: tensor.clone() for name, tensor in content["weights"].items()}
@@ -163,7 +165,8 @@ class Checkpointer:
         """Leave that many epochs in the history, and record where the training resumes, if it does."""
         if device.rank():
             return
-        self.run.truncate_history(epochs)
+        self.history = self.run.history(epochs)
+        self.run.write_history(self.history)
         if not self.training.has_finished:
             self.run.remove_evaluation()
         if self.training.optimizer.steps:

@@ -157,38 +157,26 @@ class Run:
         self.write(RECORD, self.record.model_dump(exclude_unset=True) | changes)
 
     def history(self, first: int | None = None) -> list[EpochRecord]:
-        """Read the epochs, or only the first ones, of history.jsonl; none if the file is missing."""
-        lines = self._history_lines()[:first]
+        """Read history.jsonl, or so many of its first epochs, which it must have; none if the file is missing."""
+        path = self.path / HISTORY
+        lines = files.read(path).splitlines()[:first] if path.exists() else []
         try:
+            if len(lines) < (first or 0):
+                raise ValueError("it lacks epochs that the checkpoint has")
             return records.parse(HISTORY, [files.parse_json(line) for line in lines]).root
         except ValueError as error:
-            raise damaged(self.path / HISTORY, str(error)) from None
+            raise damaged(path, str(error)) from None
+
+    def write_history(self, epochs: Sequence[EpochRecord]) -> None:
+        """Replace history.jsonl by a line for each epoch."""
+        lines = (json.dumps(epoch.model_dump(exclude_unset=True), allow_nan=False) for epoch in epochs)
+        self.write_text(HISTORY, "".join(f"{line}\n" for line in lines))
 
     @property
     def kept_epoch(self) -> EpochRecord | None:
         """The epoch whose weights were evaluated; None if the run's files do not name it."""
         epoch, history = self.metrics.epoch or 0, self.history()
         return history[epoch - 1] if 0 < epoch <= len(history) else None
-
-    def append_history(self, epoch: dict[str, Any]) -> None:
-        """Add the line of one epoch to history.jsonl."""
-        line = json.dumps(epoch, allow_nan=False).encode()
-        with files.writing(self.path / HISTORY):
-            self._write_history([*self._history_lines(), line])
-
-    def truncate_history(self, epochs: int) -> None:
-        """Drop all but the first epochs of history.jsonl, which must have as many."""
-        if len(self.history(epochs)) < epochs:
-            raise damaged(self.path / HISTORY, "it lacks epochs that the checkpoint has")
-        self._write_history(self._history_lines()[:epochs])
-
-    def _history_lines(self) -> list[bytes]:
-        path = self.path / HISTORY
-        return files.read(path).splitlines() if path.exists() else []
-
-    def _write_history(self, lines: list[bytes]) -> None:
-        with files.atomic_write(self.path / HISTORY) as partial:
-            partial.write_bytes(b"".join(line + b"\n" for line in lines))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

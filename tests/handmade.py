@@ -12,6 +12,7 @@ from cifar import analysis, evaluate, metrics
 from cifar.config import Config
 from cifar.data import Split
 from cifar.datasets import Dataset
+from cifar.records import EpochRecord
 from cifar.runs import Run
 
 CLASSES = ("cat", "dog", "ship")
@@ -68,6 +69,11 @@ def make_line(epoch, validated=True, **changes) -> dict:
     return line | {"images_per_second": 100.0, "seconds": 1.0} | changes
 
 
+def make_epochs(count) -> list[EpochRecord]:
+    """The first epochs of a history."""
+    return [EpochRecord(**make_line(epoch)) for epoch in range(1, count + 1)]
+
+
 def make_metrics(classes=CLASSES, matrix=MATRIX, fitted_on=10) -> dict:
     """The content of metrics.json for a confusion matrix."""
     counts = np.array(matrix)
@@ -92,8 +98,7 @@ def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED,
     path.mkdir(parents=True, exist_ok=True)
     run.write("config.json", Config(dataset="digits", val_size=10).model_dump())
     run.write("run.json", RECORD | {"model": MODEL})
-    for epoch in range(1, epochs + 1):
-        run.append_history(make_line(epoch))
+    run.write_history(make_epochs(epochs))
     if not evaluated:
         return run
     labels, winners = np.array(true), np.array(predicted)
@@ -123,6 +128,5 @@ def erring_run(folder: Path, wrong, *, classes=ESCAPED, images=300, history=3, t
     measured = metrics.measure(logits, logits, true, classes) | {"loss": 0.5, "calibration": calibration}
     run.write("metrics.json", FACTS | measured | {"test_sha256": test_sha256})
     evaluate.write_predictions(run, 0.1 + 0.8 * np.eye(count)[predicted], true, classes)
-    for epoch in range(1, history + 1):
-        run.append_history(make_line(epoch))
+    run.write_history(make_epochs(history))
     return run

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, ttest_ind, ttest_rel
 import commands
 from cifar import compare, files, runs, style
 from cifar.errors import UserError
+from cifar.records import EpochRecord
 from cifar.runs import Run
 from handmade import erring_run, make_line
 
@@ -270,7 +271,7 @@ def test_the_figure_draws_the_saved_values(tmp_path):
 
 def test_runs_without_validation_have_no_curves(tmp_path):
     first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0], history=0)
-    second.append_history(make_line(1, validated=False))
+    second.write_history([EpochRecord(**make_line(1, validated=False))])
     curves = [curve["epoch"] for row in compare.compare([first, second])["runs"] for curve in row["curves"]]
     assert curves == [[1, 2, 3], []]
     third = erring_run(tmp_path / "c", [0], history=0)

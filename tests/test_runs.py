@@ -19,7 +19,8 @@ import pytest
 from cifar import console, files, runs
 from cifar.config import Config
 from cifar.errors import UserError
-from handmade import make_line, make_metrics
+from cifar.records import EpochRecord
+from handmade import make_epochs, make_line, make_metrics
 
 
 @pytest.fixture
@@ -359,11 +360,10 @@ def test_wrong_settings_are_reported_with_their_file(run, key, value):
         _ = run.config
 
 
-def test_the_history_is_read_as_it_was_appended(run):
+def test_the_history_is_read_as_it_was_written(run):
     lines = [make_line(1, validated=False), make_line(2, validated=False, new_metric=0.5)]
     assert run.history() == []
-    run.append_history(lines[0])
-    run.append_history(lines[1])
+    run.write_history([EpochRecord(**line) for line in lines])
     assert [epoch.model_dump(exclude_unset=True) for epoch in run.history()] == lines
     assert run.history()[1].new_metric == 0.5
     first, second = (run.path / "history.jsonl").read_text().splitlines()
@@ -376,14 +376,13 @@ def test_the_history_is_read_as_it_was_appended(run):
 
 @pytest.mark.parametrize("rest", ["", "{}\n", '{"epo', "\n\n", "\udcff"])
 def test_the_history_is_cut_to_the_epochs_of_the_checkpoint(run, rest):
-    run.append_history(make_line(1))
-    run.append_history(make_line(2))
+    run.write_history(make_epochs(2))
     whole = (run.path / "history.jsonl").read_bytes()
     (run.path / "history.jsonl").write_bytes(whole + os.fsencode(rest))
-    run.truncate_history(2)
+    run.write_history(run.history(2))
     assert (run.path / "history.jsonl").read_bytes() == whole
     with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
-        run.truncate_history(3)
+        run.history(3)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -426,7 +425,7 @@ def test_a_file_is_never_written_through_a_link(run, tmp_path, name):
     (run.path / name).unlink(missing_ok=True)
     (run.path / name).symlink_to(outside)
     run.update(note="new")
-    run.append_history(make_line(1))
+    run.write_history(make_epochs(1))
     assert outside.read_text() == before
     assert (run.record.note, len(run.history())) == ("new", 1)
 
