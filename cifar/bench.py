@@ -68,7 +68,7 @@ def run(config: Config) -> torch.device:
     return device.choose(config.device)
 
 
-def _run_seconds(config: Config, dataset: datasets.Dataset) -> float:
+def _run_seconds(config: Config, dataset: data.Dataset) -> float:
     """Estimate how long `run` takes, from the time of a few images."""
     step = image_seconds(config, dataset, dataset.train.image_size, 0.1) * config.batch_size
     profiles = 2 * (2 * max(step, _SECONDS) + 3 * step)
@@ -87,7 +87,7 @@ def step_seconds(step: Callable[[], Any], hardware: torch.device, seconds: float
     return (time.perf_counter() - started) / steps
 
 
-def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -> Generator[nn.Module, None, None]:
+def training_steps(config: Config, dataset: data.Dataset, image_size: int) -> Generator[nn.Module, None, None]:
     """Train a new network on images of one size, as in the middle of a training; yields it at each step, without end.
 
     config: resolved. By then `fast` has frozen its whitening bias, as in three quarters of its epochs.
@@ -106,7 +106,7 @@ def training_steps(config: Config, dataset: datasets.Dataset, image_size: int) -
                 yield network
 
 
-def image_seconds(config: Config, dataset: datasets.Dataset, image_size: int, seconds: float) -> float:
+def image_seconds(config: Config, dataset: data.Dataset, image_size: int, seconds: float) -> float:
     """Return the time that training takes per image, measured for so many seconds after as many to warm up.
 
     config: resolved. On a slow CPU it is measured on few images, so that it takes seconds there, too.
@@ -130,7 +130,7 @@ def image_seconds(config: Config, dataset: datasets.Dataset, image_size: int, se
 # A budget of minutes
 
 
-def plan_epochs(config: Config, dataset: datasets.Dataset) -> Config:
+def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
     """Choose the number of epochs, in the recipe's proportions, that takes `config.minutes`; says what it chose.
 
     config: resolved. The result has no `minutes`, so that it means the same training on any machine.
@@ -174,7 +174,7 @@ def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], end
     return max((plan for plan in plans if cost(plan) <= budget), key=cost, default=(0, 0, 0))
 
 
-def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, float], float]:
+def epoch_seconds(config: Config, dataset: data.Dataset) -> tuple[dict[int, float], float]:
     """Measure how long an epoch's steps take, by image size, and estimate its validation and checkpoints.
 
     config: resolved.
@@ -194,7 +194,7 @@ def epoch_seconds(config: Config, dataset: datasets.Dataset) -> tuple[dict[int, 
 # The comparison with a DataLoader
 
 
-def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
+def compare(config: Config, dataset: data.Dataset) -> dict[str, Any]:
     """Measure the images per second of this suite and of a DataLoader loop with the same settings, by turns.
 
     config: resolved, of `simple` or `convnet`. Returns the means of some rounds, the DataLoader's by its number of
@@ -213,7 +213,7 @@ def compare(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
     return {"suite_images_per_second": suite, "loader_images_per_second": means, "ratio": suite / max(means.values())}
 
 
-def _loader_steps(config: Config, dataset: datasets.Dataset, workers: int) -> Generator[None, None, None]:
+def _loader_steps(config: Config, dataset: data.Dataset, workers: int) -> Generator[None, None, None]:
     """Train in float32 with the loop that tutorials show: a step at each `next`, without end."""
     hardware = device.choose(config.device)
     network = trainer.new_network(config, dataset.train, len(dataset.classes)).to(hardware).train()
@@ -266,7 +266,7 @@ def show_speeds(dataset: str, speeds: Mapping[str, Mapping[str, Any]]) -> None:
 # The profile of a step
 
 
-def profile(config: Config, dataset: datasets.Dataset) -> dict[str, Any]:
+def profile(config: Config, dataset: data.Dataset) -> dict[str, Any]:
     """Profile a training step at each of the recipe's image sizes, beside the rate of a large matrix product.
 
     config: resolved. Returns, per image size, the seconds of a step, its FLOP, its operators and, of a GPU, kernels.
@@ -297,7 +297,7 @@ def matrix_rate(hardware: torch.device, precision: str) -> float:
     return 2 * size**3 / step_seconds(partial(torch.matmul, left, right), hardware, _SECONDS)
 
 
-def _profile_step(config: Config, dataset: datasets.Dataset, size: int, hardware: torch.device) -> dict[str, Any]:
+def _profile_step(config: Config, dataset: data.Dataset, size: int, hardware: torch.device) -> dict[str, Any]:
     eager = training_steps(config.replace(compile="off"), dataset, size)  # else FlopCounterMode sees no operator
     with contextlib.closing(eager):
         next(eager)  # builds the network

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from cifar import checkpoint, console, data, datasets, device, metrics, model
+from cifar import checkpoint, console, data, device, metrics, model
 from cifar.errors import UserError, csv_cell, listing
 from cifar.files import read
 from cifar.records import Calibration, Metrics
@@ -120,7 +120,7 @@ def infer_tta(
     return plain, augmented
 
 
-def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation:
+def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     """Measure the run's best.pt on the test split; writes metrics.json, predictions.csv, classification_report.txt.
 
     Raises UserError as `measure` does.
@@ -137,7 +137,7 @@ def evaluate(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluatio
     return evaluation
 
 
-def measure(run: Run, dataset: datasets.Dataset, device_name: str) -> Evaluation:
+def measure(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     """Measure the run's best.pt on the test split; writes nothing. The temperature is fitted on validation.
 
     Raises UserError if the run has no checkpoint, or the dataset is not the run's.

@@ -10,8 +10,7 @@ import torch
 
 from cifar import analysis, evaluate, metrics
 from cifar.config import Config
-from cifar.data import Split
-from cifar.datasets import Dataset
+from cifar.data import Dataset, Split
 from cifar.records import EpochRecord
 from cifar.runs import Run
 

@@ -13,7 +13,7 @@ import torchvision.datasets
 from PIL import Image
 
 from cifar import config, datasets, folder, pipeline
-from cifar.data import Split
+from cifar.data import Dataset, Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
 from conftest import as_nobody, quick_config
@@ -25,7 +25,7 @@ def test_digits_are_scikit_learns_1797_scans_as_rgb(digits):
     assert set(digits.test.labels.tolist()) == set(range(10))
 
 
-def assert_equals_torchvision(dataset: datasets.Dataset, parser: type, folder: Path) -> None:
+def assert_equals_torchvision(dataset: Dataset, parser: type, folder: Path) -> None:
     """torchvision's parser is used without its hashes, as the files are small ones."""
     facts = {"_check_integrity": lambda _: True, "meta": parser.meta | {"md5": None}}
     reader = type(parser.__name__, (parser,), facts)
@@ -215,13 +215,13 @@ def test_the_sizes_of_all_classes_are_said_in_two_bounded_lines(capsys):
     splits = {"train": train, "test": train[:6]}
     facts = {"key": "x", "location": "x", "can_flip": True}
     names = tuple(f"c{number}" for number in range(1000))
-    datasets.say_class_sizes(datasets.Dataset(classes=names, read=splits.__getitem__, **facts))
+    datasets.say_class_sizes(Dataset(classes=names, read=splits.__getitem__, **facts))
     assert capsys.readouterr().out.splitlines() == [
         "train: 5,997 images: c0: 3, c105: 3, c112: 3, c119: 3, c126: 3, 990 more classes, c97: 9, c972: 9, c979: 9, "
         "c986: 9, c993: 9",
         "test: 6 images: c10: 0, c100: 0, c101: 0, c102: 0, c103: 0, 990 more classes, c997: 0, c998: 0, c999: 0, "
         "c0: 3, c1: 3",
     ]
-    alike = datasets.Dataset(classes=("a", "b"), read=lambda _: Split(train.images[:6], labels[:6] % 2), **facts)
+    alike = Dataset(classes=("a", "b"), read=lambda _: Split(train.images[:6], labels[:6] % 2), **facts)
     datasets.say_class_sizes(alike)
     assert capsys.readouterr().out == "".join(f"{part}: 6 images: 3 in each class\n" for part in ("train", "test"))

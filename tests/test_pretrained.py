@@ -13,6 +13,7 @@ from torchvision import models
 
 from cifar import checkpoint, commands, datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
 from cifar.config import MAX_IMAGE_SIZE, Config
+from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.main import parse
 from cifar.predict import Predictor
@@ -22,7 +23,7 @@ MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> datasets.Dataset:
+def photos(tmp_path_factory) -> Dataset:
     """A folder of three classes, stripes of three directions, 10 drawn images of each in many sizes."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number, name in enumerate(("across", "down", "slanted")):

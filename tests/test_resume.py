@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, console, data, datasets, evaluate, pipeline, runs, trainer
+from cifar import checkpoint, console, data, evaluate, pipeline, runs, trainer
+from cifar.data import Dataset
 from cifar.errors import UserError, display_path
 from cifar.runs import find
 from conftest import flat
@@ -329,7 +330,7 @@ def test_a_run_whose_files_are_damaged_is_refused_with_a_sentence(interrupted, d
         resume(interrupted, digits)
 
 
-def resume(outputs: Outputs, dataset: datasets.Dataset) -> None:
+def resume(outputs: Outputs, dataset: Dataset) -> None:
     """Resume the run in this process."""
     threads = torch.get_num_threads()
     try:
