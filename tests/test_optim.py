@@ -113,6 +113,15 @@ def test_orthogonalizing_keeps_the_directions_and_evens_out_the_singular_values(
     assert (inner - inner.diag().diag()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_orthogonalizing_is_the_same_in_few_and_in_many_bits(shape):
+    matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices /= matrices.flatten(1).norm(dim=1)[:, None, None]
+    exact = optim.orthogonalize(matrices)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        torch.testing.assert_close(optim.orthogonalize(matrices.to(dtype)).double(), exact, rtol=0, atol=bound)
+
+
 def test_muon_normalizes_the_weight_and_steps_along_the_orthogonalized_nesterov_momentum():
     weight = nn.Parameter(torch.eye(4, 6))
     first, second = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
