@@ -157,12 +157,12 @@ class Run:
         self.write(RECORD, self.record.model_dump(exclude_unset=True) | changes)
 
     def history(self, first: int | None = None) -> list[EpochRecord]:
-        """Read history.jsonl, or so many of its first epochs, which it must have; none if the file is missing."""
+        """Read the epochs of history.jsonl; none if it is missing. first: read so many, which it must have."""
         path = self.path / HISTORY
         lines = files.read(path).splitlines()[:first] if path.exists() else []
         try:
             if len(lines) < (first or 0):
-                raise ValueError("it lacks epochs that the checkpoint has")
+                raise ValueError(f"it has fewer than {first} epochs")
             return records.parse(HISTORY, [files.parse_json(line) for line in lines]).root
         except ValueError as error:
             raise damaged(path, str(error)) from None

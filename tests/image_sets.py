@@ -1,6 +1,6 @@
 """Small datasets of drawn images, as folders: what people's own images differ in, one property each.
 
-Only what is left of a difference once the files are decoded; image_files.py has the kinds of files.
+Only differences that remain once files are decoded; image_files.py has the kinds of files.
 
 An image of class k of K has stripes at an angle of 180 k / K degrees, with noise, so a network can learn it quickly,
 and a mirrored image is of another class only by its angle. All random numbers come from a fixed seed.

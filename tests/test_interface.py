@@ -19,6 +19,7 @@ from cifar.errors import UserError
 from cifar.predict import Predictor
 from cifar.runs import Run
 from commands import invoke, run
+from handmade import make_run
 from image_files import saved
 
 FAST = runs.SHIPPED / "fast"
@@ -138,11 +139,12 @@ def test_files_bytes_pillows_images_arrays_and_tensors_get_the_same_prediction(f
     assert [one.label for one in fast.predict(batch)] == [alone.label] * 2
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
 def test_pillows_images_of_every_mode_are_read_as_their_files_are(fast, mode):
-    image = photo("L" if mode in ("I", "F") else "RGB" if mode == "LAB" else mode)
+    image = photo("L" if mode in ("I", "I;16", "F") else "RGB" if mode == "LAB" else mode)
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image
     image = image.convert(mode) if mode in ("I", "F") else image
-    format = "PNG" if mode in ("1", "L", "LA", "P", "RGBA") else "TIFF"
+    format = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF"
     file = saved(image.convert("RGB") if mode in ("YCbCr", "HSV") else image, format)
     (as_image, as_file) = fast.predict([image, file])
     np.testing.assert_allclose(as_image.probabilities, as_file.probabilities, atol=1e-6)
@@ -190,6 +192,8 @@ def test_mistakes_are_user_errors(fast, tmp_path):
         cifar.load("")
     with pytest.raises(UserError, match="there is no run named '\0'"):
         cifar.load("\0")
+    with pytest.raises(UserError, match="has not been evaluated; run `invoke evaluate"):
+        cifar.load(make_run(tmp_path / "run", evaluated=False))
     with pytest.raises(UserError, match="unknown device 'tpu'"):
         cifar.load("fast", device="tpu")
     with pytest.raises(UserError, match=r"takes torch.uint8 \(N, 3, 32, 32\), not torch.float32 \(1, 3, 32, 32\)"):

@@ -276,7 +276,7 @@ def typed(chance: random.Random, port: int) -> list[str]:
     if name != "main":
         kinds = {argument.name: argument.kind for argument in getattr(commands, name).get_arguments()}
     flags = [field for field, kind in kinds.items() if kind is str]
-    quick = dict(zip(("recipe", "dataset", "epochs"), QUICK[1::2])) | {"device": "cpu", "output_dir": "outputs"}
+    quick = dict(zip(("recipe", "dataset", "epochs", "device"), QUICK[1::2], strict=True)) | {"output_dir": "outputs"}
     given = {field: value for field, value in {**quick, "port": str(port)}.items() if field in flags}
     given |= {chance.choice(flags): chance.choice(VALUES) for _ in range(chance.choice((1, 2)))}
     words = [word for field, value in given.items() for word in (flag(field), value)]
