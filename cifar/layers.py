@@ -4,7 +4,7 @@ Which algorithm a 3x3 convolution takes on a CPU, `Conv2d` decides; docs/experim
 
     precision   input                                                     algorithm
     bfloat16    rows of few pixels (JOINED_PIXELS), gradient of weights   images joined into long rows
-    float32     many channels (WINOGRAD_CHANNELS), 16 images or more      Winograd
+    float32     64 channels or more, 16 images or more                    Winograd
     otherwise                                                             torch's own
 """
 
@@ -17,16 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_BYTES = 2_000_000  # of features pooled at once, which stay in the cache
+WINOGRAD_BYTES = 4_000_000  # of transformed tiles at once for each thread; 1, 2 and 8 MB were slower
 
 # The longest rows, in pixels, on which the kernels for bfloat16 leave much of the processor idle, by what it has.
 JOINED_PIXELS = {"amx_bf16": 8, "avx512_bf16": 7}
-
-# The channels, in and out, from which on Winograd's convolution is faster, by the maker of the processor: for outputs
-# and the gradient of the features, and for the gradient of the weights. Times of direct convolution divided by those of
-# Winograd's, 64 to 64 and 64 to 256 channels at 15 pixels: on an Intel Xeon limited to AVX2 1.0, 1.1, 1.3 and 1.4, 1.1,
-# 1.7; on an AMD EPYC limited to AVX2, where MKL's products are slower than direct convolution's, 0.9, 0.5, 0.8 and
-# 0.8, 0.6, 1.7. Both gain with 256 to 256.
-WINOGRAD_CHANNELS = {"AMD": (128, 64), "other": (64, 64)}
 
 # Of torch's kernels; module-level, since torch.compile does not read attributes of an autograd.Function.
 _CONV_ARGS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
@@ -46,8 +40,8 @@ class Conv2d(nn.Conv2d):
         if self.training and features.requires_grad and features.shape[-1] <= _joined_pixels():
             return _SideBySideConv.apply(features.to(torch.bfloat16), self.weight.to(torch.bfloat16))
         is_float32 = features.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        # With few images the transform of the filters costs more than it saves.
-        if is_float32 and len(features) >= 16 and min(self.in_channels, self.out_channels) >= min(_winograd_channels()):
+        # With fewer channels the transforms cost more than they save, and with few images that of the filters.
+        if is_float32 and min(self.in_channels, self.out_channels) >= 64 and len(features) >= 16:
             return _WinogradConv.apply(features, self.weight)
         return super().forward(features)
 
@@ -58,12 +52,6 @@ def _joined_pixels() -> int:
         return 0
     capabilities = torch.cpu.get_capabilities()
     return max((pixels for name, pixels in JOINED_PIXELS.items() if capabilities.get(name)), default=0)
-
-
-def _winograd_channels() -> tuple[int, int]:
-    """Return the entry of WINOGRAD_CHANNELS for this processor."""
-    is_amd = str(torch.cpu.get_capabilities().get("cpu_name")).startswith("AMD")
-    return WINOGRAD_CHANNELS["AMD" if is_amd else "other"]
 
 
 class _SideBySideConv(torch.autograd.Function):
@@ -106,32 +94,25 @@ def side_by_side(images: Tensor) -> Tensor:
 class _WinogradConv(torch.autograd.Function):
     """A 3x3 convolution by Winograd's minimal filtering: two to four times fewer multiplications.
 
-    oneDNN has no such kernel for x86. Limited to AVX2, direct convolution takes 1.8, 2.0 and 1.9 times as long on a
-    Xeon for 256 to 256 channels at 7 pixels (forward pass, gradient of the features, of the weights), and 1.4, 1.4 and
-    2.0 times on an EPYC. The rounding error is 1e-5 of the largest value.
-    Source: Lavin and Gray 2016, arXiv:1509.09308.
+    oneDNN has no such kernel for x86. On one core limited to AVX2, direct convolution takes 1.8, 2.0 and 1.9 times as
+    long for 256 to 256 channels at 7 pixels (forward pass, gradient of the features, of the weights), 1.4, 1.1 and 1.6
+    times for 64 to 256 at 15, and 1.0, 1.1 and 1.3 times for 64 to 64 at 15. The rounding error is 1e-5 of the largest
+    value. Source: Lavin and Gray 2016, arXiv:1509.09308.
     """
 
     @staticmethod
     def forward(ctx, features: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(features, weight)
-        return _convolve(features, weight)
+        return winograd_conv(features, weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         features, weight = ctx.saved_tensors
         of_features, of_weight = ctx.needs_input_grad
         return (
-            _convolve(gradient, weight.flip(2, 3).transpose(0, 1)) if of_features else None,
+            winograd_conv(gradient, weight.flip(2, 3).transpose(0, 1)) if of_features else None,
             winograd_weight_gradient(gradient, features) if of_weight else None,
         )
-
-
-def _convolve(features: Tensor, weight: Tensor) -> Tensor:
-    """Convolve as `winograd_conv`, with torch's own kernel where that is faster on this processor."""
-    if min(weight.shape[:2]) < _winograd_channels()[0]:
-        return F.conv2d(features, weight, padding=1)
-    return winograd_conv(features, weight)
 
 
 def winograd_conv(features: Tensor, weight: Tensor) -> Tensor:
@@ -172,8 +153,7 @@ class _Tiles:
         """Split both into the same runs of images, whose transforms stay in the cache."""
         points = (self.size + 2) ** 2 * self.rows * self.columns
         bytes_per_image = points * (features.shape[1] + outputs.shape[-1]) * features.itemsize
-        cache = torch.cpu.get_capabilities().get("l2_cache_size") or 2_000_000  # bytes, of each core
-        images = max(1, 2 * cache * torch.get_num_threads() // bytes_per_image)  # half and twice as many were slower
+        images = max(1, WINOGRAD_BYTES * torch.get_num_threads() // bytes_per_image)
         return zip(features.split(images), outputs.split(images))
 
     def inputs(self, images: Tensor) -> Tensor:
