@@ -1,4 +1,4 @@
-"""Checkpoints: weights and the state of a training on disk; the only torch.save and torch.load."""
+"""Checkpoints: weights and the state of a training on disk; the only torch.save."""
 
 import io
 import shlex
@@ -30,8 +30,9 @@ EPOCH_SECONDS = 5.0  # between checkpoints at the ends of epochs, which on a GPU
 class Checkpointer:
     """Saves a run's training to last.pt, the one before to previous.pt, and the best weights to best.pt.
 
-    Each epoch's line is written to the history at once; best.pt and then last.pt at an epoch's end that comes
-    EPOCH_SECONDS after the last save, and at the training's end. Until then the best weights are kept in memory.
+    Each epoch's line is written to the history at once; best.pt and then last.pt _SAVE_SECONDS after the last save, at
+    an epoch's end EPOCH_SECONDS after it, on a signal, and at the training's end. Until then the best weights are kept
+    in memory.
     Whatever was written when a process was killed, the training that resumes from last.pt writes it again, bit for bit
     (in one process on the CPU). Of several processes all must call the methods; rank 0 alone writes.
     """
@@ -66,12 +67,12 @@ class Checkpointer:
             if path == self.previous:
                 console.banner(f"{problem or f'{self.last} is missing'}: resuming from {self.previous.name}.")
             self.saved_step = (self.training.epoch, self.training.step)
-            self._start_history(self.training.epoch - 1)
+            self._prepare_run(self.training.epoch - 1)
             return True
         if problem:
             command = f"{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
             raise UserError(f"{problem}; to start over, run `{command}`")
-        self._start_history(0)
+        self._prepare_run(0)
         return False
 
     def save_if_due(self, signal_number: int | None) -> None:
@@ -161,8 +162,8 @@ class Checkpointer:
                 "then: the results will differ from an uninterrupted run's."
             )
 
-    def _start_history(self, epochs: int) -> None:
-        """Leave that many epochs in the history, and record where the training resumes, if it does."""
+    def _prepare_run(self, epochs: int) -> None:
+        """Cut the history to so many epochs, delete results of earlier weights, and record where training resumes."""
         if device.rank():
             return
         self.history = self.run.history(epochs)

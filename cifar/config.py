@@ -144,7 +144,7 @@ class Config(BaseModel):
     data_dir: str = Field(
         "data",
         description="folder or .tar.gz with CIFAR-10 or CIFAR-100, or set CIFAR_DATA_DIR; decoded images are cached "
-        "there too; if the folder of a run's images was moved, its new path",
+        "there too, unless CIFAR or the images are there; if the folder of a run's images was moved, its new path",
     )
     labels: str | None = Field(
         None, description="CSV file for a folder of images, with columns path, label and, optionally, split"
@@ -401,9 +401,9 @@ def check_addresses(urls: list[str]) -> None:
 
 
 def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[str]]:
-    """Fit the settings to a data.Dataset; returns them, and a sentence for each setting that had to change.
+    """Fit the settings to a data.Dataset; returns them, and a sentence for each that had to change or has no effect.
 
-    Raises UserError if training or validation would have fewer images than classes.
+    Raises UserError for a validation size that does not fit, and for a batch smaller than the number of processes.
     """
     val_size, image_size = _val_size(config, dataset), dataset.train.image_size
     size = f"{image_size}x{image_size}"
@@ -437,7 +437,7 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
 
 
 def _val_size(config: Config, dataset) -> int:
-    """Return how many images are for validation. Raises UserError if that leaves fewer images than classes."""
+    """Return how many images are for validation. Raises UserError for a size that does not fit."""
     images, classes, own_val = len(dataset.train), len(dataset.classes), dataset.train.own_val
     # Without early stopping, validation chooses an epoch and a temperature, for which 2,000 images suffice.
     default = max(classes, images // 10 if config.patience else min(images // 10, 2000))

@@ -266,7 +266,7 @@ def _system_error(problem: Exception) -> str | None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, with a sentence for the user."""
+    """Ctrl-C, SIGTERM or SIGHUP, with a sentence for the user."""
 
     def __init__(self, number: int = signal.SIGINT, message: str = "interrupted"):
         super().__init__(message)

@@ -74,7 +74,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def check(name: str, labels: str | None = None) -> str:
+def describe(name: str, labels: str | None = None) -> str:
     """Describe a dataset in a few words, without downloading or decoding it.
 
     Raises UserError as `find` does, unless only decoding shows what is wrong.

@@ -1,4 +1,4 @@
-"""Checks whether this machine can run the suite, and how to fix what is wrong; changes nothing.
+"""Checks whether this machine can run the suite, and how to fix what is wrong; changes nothing itself.
 
 torch and whatever needs it are imported inside the checks, because they may be what is broken.
 """
@@ -34,7 +34,7 @@ _SECURITY = {
 }
 _CPU_TORCH = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
-_FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "7", "avx2": "20 to 35"}
+_FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "7", "avx2": "19 to 35"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
@@ -215,7 +215,7 @@ def _dataset(config: Config) -> Iterator[Finding]:
     if not archive:
         from cifar import datasets
 
-        yield Finding("dataset", "ok", datasets.check(config.dataset, config.labels))
+        yield Finding("dataset", "ok", datasets.describe(config.dataset, config.labels))
     elif folder := download.find(archive, path):
         download.verify(archive, folder)
         yield Finding("dataset", "ok", f"in {folder}; each file has its published MD5")
@@ -231,7 +231,7 @@ def _missing(archive, config: Config) -> Finding:
     _require_room(config.data_dir, (archive.size + archive.unpacked) / 1e6, "--data-dir")
     source = " (CIFAR_DATA_DIR)" if config.data_dir == os.environ.get("CIFAR_DATA_DIR") else ""
     message = f"{archive.name} is not in {config.data_dir}{source}"
-    if host := download.is_reachable(archive, config.mirror, seconds=1.5):
+    if host := download.reachable_host(archive, config.mirror, seconds=1.5):
         return Finding("dataset", "note", f"{message}: the next run downloads {archive.size / 1e6:.0f} MB from {host}")
     message += ", and it cannot be downloaded"
     fix = f"put {archive.name} into {config.data_dir}, or name its folder with --data-dir, or an address with --mirror"

@@ -194,7 +194,7 @@ def host(url: str) -> str:
     return httpx.URL(url).netloc.decode()
 
 
-def is_reachable(archive: Archive, mirror: str | None, seconds: float) -> str | None:
+def reachable_host(archive: Archive, mirror: str | None, seconds: float) -> str | None:
     """Return the first host that would send the archive; None if none does. Each has so many seconds to answer."""
     for url in addresses(archive, mirror):
         with contextlib.suppress(_TransferError), _open(url, archive, 0, seconds):

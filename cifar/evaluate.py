@@ -1,6 +1,6 @@
 """Inference, test-time augmentation (TTA), and the evaluation of a run on the test split.
 
-scikit-learn and pandas are imported where they are used: they take a second, and the demo would wait for them.
+scikit-learn and pandas are imported where they are used: they take a second, and `invoke predict` would wait for them.
 """
 
 import csv
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cifar import checkpoint, console, data, device, metrics, model
 from cifar.errors import UserError, csv_cell, listing
 from cifar.files import read
-from cifar.records import Calibration, Metrics
+from cifar.records import Calibration, Metrics, Reliability
 from cifar.runs import Run, damaged
 
 if TYPE_CHECKING:
@@ -101,11 +101,14 @@ def infer_tta(
     plain = infer(network, images, precision=precision, advance=advance)
     is_unsure = (plain.double() / temperature).softmax(1).amax(1) < _TTA_CONFIDENCE
     size, unsure = images.shape[-1], images[is_unsure]
+    if not len(unsure):
+        advance(len(images))
+        return plain, plain
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
     views = ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25))
     passes = len(views) * (1 + flips) - 1  # without that of the unchanged images, which is done
-    share = len(images) / max(1, len(unsure) * passes)  # of the work, for an image of a pass
+    share = len(images) / (len(unsure) * passes)  # of the work, for an image of a pass
 
     def infer_copies(copies: Tensor) -> Tensor:
         return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
@@ -166,7 +169,11 @@ def measure(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
         test_sha256=dataset.test.sha256(),
         **metrics.measure(logits, logits_tta, labels, dataset.classes),
         **metrics.ranking_scores(probabilities, labels, dataset.classes),
-        calibration=Calibration(**calibration, **metrics.calibration_error(logits, labels, temperature)),
+        calibration=Calibration(
+            **calibration,
+            before=Reliability(**metrics.reliability(logits, labels)),
+            after=Reliability(**metrics.reliability(logits / temperature, labels)),
+        ),
     )
     return Evaluation(measured, probabilities, network, precision)
 

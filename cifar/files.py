@@ -1,6 +1,7 @@
 """Files: read if they are regular ones, written atomically, and locked for one process.
 
-All functions raise UserError for a file that is missing or cannot be read or written. On Windows there are no locks.
+What opens, reads or writes a file raises UserError if it is missing or that is impossible. On Windows there are no
+locks.
 """
 
 import contextlib

@@ -24,27 +24,27 @@ HELP = {name: help_text(name) for name in FIELDS} | {
 def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command: str) -> tuple[str, str | bool]:
     """Take a flag and its value from the front of a command line; returns both, the flag as `takes_value` spells it.
 
-    takes_value: of each flag; None where the value may be left out. The value is True where there is none. Underscores
-    count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value that is missing,
-    empty, as that of an unset shell variable, itself a flag, or one too many.
+    takes_value: of each flag, whether it has a value; None where that may be left out. The value is True where there is
+    none. Underscores count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value
+    that is missing, empty, as that of an unset shell variable, itself a flag, or one too many.
     """
-    word, has_value, value = words.popleft().partition("=")
+    word, equals, value = words.popleft().partition("=")
     name = word.replace("_", "-").lower()
     if name not in takes_value:
         hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
         raise UsageError(f"{command} has no flag {word}: {hint.strip()}")
     is_switch = name.removeprefix("--").replace("-", "_") in SWITCHES  # whose value is yes or no, if it has one
     follows = words and not words[0].startswith("--") and (not is_switch or words[0].lower() in (*YES, *NO))
-    if takes_value[name] is not False and not has_value and follows:
-        has_value, value = "=", words.popleft()
-    if takes_value[name] is not None and takes_value[name] != bool(has_value):
+    if takes_value[name] is not False and not equals and follows:
+        equals, value = "=", words.popleft()
+    if takes_value[name] is not None and takes_value[name] != bool(equals):
         missing = f"{name} needs a value: `{command} --help` says which"
-        raise UsageError(f"{name} takes no value, so not '{value}'" if has_value else missing)
-    if has_value and not value.strip():
+        raise UsageError(f"{name} takes no value, so not '{value}'" if equals else missing)
+    if equals and not value.strip():
         raise UsageError(f"{name} must not be empty")
     if value.startswith("--"):
         raise UsageError(f"{name} needs a value, not '{value}'")
-    return name, os.path.expanduser(value) if has_value else True
+    return name, os.path.expanduser(value) if equals else True
 
 
 def help_page(command: str, description: str, texts: Mapping[str, str], takes_value: Mapping[str, bool | None]) -> str:

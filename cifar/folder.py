@@ -116,21 +116,21 @@ def _list(root: Path) -> Found:
     for folder, names in own.items():
         if unknown := sorted(names.keys() - own[first].keys()):
             raise UserError(f"{folder} has classes that {first} lacks, so they cannot be learned: {listing(unknown)}")
-    passed: dict[str, list[str]] = defaultdict(list)
+    skipped: dict[str, list[str]] = defaultdict(list)
     files = [
         _File(name, status.st_size, status.st_mtime_ns, label, part)
         for part, folder in parts.items()
         for label, class_name in enumerate(classes)
         if class_name in own[folder]
-        for name, status in _walk(root, folder / own[folder][class_name], passed)
+        for name, status in _walk(root, folder / own[folder][class_name], skipped)
     ]
     for folder in sorted({root, *parts.values()}):
         for entry in _entries(folder):
             if not os.path.exists(entry):
-                passed["broken link"].append(entry.name)
+                skipped["broken link"].append(entry.name)
             elif os.path.isfile(entry) and os.path.splitext(entry.name)[1].lower() in _IMAGES[1:]:
-                passed["loose image"].append(entry.name)
-    notes = [_count(passed)] if passed else []
+                skipped["loose image"].append(entry.name)
+    notes = [_count(skipped)] if skipped else []
     if parts.keys() != {""} and (beside := sorted(set(_folders(root)) - {folder.name for folder in parts.values()})):
         notes.append(f"{listing(beside)} beside {first.name}: ignored.")
     return _found(root, classes, files, notes)
@@ -153,12 +153,12 @@ def _found(root: Path, classes: Sequence[str], files: list[_File], notes: list[s
 
 def find_images(root: Path) -> tuple[list[Path], str]:
     """List the images in a folder and below it, sorted by name, and say what else is passed over."""
-    passed: dict[str, list[str]] = defaultdict(list)
+    skipped: dict[str, list[str]] = defaultdict(list)
     try:
-        names = sorted(name for name, _ in _walk(root, root, passed))
+        names = sorted(name for name, _ in _walk(root, root, skipped))
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
-    return [root / name for name in names], _count(passed) if passed else ""
+    return [root / name for name in names], _count(skipped) if skipped else ""
 
 
 def _find_splits(root: Path) -> dict[str, Path]:
@@ -229,8 +229,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     return sorted((entry for entry in entries if entry.name.lower() not in _LITTER), key=lambda entry: entry.name)
 
 
-def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield name and status of each image in the folder and below it; add all others to `passed`, by their kind.
+def _walk(root: Path, folder: Path, skipped: dict[str, list[str]]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield name and status of each image in the folder and below it; add all others to `skipped`, by their kind.
 
     Links are followed, but no folder is entered twice, and none that holds this one.
     """
@@ -239,7 +239,7 @@ def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tu
         current = waiting.pop()
         prefix = "" if current == root else f"{current.relative_to(root).as_posix()}/"
         if (real := current.resolve()) in entered:
-            passed["circular or repeated link"].append(prefix.removesuffix("/"))
+            skipped["circular or repeated link"].append(prefix.removesuffix("/"))
             continue
         entered.add(real)
         for entry in _entries(current):
@@ -249,22 +249,22 @@ def _walk(root: Path, folder: Path, passed: dict[str, list[str]]) -> Iterator[tu
             except OSError:
                 if not entry.is_symlink():
                     raise
-                passed["broken link"].append(name)
+                skipped["broken link"].append(name)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 waiting.append(current / entry.name)
             elif not stat.S_ISREG(status.st_mode):
-                passed["special file"].append(name)
+                skipped["special file"].append(name)
             elif (suffix := os.path.splitext(entry.name)[1].lower()) not in _IMAGES:
-                passed[f"{suffix} file"].append(name)
+                skipped[f"{suffix} file"].append(name)
             else:
                 yield name, status
 
 
-def _count(passed: dict[str, list[str]]) -> str:
+def _count(skipped: dict[str, list[str]]) -> str:
     """Say how many files of each kind are passed over."""
     kinds = []
-    for kind, names in sorted(passed.items(), key=lambda item: -len(item[1])):
+    for kind, names in sorted(skipped.items(), key=lambda item: -len(item[1])):
         count = f"{len(names):,} {kind}{'s' if len(names) > 1 else ''}"
         if kind.removesuffix(" file") in _CONVERTIBLE:
             count += ": convert them to JPEG"
@@ -370,7 +370,7 @@ def _split(root: Path, files: list[_File]) -> list[_File]:
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: _digest(root / file.name) if file.size <= MAX_BYTES else b"", files)
         files = [file._replace(digest=digest) for file, digest in zip(files, digests)]
-    parts = {part: [file for file in files if file.part in (part, "" if part == "train" else part)] for part in _ORDER}
+    parts = {part: [file for file in files if (file.part or "train") == part] for part in _ORDER}
     if not parts["test"]:
         by_label = defaultdict(list)
         for file in parts["train"]:

@@ -95,7 +95,7 @@ class _WinogradConv(torch.autograd.Function):
     """A 3x3 convolution by Winograd's minimal filtering: two to four times fewer multiplications.
 
     oneDNN has no such kernel for x86. On one core limited to AVX2, direct convolution takes 1.8, 2.0 and 1.9 times as
-    long for 256 to 256 channels at 7 pixels (forward pass, gradient of the features, of the weights), 1.4, 1.1 and 1.6
+    long for 256 to 256 channels at 7 pixels (forward pass, gradient of the features, of the weights), 1.4, 1.1 and 1.7
     times for 64 to 256 at 15, and 1.0, 1.1 and 1.3 times for 64 to 64 at 15. The rounding error is 1e-5 of the largest
     value. Source: Lavin and Gray 2016, arXiv:1509.09308.
     """

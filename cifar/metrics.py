@@ -139,11 +139,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x)
 
 
-def calibration_error(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
-    """Compute the `reliability` of the logits before and after they are divided by the temperature."""
-    return {"before": reliability(logits, labels), "after": reliability(logits / temperature, labels)}
-
-
 def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Compute expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
     from sklearn.metrics import log_loss

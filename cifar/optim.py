@@ -253,5 +253,5 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _higher_terms(gram: Tensor) -> Tensor:
-    """Return the factors of the cubic and the quintic term; gram: of a matrix's rows."""
+    """Return the matrix by which the cubic and the quintic term multiply; gram: of the rows of what they multiply."""
     return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -135,7 +135,7 @@ def show_seeds(group: Group) -> None:
     rows = []
     for name, spread in (summary.figures or {}).items():
         title, form, _ = _METRICS[name]
-        # of two values it would be seventeen standard deviations wide
+        # of two values it would be eighteen standard deviations wide
         has_interval = len(group.seeds) > 2 and not name.startswith("seconds")
         interval = " to ".join(format(end, form) for end in spread.interval_95 or ()) if has_interval else ""
         mean, deviation = format(spread.mean, form), format(spread.standard_deviation, form)

@@ -218,7 +218,7 @@ class Training:
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of the epoch, or a weight, is not finite."""
-        self.running_means()
+        self.running_means()  # raises if a loss is not
         tensors = self.network.state_dict().values()
         weights = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
         if not torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all():

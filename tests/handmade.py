@@ -120,8 +120,9 @@ def erring_run(folder: Path, wrong, *, classes=ESCAPED, images=300, history=3, t
     true = np.arange(images) % count
     predicted = np.where(np.isin(np.arange(images), list(wrong)), (true + 1) % count, true)
     logits = 9 * np.eye(count, dtype=np.float32)[predicted]
-    calibration = metrics.calibrate(logits[:0], true[:0]) | metrics.calibration_error(logits, true, 1.0)
-    calibration["after"]["expected_calibration_error"] = 0.02
+    reliability = metrics.reliability(logits, true)
+    calibration = metrics.calibrate(logits[:0], true[:0])
+    calibration |= {"before": reliability, "after": reliability | {"expected_calibration_error": 0.02}}
     run.write("config.json", Config(dataset="digits", val_size=10, **settings).model_dump())
     run.write("run.json", RECORD | {"seconds": {"train": 9.5}})
     measured = metrics.measure(logits, logits, true, classes) | {"loss": 0.5, "calibration": calibration}

@@ -118,7 +118,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_a_dataset_is_refused_by_a_run_and_a_check(name):
-    for action in (lambda name: datasets.find(name, "nowhere"), datasets.check):
+    for action in (lambda name: datasets.find(name, "nowhere"), datasets.describe):
         with pytest.raises(UserError, match=UNKNOWN[name].replace("?", r"\?")):
             action(name)
 
@@ -148,12 +148,12 @@ def test_a_dataset_saved_as_a_folder_has_the_same_images_and_labels(digits, imag
 
 def test_a_folder_is_described_without_decoding_it(image_folder, monkeypatch):
     monkeypatch.setattr(folder, "_write_cache", None)
-    assert datasets.check(str(image_folder)) == "a folder of 10 classes, 300 files"
-    assert datasets.check("digits") == "digits"
+    assert datasets.describe(str(image_folder)) == "a folder of 10 classes, 300 files"
+    assert datasets.describe("digits") == "digits"
     for label in range(1, 10):
         shutil.rmtree(image_folder / "train" / str(label))
     with pytest.raises(UserError, match="only one class, 0"):
-        datasets.check(str(image_folder))
+        datasets.describe(str(image_folder))
 
 
 def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(

@@ -238,7 +238,7 @@ def test_a_dataset_that_cannot_be_used_is_a_failure(tmp_path):
     (tmp_path / "cat" / "1.png").write_bytes(b"x")
     for name in ("cifr10", str(tmp_path / "none"), "~nobody-of-that-name/x", str(tmp_path)):
         with pytest.raises(UserError) as refused:
-            datasets.check(name)
+            datasets.describe(name)
         assert dataset(name) == doctor.Finding("dataset", "failure", str(refused.value))
 
 

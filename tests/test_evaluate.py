@@ -55,7 +55,9 @@ def test_tta_is_the_weighted_mean_of_the_copies(flips):
 
 def test_tta_is_for_unsure_images_alone():
     images = random_images(7)
-    tta = functools.partial(evaluate.infer_tta, Brightness(), images, flips=True, precision="float32")
+    advanced: list[float] = []
+    options = {"flips": True, "precision": "float32", "advance": advanced.append}
+    tta = functools.partial(evaluate.infer_tta, Brightness(), images, **options)
     plain, always = tta(temperature=1e6)
     leads = plain.topk(2).values.diff().abs().flatten()
     temperature = leads.median().item() / math.log(19)  # at which a lead of the median makes 0.95 of two classes
@@ -65,6 +67,8 @@ def test_tta_is_for_unsure_images_alone():
     assert mean[sure].equal(plain[sure])
     torch.testing.assert_close(mean[~sure], always[~sure])
     assert not mean[~sure].equal(plain[~sure])
+    assert tta(temperature=1e-6)[1].equal(plain)  # sure of all
+    assert sum(advanced) == pytest.approx(3 * 2 * 7)
 
 
 def saved_predictions(run) -> list[dict[str, str]]:

@@ -93,12 +93,10 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
     confidences = np.array([0.9, 0.9, 0.9, 0.6])
     probabilities = np.stack([confidences, 1 - confidences], 1)
     labels = np.array([0, 0, 1, 1])
-    calibration = metrics.calibration_error(np.log(probabilities), labels, 1.0)
-    before = calibration["before"]
-    assert before["expected_calibration_error"] == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.6) / 4)
-    assert before["negative_log_likelihood"] == pytest.approx(log_loss(labels, probabilities))
-    assert [bin["count"] for bin in before["bins"] if bin["count"]] == [1, 3]
-    assert before == calibration["after"]
+    reliability = metrics.reliability(np.log(probabilities), labels)
+    assert reliability["expected_calibration_error"] == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.6) / 4)
+    assert reliability["negative_log_likelihood"] == pytest.approx(log_loss(labels, probabilities))
+    assert [bin["count"] for bin in reliability["bins"] if bin["count"]] == [1, 3]
 
 
 def test_the_temperature_undoes_a_scaling_and_lowers_the_error_on_other_images():
@@ -106,9 +104,12 @@ def test_the_temperature_undoes_a_scaling_and_lowers_the_error_on_other_images()
     calibration = metrics.calibrate(logits[:10_000], labels[:10_000])
     assert calibration["temperature"] == pytest.approx(3, rel=0.04)
     assert calibration["fitted_on"] == 10_000
-    errors = metrics.calibration_error(logits[10_000:], labels[10_000:], calibration["temperature"])
-    assert errors["before"]["expected_calibration_error"] > 0.1
-    assert errors["after"]["expected_calibration_error"] < 0.02
+    before, after = (
+        metrics.reliability(logits[10_000:] / temperature, labels[10_000:])["expected_calibration_error"]
+        for temperature in (1, calibration["temperature"])
+    )
+    assert before > 0.1
+    assert after < 0.02
 
 
 def test_the_temperature_is_finite_where_all_validation_images_are_right():
