@@ -277,8 +277,8 @@ class Summary(Record):
     status: Status
     start: Time | None = None
     end: Time | None = None
-    minutes: Number | None = None  # time budget of a run, as given
     note: RawText | None = None
+    given: dict[str, Any] | None = None  # the settings before --minutes was planned
     config: dict[str, Any]  # of the first seed
     runs: list[Record] | None = None  # seed, directory and main metrics of each, when all are done
     figures: dict[Text, Spread] | None = None  # by metric

@@ -14,8 +14,6 @@ from cifar.errors import UserError, display_path
 from cifar.records import Summary
 from cifar.runs import Run
 
-# Settings that a budget of minutes chooses.
-_PLANNED = ("epochs", "small_epochs", "hard_epochs", "warmup_epochs", "minutes")
 _METRICS = {  # of compare.headline: title, format and largest possible value
     "val_accuracy": ("validation accuracy", ".2%", 1),
     "accuracy": ("accuracy", ".2%", 1),
@@ -54,7 +52,14 @@ class Group:
         return members
 
     def summarize(self, finished: Sequence[Run]) -> None:
-        """Complete summary.json: the main metrics of each run, and their mean over the seeds."""
+        """Complete summary.json: the main metrics of each run, and their mean over the seeds.
+
+        Raises UserError if the runs were evaluated on different test images.
+        """
+        hashes = [one.metrics.test_sha256 for one in finished]
+        if other := next((one for one, sha256 in zip(finished, hashes) if sha256 != hashes[-1]), None):
+            problem = f"the test images have changed since {other.path.name} was evaluated"
+            raise UserError(f"{problem}: run `{other.command('evaluate')}`, and then this command again")
         members: list[dict[str, Any]] = [
             {"seed": one.config.seed, "run": one.path.name, **compare.headline(one)} for one in finished
         ]
@@ -105,20 +110,20 @@ def create(config: Config) -> Group:
 def _make(config: Config, dataset: Dataset) -> Group:
     planned = config if config.minutes is None else bench.plan_epochs(config, dataset)
     path = runs.make_directory(planned, f"_{planned.seeds}{runs.GROUP_SUFFIX}")
-    state = {"status": "running", "start": runs.now(), "end": None, "minutes": config.minutes}
-    files.write_json(path / runs.SUMMARY, {**state, "note": dataset.note, "config": planned.model_dump()})
+    state = {"status": "running", "start": runs.now(), "end": None, "note": dataset.note}
+    files.write_json(path / runs.SUMMARY, {**state, "given": config.model_dump(), "config": planned.model_dump()})
     return Group(path, planned)
 
 
 def _find_unfinished(config: Config, dataset: Dataset) -> Group | None:
     """Find the newest group with these settings and images whose process ended before all seeds were done."""
-    ignored = {*LOCATIONS, *(_PLANNED if config.minutes is not None else ())}
     for path in runs.groups(Path(config.output_dir)):
         try:
             summary = runs.read_json(path / runs.SUMMARY)
             recorded = Config.from_file(summary.config)
-            is_same = recorded.model_dump(exclude=ignored) == config.model_dump(exclude=ignored)
-            if is_same and summary.minutes == config.minutes and runs.group_status(path) == "killed":
+            given = Config.from_file(summary.given or summary.config)
+            is_same = given.model_dump(exclude=set(LOCATIONS)) == config.model_dump(exclude=set(LOCATIONS))
+            if is_same and runs.group_status(path) == "killed":
                 group = Group(path, recorded.replace(**config.model_dump(include=set(LOCATIONS))))
                 if {run.dataset.train_sha256 for run in group.members().values()} - {dataset.train.sha256()}:
                     raise UserError("its training images were others")
