@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from cifar import config as settings
 from cifar import console, device, download, folder
 from cifar.config import DATASETS, HOME, IMAGE_FOLDER, Config
-from cifar.data import Dataset, Split
+from cifar.data import Dataset, Split, train_val_split
 from cifar.download import ARCHIVES
-from cifar.errors import UserError, known_name, listing
+from cifar.errors import UserError, display_path, known_name, listing
 from cifar.runs import Run
 
 # Archive -> the files of each split and the key of their labels, the file of the classes' names and its key.
@@ -57,6 +57,19 @@ def find(
     return _folder(name, Path(data_dir), image_size, labels)
 
 
+def check_output_dir(config: Config) -> None:
+    """Raise UserError if runs would be written among the images of a folder, where they would be taken for a class."""
+    if config.dataset not in DATASETS and not config.labels:
+        _require_elsewhere(_folder_root(config.dataset), config.output_dir, "--output-dir")
+
+
+def _require_elsewhere(root: Path, path: str | Path, flag: str) -> None:
+    """Raise UserError if the path is within a folder of images that is not split into train and test."""
+    if Path(os.path.realpath(path)).is_relative_to(root) and "" in folder.find_splits(root):
+        place = display_path(path)
+        raise UserError(f"{place} is within the images of {root}: start in another folder, or name one with {flag}")
+
+
 def of_config(config: Config) -> Dataset:
     """Find the dataset that the settings name, or download it, and print what must not be overlooked."""
     dataset = find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
@@ -71,6 +84,10 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     config, changes = settings.resolve(config, dataset, device.world_size())
     for change in changes:
         console.say(change)
+    train_set, _ = train_val_split(dataset.train, config.val_size or 0, config.seed)
+    counts = torch.bincount(train_set.labels, minlength=len(dataset.classes)).tolist()
+    if missing := [name for name, count in zip(dataset.classes, counts) if not count]:
+        raise UserError(f"--val-size {config.val_size} leaves no training image of {listing(missing)}: lower it")
     return config
 
 
@@ -108,6 +125,7 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "
             "have changed, or this version decodes them differently; restore the files, or train again"
+            + (f" (--data-dir is for when {place} is missing)" if data_dir and place != data_dir else "")
         )
     return replace(dataset, key=config.dataset)
 
@@ -197,6 +215,8 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> D
     is_shared = (shared and place == os.path.realpath(shared)) or Path(place).is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = HOME / "data"
+        if not labels:
+            _require_elsewhere(root, data_dir, "--data-dir")
     return folder.load(root, image_size, data_dir, _labels_file(labels))
 
 

@@ -108,7 +108,7 @@ def list_images(root: Path, labels: Path | None = None) -> Found:
 
 
 def _list(root: Path) -> Found:
-    parts = _find_splits(root)
+    parts = find_splits(root)
     first = parts.get("train", root)
     own = {folder: _class_folders(folder) for folder in parts.values()}
     classes = sorted(own[first])
@@ -161,7 +161,7 @@ def find_images(root: Path) -> tuple[list[Path], str]:
     return [root / name for name in names], _count(skipped) if skipped else ""
 
 
-def _find_splits(root: Path) -> dict[str, Path]:
+def find_splits(root: Path) -> dict[str, Path]:
     """Return the folders of train and perhaps val and test, in any usual spelling; {"": root} if there are none."""
     spelled: dict[str, list[str]] = defaultdict(list)
     for name in _folders(root):

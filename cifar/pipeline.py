@@ -48,6 +48,7 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
     if config.is_pretrained and config.dataset not in DATASETS and "image_size" not in config.model_fields_set:
         config = config.replace(image_size=min(MAX_IMAGE_SIZE, pretrained.preprocessing(config.model).size))
     if device.rank() == 0:
+        datasets.check_output_dir(config)
         runs.check_writable(config.output_dir)
         dataset = datasets.of_config(config)
     device.broadcast_object(None)  # the others wait for a download

@@ -167,6 +167,27 @@ def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
         made = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
         assert made <= {"project"}
     assert len(list((tmp_path / "project" / "data" / ".decoded").iterdir())) == 1
+    monkeypatch.setattr(datasets, "HOME", image_folder / "train")
+    with pytest.raises(UserError, match=r"train/data is within the images of .*train: start in another folder, or n"):
+        datasets.find(str(image_folder / "train"), str(image_folder / "train"))
+
+
+def test_runs_are_not_written_among_the_classes_of_a_folder(image_folder):
+    for root, place in ((image_folder / "train", "../runs"), (image_folder, "runs")):  # beside train, runs are ignored
+        datasets.check_output_dir(config.Config(dataset=str(root), output_dir=str(root / place)))
+    root = image_folder / "train"
+    with pytest.raises(UserError, match=r"train/runs is within the images of .*, or name one with --output-dir"):
+        datasets.check_output_dir(config.Config(dataset=str(root), output_dir=str(root / "runs")))
+
+
+def test_each_class_keeps_a_training_image():
+    counts = {"a": 60, "b": 6, "c": 6}
+    labels = torch.arange(3).repeat_interleave(torch.tensor(list(counts.values())))
+    split = Split(torch.zeros(72, 3, 32, 32, dtype=torch.uint8), labels)
+    pets = Dataset(key="pets", classes=tuple(counts), location="", can_flip=True, read=lambda part: split)
+    with pytest.raises(UserError, match=r"^--val-size 68 leaves no training image of b, c: lower it$"):
+        datasets.resolve(config.Config(dataset="pets", val_size=68, batch_size=2), pets)
+    assert datasets.resolve(config.Config(dataset="pets", val_size=48), pets).val_size == 48
 
 
 def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image_folder, tmp_path, monkeypatch):
@@ -182,6 +203,11 @@ def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image
     found = datasets.of_run(run, str(moved))
     assert (found.key, found.name, found.location) == (str(image_folder), "my digits", str(moved))
     assert not Path("elsewhere").exists()
+    shutil.copytree(moved, image_folder)
+    next(image_folder.glob("train/0/*")).unlink()
+    with pytest.raises(UserError, match=r"or train again \(--data-dir is for when .*my digits is missing\)$"):
+        datasets.of_run(run, str(moved))
+    shutil.rmtree(image_folder)
     record.train_sha256 = "0" * 64
     with pytest.raises(UserError, match="moved are not those that run was trained on: its files have changed, or"):
         datasets.of_run(run, str(moved))
