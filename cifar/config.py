@@ -280,11 +280,9 @@ class Config(BaseModel):
 
         given: field name -> value, or its text; None is ignored. A model without a recipe brings its recipe,
         weights bring `finetune`.
-        Raises UsageError for text that is not a number and for both epochs and minutes, UserError for other mistakes.
+        Raises UsageError for text that is not a number, UserError for other mistakes.
         """
         settings = {name: value for name, value in given.items() if value is not None}
-        if {"minutes", "epochs"} <= settings.keys():
-            raise UsageError("--minutes chooses the number of epochs: leave out --epochs or --minutes")
         if settings.get("weights") or str(settings.get("pretrained", "no")).lower() not in NO:
             settings.setdefault("recipe", "finetune")
         elif "model" in settings:

