@@ -3,6 +3,7 @@
 scikit-learn and pandas are imported where they are used: they take a second, and `invoke predict` would wait for them.
 """
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Sequence
@@ -131,6 +132,9 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     from sklearn.metrics import classification_report
 
     evaluation = measure(run, dataset, device_name)
+    with contextlib.suppress(UserError):  # a damaged metrics.json is replaced
+        if run.has_metrics and run.metrics.test_sha256 not in (None, evaluation.metrics.test_sha256):
+            run.remove_evaluation()
     probabilities, labels, classes = evaluation.probabilities, dataset.test.labels.numpy(), dataset.classes
     options = {"labels": range(len(classes)), "target_names": list(map(console.printable, classes))}
     report = classification_report(labels, probabilities.argmax(1), **options, digits=4, zero_division=0)

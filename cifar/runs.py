@@ -100,7 +100,8 @@ class Run:
     def resume_command(self) -> str:
         """The command that resumes the run, or the group that it belongs to."""
         if (self.path.parent / SUMMARY).exists() and self.record.command:
-            return f"{PIPELINE} {shlex.join(self.record.command[1:])}".strip()
+            words, place = self.record.command[1:], display_path(self.path.parent.parent)
+            return shlex.join([*PIPELINE.split(), *words, *([] if place in words else ["--output-dir", place])])
         return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *self._own_network])
 
     def command(self, task: str) -> str:
@@ -192,10 +193,11 @@ class Run:
                 self.update(seconds={**record.seconds, name: seconds})
 
     def remove_evaluation(self) -> None:
-        """Delete the results of weights that training is about to replace."""
-        for name in (*_EVALUATION, "classification_report.txt", "report.html"):
-            with files.writing(self.path / name):
-                (self.path / name).unlink(missing_ok=True)
+        """Delete the results of other weights, or of other test images, than those of now."""
+        names = (*_EVALUATION, "classification_report.txt", "report.html")
+        for path in (*(self.path / name for name in names), *self.figures.glob("*.png")):
+            with files.writing(path):
+                path.unlink(missing_ok=True)
 
     def mark_resumed(self, epoch: int, step: int, train_seconds: float) -> None:
         """Record that training resumes now, after that step of the epoch, and how long it has taken so far."""

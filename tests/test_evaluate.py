@@ -105,6 +105,19 @@ def test_a_run_is_evaluated_on_its_own_dataset_alone(evaluated_run, digits):
             evaluate.evaluate(evaluated_run, dataset, "cpu")
 
 
+def test_of_other_test_images_no_earlier_result_is_left(evaluated_run, digits, tmp_path):
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
+    old = [run.path / "report.html", run.path / "analysis.json", run.figures / "calibration.png"]
+    for path in old:
+        path.touch()
+    evaluate.evaluate(run, digits, "cpu")
+    assert all(path.exists() for path in old)
+    changed = {"train": digits.train, "test": digits.test[:300]}
+    evaluate.evaluate(run, dataclasses.replace(digits, read=changed.__getitem__), "cpu")
+    assert not any(path.exists() for path in old)
+    assert run.metrics.n == 300
+
+
 def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, digits):
     calibration = evaluate.evaluate(make_run(val_size=0), digits, "cpu").metrics.calibration
     assert (calibration.temperature, calibration.threshold, calibration.fitted_on) == (1, None, 0)

@@ -294,7 +294,9 @@ def test_the_newest_run_that_was_not_completed_is_the_one_to_resume(config):
     assert runs.find_resumable(config.output_dir, completed.path.name).path == completed.path
 
 
-def test_the_runs_of_a_group_are_found_by_its_name_and_its_latest_run_is_linked_from_outside(config, tmp_path):
+def test_the_runs_of_a_group_are_found_by_its_name_and_its_latest_run_is_linked_from_outside(
+    config, tmp_path, monkeypatch
+):
     group = runs.make_directory(config, "_2-seeds")
     files.write_json(group / "summary.json", {"status": "running", "config": {}})
     members = [runs.create(config.replace(output_dir=str(group), seed=seed)) for seed in (0, 1)]
@@ -306,6 +308,11 @@ def test_the_runs_of_a_group_are_found_by_its_name_and_its_latest_run_is_linked_
         runs.find(config.output_dir, group.name)
     with pytest.raises(UserError, match=r"none of the runs in .* has been evaluated"):
         runs.find_all(config.output_dir, group.name)
+    monkeypatch.chdir(tmp_path)
+    members[0].update(command=["main.py", "--seeds", "2", "--output-dir", "outputs"])
+    assert members[0].resume_command == "python main.py --seeds 2 --output-dir outputs"
+    monkeypatch.chdir("outputs")
+    assert members[0].resume_command == "python main.py --seeds 2 --output-dir outputs --output-dir ."
     for run in members:
         (run.path / "metrics.json").touch()
     assert runs.find_all(config.output_dir, group.name) == members

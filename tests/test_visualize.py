@@ -86,6 +86,9 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     run.figures.write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match=r"^cannot write .*training_history.png: "):
         visualize.visualize(run, make_dataset())
+    run.write("metrics.json", run.read("metrics.json").model_dump(exclude_unset=True) | {"test_sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"metrics.json is damaged: it is of other test images than digits has; `inv"):
+        visualize.visualize(run, make_dataset())
 
 
 def test_the_users_matplotlib_is_left_alone():
