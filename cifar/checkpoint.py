@@ -70,10 +70,13 @@ class Checkpointer:
             self._prepare_run(self.training.epoch - 1)
             return True
         if problem:
-            command = f"{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
-            raise UserError(f"{problem}; to start over, run `{command}`")
+            raise self._unusable(problem)
         self._prepare_run(0)
         return False
+
+    def _unusable(self, problem: UserError) -> UserError:
+        command = f"{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
+        return UserError(f"{problem}; to start over, run `{command}`")
 
     def save_if_due(self, signal_number: int | None) -> None:
         """Save if the last time is long ago. Raises Interrupted, after saving, if there is a signal."""
@@ -166,7 +169,10 @@ class Checkpointer:
         """Cut the history to so many epochs, delete results of earlier weights, and record where training resumes."""
         if device.rank():
             return
-        self.history = self.run.history(epochs)
+        try:
+            self.history = self.run.history(epochs)
+        except UserError as problem:
+            raise self._unusable(problem) from None
         self.run.write_history(self.history)
         if not self.training.has_finished:
             self.run.remove_evaluation()

@@ -351,6 +351,12 @@ def change_checkpoints(run: runs.Run, change, name: str = "[lp]*") -> None:
 AGAIN = "; to start over, run `python main.py --config .*config.json`$"
 
 
+def test_a_shortened_history_is_refused_with_the_command_to_start_over(interrupted, digits):
+    interrupted.run.write_history([])
+    with pytest.raises(UserError, match=f"history.jsonl is damaged: it has fewer than 1 epochs{AGAIN}"):
+        resume(interrupted, digits)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
