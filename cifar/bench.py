@@ -50,6 +50,7 @@ def run(config: Config) -> torch.device:
     """
     used = {*LOCATIONS, "dataset", "labels", "image_size", "device", "precision", "compile"}
     settings = config.model_dump(include=used)
+    datasets.check_output_dir(config)
     runs.check_writable(config.output_dir)
     dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
     console.banner(dataset.note)
@@ -131,7 +132,7 @@ def image_seconds(config: Config, dataset: data.Dataset, image_size: int, second
 
 
 def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
-    """Choose the number of epochs, in the recipe's proportions, that takes `config.minutes`; says what it chose.
+    """Choose the number of epochs, small ones in their proportion, that takes `config.minutes`; says what it chose.
 
     config: resolved. The result has no `minutes`, so that it means the same training on any machine.
     Raises UserError if not even one epoch fits.
@@ -166,10 +167,11 @@ def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], end
         epochs, small, hard = plan
         return small * small_steps + (epochs - small - hard * (1 - config.hard_share)) * full_steps + epochs * ending
 
+    small_share = min(config.small_epochs, max_small_epochs(config.epochs)) / config.epochs
     most = min(MAX_EPOCHS, int(max(0.0, budget) // (small_steps * config.hard_share + ending)))
     plans = []
     for epochs in range(1, most + 1):
-        small, hard = config.small_epochs / config.epochs * epochs, min(config.hard_epochs, max_hard_epochs(epochs))
+        small, hard = small_share * epochs, min(config.hard_epochs, max_hard_epochs(epochs))
         plans += [(epochs, min(rounded, max_small_epochs(epochs)), hard) for rounded in (int(small), math.ceil(small))]
     return max((plan for plan in plans if cost(plan) <= budget), key=cost, default=(0, 0, 0))
 

@@ -64,10 +64,11 @@ def check_output_dir(config: Config) -> None:
 
 
 def _require_elsewhere(root: Path, path: str | Path, flag: str) -> None:
-    """Raise UserError if the path is within a folder of images that is not split into train and test."""
-    if Path(os.path.realpath(path)).is_relative_to(root) and "" in folder.find_splits(root):
-        place = display_path(path)
-        raise UserError(f"{place} is within the images of {root}: start in another folder, or name one with {flag}")
+    """Raise UserError if the path is among the classes of a folder of images."""
+    place = Path(os.path.realpath(path))
+    if place.is_relative_to(root) and any(map(place.is_relative_to, folder.find_splits(root).values())):
+        where = f"{display_path(path)} is within the images of {root}"
+        raise UserError(f"{where}: start in another folder, or name one with {flag}")
 
 
 def of_config(config: Config) -> Dataset:
@@ -84,10 +85,11 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     config, changes = settings.resolve(config, dataset, device.world_size())
     for change in changes:
         console.say(change)
-    train_set, _ = train_val_split(dataset.train, config.val_size or 0, config.seed)
-    counts = torch.bincount(train_set.labels, minlength=len(dataset.classes)).tolist()
-    if missing := [name for name, count in zip(dataset.classes, counts) if not count]:
-        raise UserError(f"--val-size {config.val_size} leaves no training image of {listing(missing)}: lower it")
+    for seed in range(config.seed, config.seed + config.seeds):
+        train_set, _ = train_val_split(dataset.train, config.val_size or 0, seed)
+        counts = torch.bincount(train_set.labels, minlength=len(dataset.classes)).tolist()
+        if missing := [name for name, count in zip(dataset.classes, counts) if not count]:
+            raise UserError(f"--val-size {config.val_size} leaves no training image of {listing(missing)}: lower it")
     return config
 
 
@@ -120,7 +122,8 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     labels = config.labels
     if labels and place != config.dataset and Path(labels).is_relative_to(config.dataset):  # moved with the folder
         labels = str(Path(place) / Path(labels).relative_to(config.dataset))
-    dataset = _folder(place, Path(recorded), config.image_size, labels)
+    cache = data_dir if data_dir and place != data_dir else recorded
+    dataset = _folder(place, Path(cache), config.image_size, labels)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
             f"the training images of {dataset.location} are not those that {run.path.name} was trained on: its files "

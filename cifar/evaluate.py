@@ -132,9 +132,11 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     from sklearn.metrics import classification_report
 
     evaluation = measure(run, dataset, device_name)
+    is_other = False
     with contextlib.suppress(UserError):  # a damaged metrics.json is replaced
-        if run.has_metrics and run.metrics.test_sha256 not in (None, evaluation.metrics.test_sha256):
-            run.remove_evaluation()
+        is_other = run.has_metrics and run.metrics.test_sha256 not in (None, evaluation.metrics.test_sha256)
+    if is_other:
+        run.remove_evaluation()
     probabilities, labels, classes = evaluation.probabilities, dataset.test.labels.numpy(), dataset.classes
     options = {"labels": range(len(classes)), "target_names": list(map(console.printable, classes))}
     report = classification_report(labels, probabilities.argmax(1), **options, digits=4, zero_division=0)

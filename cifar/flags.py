@@ -65,7 +65,7 @@ def help_page(command: str, description: str, texts: Mapping[str, str], takes_va
 def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool = False) -> dict[str, Any]:
     """Return field name -> value: those of the settings file, overridden by the flags, which may name code to import.
 
-    flags: None where one is not given; `minutes` are planned in the proportions of the file's epochs. file: .toml,
+    flags: None where one is not given; `minutes` are planned with the file's share of small epochs. file: .toml,
     .json or a run's directory; the locations in a run's own config.json are ignored. is_resumed: the settings of a run
     count, so that a file is refused.
     Raises UserError for an invalid setting, which names the file if that alone is invalid.
@@ -79,9 +79,10 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
         raise UsageError("--resume takes the settings of the run: leave out --config")
     path = Path(file) / "config.json" if os.path.isdir(file) else Path(file)
     settings = _read_settings(path)
-    _require_one_length(settings, f"{path}: ")
     if "epochs" in given:
         settings.pop("minutes", None)
+    elif "minutes" not in given:
+        _require_one_length(settings, f"{path}: ")
     if "recipe" in given and str(settings.get("recipe", given["recipe"])).lower() != str(given["recipe"]).lower():
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     try:

@@ -137,7 +137,7 @@ def show_run(run: Run) -> None:
     """Print how long the stages took, where the run and its report are, and what must not be overlooked."""
     record, page = run.record, run.path / "report.html"
     stages = [f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items()]
-    console.say("  ".join([*stages, f"total {record.total_seconds:.1f} s"]))
+    console.say("  ".join([*stages, f"total {sum(record.seconds.values()):.1f} s"]))
     console.say(f"run directory: {display_path(run.path)}")
     if page.exists():
         console.say(f"report: {display_path(page)}")

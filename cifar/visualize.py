@@ -242,7 +242,7 @@ FIGURES: dict[str, FigureSpec] = {
 def visualize(run: Run, dataset: Dataset) -> list[Path]:
     """Draw the figures whose data the run has saved, as PNG files in its figures/, and return their paths.
 
-    Opens the test split only if the run has predictions. Raises UserError if the dataset is not the run's, the run
+    Opens the test split only if the run has been evaluated. Raises UserError if the dataset is not the run's, the run
     has saved nothing to draw, one of its files is damaged, or a figure cannot be written.
     """
     run.check_dataset(dataset.name)
@@ -261,7 +261,7 @@ def visualize(run: Run, dataset: Dataset) -> list[Path]:
 def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
     """Read what the run has saved, under the names that FIGURES needs; None where it has saved nothing.
 
-    Raises UserError if a file is damaged, or the predictions are not of the dataset's test split.
+    Raises UserError if a file is damaged, or not of the dataset's test split.
     """
     metrics, predictions = run.read_if_present("metrics.json"), None
     if (path := run.path / "predictions.csv").exists():
@@ -269,7 +269,7 @@ def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
         if predictions["true"].tolist() != [dataset.classes[number] for number in dataset.test.labels.tolist()]:
             raise damaged(path, f"it does not match the test split of {dataset.name}")
     if metrics and metrics.test_sha256 not in (None, dataset.test.sha256()):
-        raise damaged(run.path / "metrics.json", f"it is of other test images than {dataset.name} has")
+        raise damaged(run.path / "metrics.json", f"{dataset.name} has other test images than it was measured on")
     return {
         "subject": f"{label(run.config.title, 40)} on {label(dataset.name)}",
         "dataset": dataset,

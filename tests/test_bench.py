@@ -32,6 +32,7 @@ def briefly(monkeypatch):
         (49, 5, (3, 2)),
         (60, 0, (3, 0)),
         (95, 6, (6, 3)),  # 30 + 60, nearer than 40 + 40; the seven with 4.2 small ones would take 40 + 60
+        (95, 9, (6, 3)),  # of ten at most six may be small
         (1e300, 5, (100_000, 50_000)),  # the largest number of epochs
     ],
 )

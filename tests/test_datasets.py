@@ -175,9 +175,9 @@ def test_the_images_of_a_folder_are_not_cached_where_cifar_is_or_the_images_are(
 def test_runs_are_not_written_among_the_classes_of_a_folder(image_folder):
     for root, place in ((image_folder / "train", "../runs"), (image_folder, "runs")):  # beside train, runs are ignored
         datasets.check_output_dir(config.Config(dataset=str(root), output_dir=str(root / place)))
-    root = image_folder / "train"
-    with pytest.raises(UserError, match=r"train/runs is within the images of .*, or name one with --output-dir"):
-        datasets.check_output_dir(config.Config(dataset=str(root), output_dir=str(root / "runs")))
+    for root in (image_folder / "train", image_folder):
+        with pytest.raises(UserError, match=r"train/runs is within the images of .*, or name one with --output-dir"):
+            datasets.check_output_dir(config.Config(dataset=str(root), output_dir=str(image_folder / "train" / "runs")))
 
 
 def test_each_class_keeps_a_training_image():

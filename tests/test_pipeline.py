@@ -1,10 +1,12 @@
 """The whole way in processes of their own: in a pipe, in a terminal, interrupted, and without a network."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cifar import report, visualize
+from cifar import pipeline, report, trainer, visualize
 from cifar.config import PROJECT
 from cifar.download import ARCHIVES
 from cifar.runs import Run
@@ -105,6 +107,19 @@ def test_ctrl_c_in_a_terminal_says_how_to_resume_and_that_completes_the_run(tmp_
     assert made.status() == "completed"
     complete = f"{made.path.name} is complete: there is nothing to resume\n"
     assert main("--resume", str(made.path)) == (0, complete, "")
+
+
+def test_a_complete_run_is_evaluated_again_if_there_are_other_test_images(evaluated_run, digits, tmp_path, monkeypatch):
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
+    run.update(status="completed")
+    for module, name in ((trainer, "fit"), (visualize, "visualize"), (report, "write")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    before = (run.path / "metrics.json").stat().st_mtime_ns
+    pipeline.run_stages(run, digits)
+    assert (run.path / "metrics.json").stat().st_mtime_ns == before
+    changed = {"train": digits.train, "test": digits.test[:300]}
+    pipeline.run_stages(run, dataclasses.replace(digits, read=changed.__getitem__))
+    assert run.metrics.n == 300
 
 
 # Runs the commands, with what takes long replaced, and prints each attempt to leave this machine.

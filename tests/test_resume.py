@@ -297,8 +297,10 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(inte
 def test_what_was_measured_before_it_resumes_is_not_taken_for_the_result(interrupted, digits):
     run = interrupted.run
     evaluate.evaluate(run, digits, "cpu")
+    (run.figures / "calibration.png").touch()
     with run.lifetime():
         trainer.fit(run, digits)
+    assert not list(run.figures.iterdir())
     assert (run.status(), run.has_metrics, run.is_complete()) == ("completed", False, False)
     evaluate.evaluate(run, digits, "cpu")
     with run.lifetime():

@@ -11,7 +11,6 @@ from cifar.errors import UserError
 from cifar.runs import Run
 from commands import QUICK, main, start
 from conftest import quick_config
-from handmade import erring_run
 from processes import wait_until
 
 WITHOUT_FIGURES = """
@@ -121,10 +120,3 @@ def test_a_run_is_a_member_unless_its_files_are_damaged(evaluated_run, tmp_path,
         (run.path / name).write_text(content, encoding="utf-8")
         assert (group.members(), "run cannot be resumed: " in capsys.readouterr().out) == ({}, True)
         (run.path / name).write_text(kept, encoding="utf-8")
-
-
-def test_seeds_that_were_evaluated_on_different_test_images_have_no_mean(tmp_path):
-    members = [erring_run(tmp_path / name, [1], test_sha256=name) for name in ("a", "b")]
-    sentence = r"^the test images have changed since a was evaluated: run `invoke evaluate --run .*a`, and then this"
-    with pytest.raises(UserError, match=sentence):
-        seeds.Group(tmp_path, members[0].config).summarize(members)

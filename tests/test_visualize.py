@@ -87,7 +87,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"^cannot write .*training_history.png: "):
         visualize.visualize(run, make_dataset())
     run.write("metrics.json", run.read("metrics.json").model_dump(exclude_unset=True) | {"test_sha256": "0" * 64})
-    with pytest.raises(UserError, match=r"metrics.json is damaged: it is of other test images than digits has; `inv"):
+    with pytest.raises(UserError, match=r"metrics.json is damaged: digits has other test images than it was mea"):
         visualize.visualize(run, make_dataset())
 
 
