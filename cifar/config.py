@@ -13,7 +13,7 @@ from cifar.errors import UsageError, UserError, did_you_mean, display_path, know
 # Jordan 2024 (arXiv:2404.00498) with Muon, progressive resizing and hard-example mining.
 _FAST = {
     "model": "airbench94",
-    "epochs": 11,
+    "epochs": 13,
     "batch_size": 1000,
     "optimizer": "muon",
     "lr": 0.17,
@@ -27,8 +27,8 @@ _FAST = {
     "flip": "alternating",
     "cutout": 0,
     "jitter": 0.0,
-    "small_epochs": 6,
-    "hard_epochs": 2,
+    "small_epochs": 7,
+    "hard_epochs": 3,
 }
 # For any network that --model names: Adam with cosine decay.
 _PLAIN = {

@@ -126,7 +126,7 @@ def test_default_folders_lie_in_the_project_unless_a_flag_or_the_environment_nam
 
 def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_one():
     assert config.help_text("crop_mode").startswith("what fills the padding of random crops; one of reflect, zeros; ")
-    defaults = "default 11 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30, finetune: 10)"
+    defaults = "default 13 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30, finetune: 10)"
     assert config.help_text("epochs") == f"passes over the training images; {defaults}"
     without_default = {name for name in config.FIELDS if "default" not in config.help_text(name)}
     assert without_default == {"labels", "mirror", "minutes", "weights"}
@@ -216,7 +216,7 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
     resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), DIGITS)
     assert (resolved.dataset, resolved.val_size) == ("/my/digits", 143)
     assert sentences == [
-        "--small-epochs 2 instead of 6: at most two thirds of the epochs may use small images",
+        "--small-epochs 2 instead of 7: at most two thirds of the epochs may use small images",
         "--hard-epochs 0 instead of 3: at most a quarter of the epochs may leave out easy images",
         "--batch-size 64 instead of 1000: an epoch of 1,294 images needs at least 20 steps",
         "--small-size 32 instead of 40: the images are 32x32",
