@@ -46,6 +46,44 @@ def test_winograds_convolution_is_for_many_channels_and_images_in_float32(images
     assert "Winograd" not in output.grad_fn.name()
 
 
+def convolve_in_bfloat16(monkeypatch, channels=256, images=16, size=7, training=True, hardware=("avx512_bf16",)):
+    """Return the layer, its input and its output on such a processor."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
+    conv = layers.Conv2d(256, channels).train(training)
+    features = torch.randn(images, 256, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with device.autocast(torch.device("cpu"), "bfloat16"):
+        return conv, features, conv(features)
+
+
+@pytest.mark.parametrize("size", [3, 7])  # in tiles of 3x3 and of 4x4
+def test_winograds_convolution_in_bfloat16_is_exact_to_two_percent(size, monkeypatch):
+    conv, features, output = convolve_in_bfloat16(monkeypatch, size=size)
+    assert "Winograd" in output.grad_fn.name()
+    output.float().square().sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (features, conv.weight)]
+    expected = F.conv2d(*exact, padding=1)
+    expected.square().sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+    for found, wanted in ((output, expected), (features.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 255},
+        {"images": 15},
+        {"size": 5},  # 0.44 of the products
+        {"training": False},
+        {"hardware": ("avx512_bf16", "amx_bf16")},
+        {"hardware": ("avx2",)},
+    ],
+)
+def test_winograds_convolution_in_bfloat16_is_for_training_where_it_is_faster(change, monkeypatch):
+    _, _, output = convolve_in_bfloat16(monkeypatch, **change)
+    assert "Winograd" not in output.grad_fn.name()
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_gelu_is_torchs(layout):
     features = torch.randn(2, 3, 5, 4).contiguous(memory_format=layout)
