@@ -28,7 +28,7 @@ _HELP = HELP | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
     "port": "port that the demo listens on; default 7860",
 }
-_EVALUATED = "run directory, or its name; default that of the previous task, or the latest evaluated, without runs fast"
+_EVALUATED = "run directory, or its name; default the previous task's, or the latest evaluated, or the shipped `fast`"
 _OWN_NETWORK = "the run's network, if it is package.module:factory: you allow its code to run"
 _previous: list[runs.Run] = []  # the run of the previous task on this command line
 

@@ -134,7 +134,7 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     evaluation = measure(run, dataset, device_name)
     is_other = False
     with contextlib.suppress(UserError):  # a damaged metrics.json is replaced
-        is_other = run.has_metrics and run.metrics.test_sha256 not in (None, evaluation.metrics.test_sha256)
+        is_other = run.has_metrics and not run.metrics.can_be_of(dataset.test.sha256())
     if is_other:
         run.remove_evaluation()
     probabilities, labels, classes = evaluation.probabilities, dataset.test.labels.numpy(), dataset.classes

@@ -127,7 +127,7 @@ def _report_differences(run: Run) -> None:
 
 def run_stages(run: Run, dataset: Dataset) -> None:
     """Train, evaluate, visualize and report, all in the run's directory. Of several processes, all train."""
-    is_complete = run.is_complete() and run.metrics.test_sha256 in (None, dataset.test.sha256())
+    is_complete = run.is_complete() and run.metrics.can_be_of(dataset.test.sha256())
     is_complete, is_trained = device.broadcast_object((is_complete, run.record.status == "completed"))
     if is_complete:
         console.say(f"{run.path.name} is complete: there is nothing to resume")

@@ -192,6 +192,10 @@ class Metrics(Record):
     selective: Selective | None = None
     calibration: Calibration
 
+    def can_be_of(self, test_sha256: str) -> bool:
+        """Say whether they may have been measured on these test images; earlier versions did not note which."""
+        return self.test_sha256 in (None, test_sha256)
+
     @model_validator(mode="after")
     def _parts_agree(self) -> "Metrics":
         matrix, classes = self.confusion_matrix, self.per_class

@@ -25,7 +25,7 @@ from typing import Any
 from cifar import __version__, console, files, records
 from cifar.config import IS_CLONE, PIPELINE, PROJECT, STAGES, Config, allow_model, known_spelling
 from cifar.console import ENDING, Interrupted, handled, signal_number
-from cifar.errors import UserError, display_path
+from cifar.errors import UserError, display_path, plural
 from cifar.records import DatasetRecord, EpochRecord, Metrics, RunRecord
 
 RECORD, CONFIG, HISTORY, METRICS = "run.json", "config.json", "history.jsonl", "metrics.json"
@@ -163,7 +163,7 @@ class Run:
         lines = files.read(path).splitlines()[:first] if path.exists() else []
         try:
             if len(lines) < (first or 0):
-                raise ValueError(f"it has fewer than {first} epochs")
+                raise ValueError(f"it has fewer than {plural(first or 0, 'epoch')}")
             return records.parse(HISTORY, [files.parse_json(line) for line in lines]).root
         except ValueError as error:
             raise damaged(path, str(error)) from None

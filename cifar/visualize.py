@@ -268,7 +268,7 @@ def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
         predictions = evaluate.read_predictions(run)
         if predictions["true"].tolist() != [dataset.classes[number] for number in dataset.test.labels.tolist()]:
             raise damaged(path, f"it does not match the test split of {dataset.name}")
-    if metrics and metrics.test_sha256 not in (None, dataset.test.sha256()):
+    if metrics and not metrics.can_be_of(dataset.test.sha256()):
         raise damaged(run.path / "metrics.json", f"{dataset.name} has other test images than it was measured on")
     return {
         "subject": f"{label(run.config.title, 40)} on {label(dataset.name)}",

@@ -355,7 +355,7 @@ AGAIN = "; to start over, run `python main.py --config .*config.json`$"
 
 def test_a_shortened_history_is_refused_with_the_command_to_start_over(interrupted, digits):
     interrupted.run.write_history([])
-    with pytest.raises(UserError, match=f"history.jsonl is damaged: it has fewer than 1 epochs{AGAIN}"):
+    with pytest.raises(UserError, match=f"history.jsonl is damaged: it has fewer than 1 epoch{AGAIN}"):
         resume(interrupted, digits)
 
 
