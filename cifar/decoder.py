@@ -67,12 +67,9 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
 
 def _open(content: bytes) -> Image.Image:
     """Open an image without unpacking its pixels."""
-    start = content[:16]
-    if start[4:8] == b"ftyp" and any(brand in content[8:40] for brand in (b"hei", b"hev")):
-        raise Refused("HEIC images are not supported: convert it to JPEG or PNG")
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name.upper(), (None, None))  # AVIF and WebP may be left out of Pillow
-        if factory and accept and accept(start) is True:
+        if factory and accept and accept(content[:16]) is True:
             image = factory(io.BytesIO(content), "")
             if image.width * image.height > MAX_PIXELS:
                 shape = f"{image.width:,} x {image.height:,} pixels"
