@@ -10,7 +10,6 @@ import re
 import shutil
 import tarfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,12 +154,9 @@ def _unpack(file: Path, folder: Path) -> None:
     """Unpack a verified archive beside itself, completely or not at all."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-        with tarfile.open(file, "r:gz") as tar:
+        with writing(folder), tarfile.open(file, "r:gz") as tar:
             tar.extractall(partial, filter="data")
-        (partial / folder.name).rename(folder)
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot unpack {file}: {getattr(error, 'strerror', None) or error}") from None
+            (partial / folder.name).rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

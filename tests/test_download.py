@@ -198,18 +198,13 @@ def test_a_full_disk_is_reported_and_no_mirror_is_blamed(server, tmp_path):
     assert server.starts("a") == [0, HALF]
 
 
-def pack(members: dict[str, bytes], *links: tuple[str, str, bytes]) -> bytes:
-    """links: name, target and type."""
+def pack(members: dict[str, bytes]) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        for name, target, kind in links:
-            member = tarfile.TarInfo(name)
-            member.linkname, member.type = target, kind
-            tar.addfile(member)
     return packed.getvalue()
 
 
@@ -279,42 +274,20 @@ def test_of_three_processes_one_downloads_and_a_killed_one_is_continued_by_the_n
     assert unpacked(tmp_path) == FILES
 
 
-HOSTILE = {
-    "out of the folder": pack(FILES | {"../escaped": b"x"}),
-    "symbolic link out": pack(FILES, ("data/link", "../../..", tarfile.SYMTYPE)),
-    "hard link out": pack(FILES, ("data/link", "../../escaped", tarfile.LNKTYPE)),
-    "device": pack(FILES, ("data/null", "", tarfile.CHRTYPE)),
-    "no such folder": pack({"other/one": b"1"}),
-    "cut short": TAR[:-5000],
-    "not an archive": b"<html>",
-    "empty": b"",
-}
-
-
 def test_an_archive_without_the_published_hash_is_never_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(tarfile, "open", lambda *_: pytest.fail("opened"))
-    (tmp_path / "data.tar.gz").write_bytes(HOSTILE["out of the folder"])
+    (tmp_path / "data.tar.gz").write_bytes(b"another file")
     for path in (tmp_path, tmp_path / "data.tar.gz"):
         with pytest.raises(UserError, match=r"data\.tar\.gz is damaged or another file: .*delete it to download it"):
             download.ensure(TAR_ARCHIVE, path)
     assert [path.name for path in tmp_path.iterdir()] == ["data.tar.gz"]
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_even_with_the_published_hash_nothing_would_leave_the_folder(tmp_path, kind):
-    folder = tmp_path / "inner" / "folder"
-    folder.mkdir(parents=True)
-    (folder / "data.tar.gz").write_bytes(HOSTILE[kind])
-    with pytest.raises(UserError, match=r"^cannot unpack .*data\.tar\.gz: [^\n]+$"):
-        download.ensure(archive_of(HOSTILE[kind]), folder)
-    assert {path.name for path in folder.iterdir()} == {"data.tar.gz", ".cifar.lock"}
-    assert [path.name for path in tmp_path.rglob("*escaped*")] == []
-
-
 def test_an_interrupted_unpacking_is_repeated_and_one_on_a_full_disk_leaves_no_half(tmp_path):
     (tmp_path / "data.tar.gz").write_bytes(TAR)
     (tmp_path / "data.partial" / "data").mkdir(parents=True)
-    with file_size_limit(150_000), pytest.raises(UserError, match=r"cannot unpack .*: File too large"):
+    (tmp_path / "data.partial" / "data" / "one").write_bytes(b"1" * 50)
+    with file_size_limit(150_000), pytest.raises(UserError, match=r"cannot write .*data: File too large"):
         download.ensure(TAR_ARCHIVE, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"data.tar.gz", ".cifar.lock"}
     download.ensure(TAR_ARCHIVE, tmp_path)
