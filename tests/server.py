@@ -20,7 +20,7 @@ REFUSED = "http://127.0.0.1:9/x"  # nothing listens there
 
 
 def archive_of(content: bytes, **changes) -> Archive:
-    facts = {"name": "data.tar.gz", "folder": "data", "files": {"one": ""}, "unpacked": 0, "urls": ()}
+    facts = {"name": "data.tar.gz", "folder": "data", "files": {"one": ""}, "urls": ()}
     return Archive(size=len(content), sha256=hashlib.sha256(content).hexdigest(), **{**facts, **changes})
 
 

@@ -228,7 +228,7 @@ def test_a_missing_dataset_is_looked_for_but_not_downloaded(known, server, tmp_p
     assert (dataset("cifar10", tmp_path).level, dataset("auto", tmp_path).level) == ("failure", "warning")
     assert "would train on scikit-learn's digits" in dataset("auto", tmp_path).message
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(known, unpacked=2**60))
+    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(known, size=2**60))
     assert "set --data-dir to another folder" in dataset("cifar10", tmp_path).message
 
 
