@@ -18,9 +18,8 @@ import struct
 import sys
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import AvifImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-MAX_PIXELS = 100_000_000
 # What Popen.returncode is after a limit was exceeded.
 OUT_OF_MEMORY = 3
 OUT_OF_TIME = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 1
@@ -43,7 +42,7 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
     unpacked, and MemoryError.
     """
     try:
-        image = _open(content)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
         # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
         drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
         image.load()
@@ -54,28 +53,17 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         image = _over_white(_to_srgb(image))
         return ImageOps.pad(image, (size, size), color="white") if fit == "letterbox" else image
-    except (Refused, MemoryError):
+    except UnidentifiedImageError:
+        raise Refused("the file is not an image in a supported format: convert it to JPEG or PNG") from None
+    except Image.DecompressionBombError:
+        raise Refused("the image has over 100 million pixels: make it smaller") from None
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files
         if "memory" in str(error):
             raise MemoryError from None
-        if isinstance(error, Image.DecompressionBombError):  # within an ICO file
-            raise Refused("the image has over 100 million pixels: make it smaller") from None
         problem = "the image is damaged, incomplete, or of a kind that is not supported"
         raise Refused(f"{problem}: save it again as PNG or JPEG") from None
-
-
-def _open(content: bytes) -> Image.Image:
-    """Open an image without unpacking its pixels."""
-    for name in _FORMATS:
-        factory, accept = Image.OPEN.get(name.upper(), (None, None))  # AVIF and WebP may be left out of Pillow
-        if factory and accept and accept(content[:16]) is True:
-            image = factory(io.BytesIO(content), "")
-            if image.width * image.height > MAX_PIXELS:
-                shape = f"{image.width:,} x {image.height:,} pixels"
-                raise Refused(f"the image has {shape}; the limit is 100 million: make it smaller")
-            return image
-    raise Refused("the file is not an image in a supported format: convert it to JPEG or PNG")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -190,7 +178,7 @@ def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
     for name in (*_FORMATS, "Mpo"):
         importlib.import_module(f"PIL.{name}ImagePlugin")
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow, which looks into ICO too, refuses over twice this
+    Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses over twice this
     AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # each reserves memory
     # Long texts and profiles are no damage; memory and time have other limits.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 10**9

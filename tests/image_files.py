@@ -205,7 +205,6 @@ def ico(count: int, content: bytes) -> bytes:
     return struct.pack("<HHH", 0, 1, count) + entry * count + content
 
 
-OTHER_KIND = "of a kind that is not supported: save it again as PNG"
 INCOMPLETE = "damaged, incomplete, or of a kind that is not supported|not an image"
 REFUSED = {
     "empty": (lambda: b"", "the file is empty"),
@@ -214,13 +213,13 @@ REFUSED = {
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
     "JPEG 2000": (lambda: saved(sample(), "JPEG2000"), "not an image"),
     "random bytes": (lambda: np.random.default_rng(0).bytes(5000), "not an image"),
-    "100.02 megapixels": (lambda: bomb(10_001, 10_001), "has 10,001 x 10,001 pixels; the limit is 100 million"),
-    "bomb": (lambda: bomb(60_000, 60_000), "has 60,000 x 60,000 pixels"),
+    "100.02 megapixels": (lambda: bomb(10_001, 10_001), "has over 100 million pixels: make it smaller"),
+    "bomb": (lambda: bomb(60_000, 60_000), "has over 100 million pixels"),
     "HEIC": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "not an image in a supported format"),
     "MOV": (lambda: b"\0\0\0\x14ftypqt  " + bytes(99), "not an image in a supported format"),
-    "TIFF 16 bit with alpha": (lambda: tiff(9, 9, bytes(324), (338, 3, 1, 2), bits=(16, 16)), OTHER_KIND),
-    "TIFF float RGB": (lambda: tiff(9, 9, bytes(972), (339, 3, 1, 3), bits=(32,) * 3, photometric=2), OTHER_KIND),
-    "TIFF YCbCr without JPEG": (lambda: tiff(9, 9, bytes(243), bits=(8, 8, 8), photometric=6), OTHER_KIND),
+    "TIFF 16 bit with alpha": (lambda: tiff(9, 9, bytes(324), (338, 3, 1, 2), bits=(16, 16)), INCOMPLETE),
+    "TIFF float RGB": (lambda: tiff(9, 9, bytes(972), (339, 3, 1, 3), bits=(32,) * 3, photometric=2), INCOMPLETE),
+    "TIFF YCbCr without JPEG": (lambda: tiff(9, 9, bytes(243), bits=(8, 8, 8), photometric=6), INCOMPLETE),
     "ICO of a bomb": (lambda: ico(1, bomb(60_000, 60_000)), "has over 100 million pixels"),
     "PNG header alone": (lambda: saved(sample(), "PNG")[:40], INCOMPLETE),
     "truncated JPEG": (lambda: saved(sample(), "JPEG")[:300], INCOMPLETE),
