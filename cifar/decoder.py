@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
-import importlib
 import io
 import json
 import signal
@@ -26,7 +25,7 @@ OUT_OF_TIME = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 1
 ANSWER = struct.Struct("<III")  # width, height, length of the error
 # Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and not what hardly anybody
 # has: each decoder is one more that may have a security hole. MPO, which many cameras write, is opened by JPEG's.
-_FORMATS = ("Png", "Jpeg", "Gif", "WebP", "Avif", "Bmp", "Tiff", "Ppm", "Ico")
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
@@ -176,8 +175,6 @@ def main(memory: int, seconds: float) -> None:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
-    for name in (*_FORMATS, "Mpo"):
-        importlib.import_module(f"PIL.{name}ImagePlugin")
     Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses over twice this
     AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # each reserves memory
     # Long texts and profiles are no damage; memory and time have other limits.
