@@ -29,40 +29,24 @@ _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
-class Refused(Exception):
-    """The file is not an image that can be decoded; the message is a sentence for the user."""
-
-
 def decode(content: bytes, size: int, fit: str) -> Image.Image:
     """Decode an image as a person sees it: upright, in sRGB, on white, 8 bits a channel.
 
     fit: `crop` and `letterbox` as in images.decode, at size x size pixels; `whole` keeps the original size.
-    Raises Refused for what is not an image, is damaged, or has over 100 million pixels, which is checked before it is
-    unpacked, and MemoryError.
+    Raises exceptions of any type for what is not an image, is damaged, or has over 100 million pixels, which is checked
+    before it is unpacked.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
-        drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
-        image.load()
-        image = _to_eight_bits(image)
-        if fit != "whole":
-            image = _resize(image, drafted[1][2:] if drafted else image.size, size, fit)
-        with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
-            ImageOps.exif_transpose(image, in_place=True)
-        image = _over_white(_to_srgb(image))
-        return ImageOps.pad(image, (size, size), color="white") if fit == "letterbox" else image
-    except UnidentifiedImageError:
-        raise Refused("the file is not an image in a supported format: convert it to JPEG or PNG") from None
-    except Image.DecompressionBombError:
-        raise Refused("the image has over 100 million pixels: make it smaller") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files
-        if "memory" in str(error):
-            raise MemoryError from None
-        problem = "the image is damaged, incomplete, or of a kind that is not supported"
-        raise Refused(f"{problem}: save it again as PNG or JPEG") from None
+    image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
+    drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
+    image.load()
+    image = _to_eight_bits(image)
+    if fit != "whole":
+        image = _resize(image, drafted[1][2:] if drafted else image.size, size, fit)
+    with contextlib.suppress(Exception):  # exceptions of any type for malformed EXIF
+        ImageOps.exif_transpose(image, in_place=True)
+    image = _over_white(_to_srgb(image))
+    return ImageOps.pad(image, (size, size), color="white") if fit == "letterbox" else image
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -148,9 +132,16 @@ def _answer(content: bytes, size: int, fit: str) -> bytes:
     try:
         image = decode(content, size, fit)
         return ANSWER.pack(*image.size, 0) + image.tobytes()
-    except Refused as error:
-        message = str(error).encode()
-        return ANSWER.pack(0, 0, len(message)) + message
+    except UnidentifiedImageError:
+        error = "the file is not an image in a supported format: convert it to JPEG or PNG"
+    except Image.DecompressionBombError:
+        error = "the image has over 100 million pixels: make it smaller"
+    except Exception as raised:
+        if "memory" in str(raised) or isinstance(raised, MemoryError):
+            raise MemoryError from None
+        problem = "the image is damaged, incomplete, or of a kind that is not supported"
+        error = f"{problem}: save it again as PNG or JPEG"
+    return ANSWER.pack(0, 0, len(error)) + error.encode()
 
 
 def main(memory: int, seconds: float) -> None:
