@@ -146,8 +146,15 @@ def _answer(content: bytes, size: int, fit: str) -> bytes:
 
 def main(memory: int, seconds: float) -> None:
     """Answer requests; see the module."""
-    _prepare()
-    _limit(memory)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
+    Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses over twice this
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # each reserves memory
+    # Long texts and profiles are no damage; memory and time have other limits.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 10**9
+    with contextlib.suppress(ImportError):  # Windows has no limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     answers.write(b"\n")
     answers.flush()
@@ -162,23 +169,6 @@ def main(memory: int, seconds: float) -> None:
             _return_freed_memory()
         except MemoryError:
             sys.exit(OUT_OF_MEMORY)
-
-
-def _prepare() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
-    Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses over twice this
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 4  # each reserves memory
-    # Long texts and profiles are no damage; memory and time have other limits.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 10**9
-
-
-def _limit(memory: int) -> None:
-    with contextlib.suppress(ImportError):  # Windows has no limits
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
 def _return_freed_memory() -> None:
