@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as transforms
 
 from cifar import checkpoint, console, data, datasets, device, files, model, optim, runs, trainer
-from cifar.config import LOCATIONS, MAX_EPOCHS, Config, max_hard_epochs, max_small_epochs, max_warmup_epochs
+from cifar.config import LOCATIONS, MAX_EPOCHS, Config, epoch_limits
 from cifar.errors import UserError, display_path, plural
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
@@ -151,7 +151,7 @@ def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
     console.say(f"{plural(epochs, 'epoch')} in {minutes:g} minutes: {', '.join(parts)}")
-    warmup = min(config.warmup_epochs, max_warmup_epochs(epochs))
+    warmup = min(config.warmup_epochs, epoch_limits(epochs)["warmup_epochs"])
     plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
     return config.replace(**plan, minutes=None)
 
@@ -167,12 +167,13 @@ def choose_epochs(config: Config, budget: float, steps: Mapping[int, float], end
         epochs, small, hard = plan
         return small * small_steps + (epochs - small - hard * (1 - config.hard_share)) * full_steps + epochs * ending
 
-    small_share = min(config.small_epochs, max_small_epochs(config.epochs)) / config.epochs
-    most = min(MAX_EPOCHS, int(max(0.0, budget) // (small_steps * config.hard_share + ending)))
+    small_share = min(config.small_epochs, epoch_limits(config.epochs)["small_epochs"]) / config.epochs
+    longest = min(MAX_EPOCHS, int(max(0.0, budget) // (small_steps * config.hard_share + ending)))
     plans = []
-    for epochs in range(1, most + 1):
-        small, hard = small_share * epochs, min(config.hard_epochs, max_hard_epochs(epochs))
-        plans += [(epochs, min(rounded, max_small_epochs(epochs)), hard) for rounded in (int(small), math.ceil(small))]
+    for epochs in range(1, longest + 1):
+        most, small = epoch_limits(epochs), small_share * epochs
+        hard = min(config.hard_epochs, most["hard_epochs"])
+        plans += [(epochs, min(n, most["small_epochs"]), hard) for n in (int(small), math.ceil(small))]
     return max((plan for plan in plans if cost(plan) <= budget), key=cost, default=(0, 0, 0))
 
 

@@ -350,19 +350,9 @@ def allow_model(name: str | None) -> None:
         allowed_models.add(name)
 
 
-def max_small_epochs(epochs: int) -> int:
-    """Return how many of the epochs may train on small images: the last ones must see the full size."""
-    return epochs * 2 // 3
-
-
-def max_warmup_epochs(epochs: int) -> int:
-    """Return in how many of the epochs the learning rate may rise."""
-    return epochs // 2
-
-
-def max_hard_epochs(epochs: int) -> int:
-    """Return how many of the epochs may leave out easy images: all must be learned first."""
-    return epochs // 4
+def epoch_limits(epochs: int) -> dict[str, int]:
+    """Return how many epochs may be small (the last ones must see the full size), warm up, or leave out easy images."""
+    return {"small_epochs": epochs * 2 // 3, "warmup_epochs": epochs // 2, "hard_epochs": epochs // 4}
 
 
 def flag(name: str) -> str:
@@ -405,11 +395,11 @@ def resolve(config: Config, dataset, processes: int = 1) -> tuple[Config, list[s
     """
     val_size, image_size = _val_size(config, dataset), dataset.train.image_size
     size = f"{image_size}x{image_size}"
-    epochs = config.epochs if config.minutes is None else MAX_EPOCHS  # those that fit into the minutes have the limits
+    most = epoch_limits(config.epochs if config.minutes is None else MAX_EPOCHS)  # else the planned ones are limited
     limits = {
-        "small_epochs": (max_small_epochs(epochs), "at most two thirds of the epochs may use small images"),
-        "warmup_epochs": (max_warmup_epochs(epochs), "warm-up may take at most half of the epochs"),
-        "hard_epochs": (max_hard_epochs(epochs), "at most a quarter of the epochs may leave out easy images"),
+        "small_epochs": (most["small_epochs"], "at most two thirds of the epochs may use small images"),
+        "warmup_epochs": (most["warmup_epochs"], "warm-up may take at most half of the epochs"),
+        "hard_epochs": (most["hard_epochs"], "at most a quarter of the epochs may leave out easy images"),
         "batch_size": _batch_limit(config.batch_size, len(dataset.train) - val_size, image_size, processes),
         "small_size": (image_size, f"the images are {size}"),
         "cutout": (image_size // 2, f"at most half of {size} images may be cut out"),
