@@ -219,8 +219,6 @@ def demo(
 ):
     """Show a run in the browser, and its predictions for any image."""
     config = Config.create({"device": device, "data_dir": data_dir, "output_dir": output_dir})
-    if not host.isprintable():
-        raise UsageError(f"--host takes an address or a name, not {host!a}")
     places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
     found = _find_run(output_dir, run, model) if run or model or _previous else None
 

@@ -150,7 +150,7 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("compare", "one", "two", "--output-dir", "{empty}"), 1, "there is no run named 'one'"),
         (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort applies only to the list of all runs"),
         (("demo", "--auth", ""), 2, "--auth must not be empty"),
-        (("demo", "--host", "\udcff"), 2, "--host takes an address or a name, not '\\udcff'"),
+        (("demo", "--host", "\udcff"), 1, "cannot listen on \\udcff: it is not a valid name"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
         (("train", "--config", "{empty}/seeds.toml"), 2, "seeds.toml has 3 seeds, but invoke train makes one run"),
     ],
