@@ -72,9 +72,6 @@ def _guarded(subject: str, check: Iterable[Finding]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(subject, "failure", str(error))
     except Exception as error:  # a broken package raises anything
-        if isinstance(error, OSError) and error.filename:
-            yield Finding(subject, "failure", f"cannot read {error.filename}: {error.strerror}")
-            return
         fix = "if a package is broken: pip install --force-reinstall PACKAGE"
         yield Finding(subject, "failure", f"cannot be checked: {describe(error)}", fix)
 
