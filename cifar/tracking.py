@@ -52,11 +52,10 @@ def tracking(run: Run) -> Iterator[Log]:
 
 def log_metrics(run: Run, metrics: Metrics) -> None:
     """Log the evaluation on the test split."""
-    names = ("accuracy", "accuracy_tta", "loss")
-    values = {f"test_{name}": getattr(metrics, name) for name in names}
-    error = metrics.calibration.after.expected_calibration_error
+    values = {f"test_{name}": getattr(metrics, name) for name in ("accuracy", "accuracy_tta", "loss")}
+    values["test_expected_calibration_error"] = metrics.calibration.after.expected_calibration_error
     with tracking(run) as track:
-        track({**values, "test_expected_calibration_error": error}, None)
+        track(values, None)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
