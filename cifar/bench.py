@@ -44,16 +44,14 @@ _SHOWN_FRACTION = 0.005  # of a step's time, from which an operator or a kernel 
 def run(config: Config) -> torch.device:
     """Profile a step of `fast`, compare `simple` and `convnet` with a DataLoader, print both, and write bench.json.
 
-    Returns the device that it has measured.
-
     Of the settings it uses dataset, device, precision, compile and locations; the recipes have the others.
+    Returns the device that it has measured.
     """
     used = {*LOCATIONS, "dataset", "labels", "image_size", "device", "precision", "compile"}
     settings = config.model_dump(include=used)
     datasets.check_output_dir(config)
     runs.check_writable(config.output_dir)
-    dataset = datasets.find(config.dataset, config.data_dir, config.image_size, config.mirror, config.labels)
-    console.banner(dataset.note)
+    dataset = datasets.of_config(config)
     fast, *others = (
         datasets.resolve(Config.create({**settings, "recipe": recipe}), dataset)
         for recipe in ("fast", "simple", "convnet")
