@@ -445,20 +445,14 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_sentence(root, kind):
         folder.load(root, 32, root.parent / "cache", table)
 
 
-# Images of all kinds
-
-
-def test_images_of_all_kinds_and_sizes_are_in_one_folder(tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "all" / "b"
-    fill(tmp_path / "all" / "a", 5, seed=1)
-    path.mkdir()
-    kinds = (("L", 8, "png"), ("RGBA", 300, "PNG"), ("CMYK", 90, "JPG"), ("P", 33, "gif"), ("1", 64, "Tiff"))
-    for mode, size, suffix in (*kinds, ("LA", 9, "webp")):
-        image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).convert(mode)
-        image.save(path / f"{size}.{suffix}")
-    Image.new("L", (8000, 6000), 9).save(path / "large.jpeg")
-    images = load(tmp_path / "all")
-    assert len(images.train) + len(images.test) == 12
+def test_images_are_known_by_their_extensions_in_any_case(tmp_path):
+    some = ("", ".png", ".JPG", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".Tiff")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for extension in (*some, ".ppm", ".pgm", ".pbm", ".pnm", ".ico"):
+            (tmp_path / name / f"image{extension}").touch()
+    found = folder.list_images(tmp_path)
+    assert (len(found.files), found.notes) == (36, [])
 
 
 # What cannot be used
