@@ -83,7 +83,8 @@ def make_metrics(classes=CLASSES, matrix=MATRIX, fitted_on=10) -> dict:
         {"low": 0.5, "count": int(counts.sum()), "confidence": 0.8, "accuracy": 0.75},
     ]
     reliability = {"expected_calibration_error": 0.05, "negative_log_likelihood": 0.7, "bins": bins}
-    calibration = {"temperature": 1.25, "fitted_on": fitted_on, "before": reliability, "after": reliability}
+    after = reliability | {"expected_calibration_error": 0.02}
+    calibration = {"temperature": 1.25, "fitted_on": fitted_on, "before": reliability, "after": after}
     measured = metrics.measure(logits, logits, true, classes)
     return FACTS | measured | {"loss": 0.5, "calibration": calibration}
 
@@ -115,18 +116,10 @@ def make_run(path, classes=CLASSES, *, epochs=3, true=TRUE, predicted=PREDICTED,
 
 def erring_run(folder: Path, wrong, *, classes=ESCAPED, images=300, history=3, test_sha256="same", **settings) -> Run:
     """An evaluated run that errs on the images `wrong`; the class of image i is i modulo the number of classes."""
-    folder.mkdir(parents=True)
-    run, count = Run(folder), len(classes)
-    true = np.arange(images) % count
-    predicted = np.where(np.isin(np.arange(images), list(wrong)), (true + 1) % count, true)
-    logits = 9 * np.eye(count, dtype=np.float32)[predicted]
-    reliability = metrics.reliability(logits, true)
-    calibration = metrics.calibrate(logits[:0], true[:0])
-    calibration |= {"before": reliability, "after": reliability | {"expected_calibration_error": 0.02}}
+    true = np.arange(images) % len(classes)
+    predicted = np.where(np.isin(np.arange(images), list(wrong)), (true + 1) % len(classes), true)
+    run = make_run(folder, classes, epochs=history, true=true, predicted=predicted, confidence=[0.9] * images)
     run.write("config.json", Config(dataset="digits", val_size=10, **settings).model_dump())
-    run.write("run.json", RECORD | {"seconds": {"train": 9.5}})
-    measured = metrics.measure(logits, logits, true, classes) | {"loss": 0.5, "calibration": calibration}
-    run.write("metrics.json", FACTS | measured | {"test_sha256": test_sha256})
-    evaluate.write_predictions(run, 0.1 + 0.8 * np.eye(count)[predicted], true, classes)
-    run.write_history(make_epochs(history))
+    run.update(seconds={"train": 9.5})
+    run.write("metrics.json", run.metrics.model_dump() | {"test_sha256": test_sha256})
     return run
