@@ -105,7 +105,6 @@ LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a ru
 allowed_models: set[str] = set()  # networks of the user's own whose code may run: the user has named them
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
-_MAX_SEED = 2**32 - 1
 _PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
 _LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
@@ -170,8 +169,8 @@ class Config(BaseModel):
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="also log the training to a tracker, whose package must be installed"
     )
-    seed: int = Field(0, ge=0, le=_MAX_SEED, description="random seed of split, weights, order and augmentation")
-    seeds: int = Field(1, ge=1, description="number of runs: seed, seed + 1 and so on; the same command resumes them")
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed of split, weights, order and augmentation")
+    seeds: int = Field(1, ge=1, le=1000, description="runs: seed, seed + 1 and so on; the same command resumes them")
     val_size: int | None = Field(
         None, ge=0, description="images held out for validation; default a tenth, with --patience 0 at most 2000"
     )
@@ -245,8 +244,6 @@ class Config(BaseModel):
             super().__init__(**{**RECIPES[recipe], **settings})
         except ValidationError as error:
             _raise_sentence(error)
-        if self.seed + self.seeds - 1 > _MAX_SEED:
-            raise UserError(f"--seed {self.seed} with --seeds {self.seeds} exceeds the largest seed, {_MAX_SEED}")
         for name in ("mixup", "cutmix"):  # torch draws wrong values for less: mostly one half, where most are 0 or 1
             if 0 < getattr(self, name) < _LEAST_ALPHA:
                 raise UserError(f"{flag(name)} must be 0 or at least {_LEAST_ALPHA}, not {getattr(self, name):g}")
