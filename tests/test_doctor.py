@@ -159,12 +159,10 @@ def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, lo
     assert (found.level, found.fix) == (level, fix)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "free", "level"), [("auto", 4e9, "ok"), ("auto", 1.5e9, "warning"), ("digits", 1.5e9, "ok")]
-)
-def test_memory_is_compared_with_what_fast_needs(monkeypatch, dataset, free, level):
+@pytest.mark.parametrize(("free", "level"), [(4e9, "ok"), (1.5e9, "warning")])
+def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, level):
     monkeypatch.setattr(device, "memory", lambda: (8e9, free))
-    assert only("memory", doctor._memory(dataset)).level == level
+    assert only("memory", doctor._memory()).level == level
 
 
 # Disk and dataset
