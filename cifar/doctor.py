@@ -4,7 +4,6 @@ torch and whatever needs it are imported inside the checks, because they may be 
 """
 
 import importlib.metadata
-import importlib.util
 import math
 import os
 import shutil
@@ -32,7 +31,6 @@ _SECURITY = {
     "pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders"),
     "gradio": ("6.7", "CVE-2026-28414, path traversal"),
 }
-_CPU_TORCH = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
 _FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "7", "avx2": "19 to 35"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
@@ -127,14 +125,11 @@ def _device(name: str) -> Iterator[Finding]:
 
     from cifar import device
 
-    chosen, has_cuda = device.choose(name), torch.version.cuda and importlib.util.find_spec("nvidia")
+    chosen = device.choose(name)
     if problem := device.unused_gpu():
         message = f"{chosen.type}: {problem}"
         hidden = "unset CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
         yield Finding("device", "warning", message, hidden or "update the driver, or PyTorch for its CUDA version")
-    elif has_cuda and chosen.type == "cpu" and not torch.cuda.is_available():
-        message = f"{chosen.type}: {device.describe(chosen)}; the CUDA libraries, some gigabytes, have no GPU to run on"
-        yield Finding("device", "note", message, f"to save the space, in a new environment, first: `{_CPU_TORCH}`")
     else:
         message = f"{chosen.type}: {device.describe(chosen)}"
         if chosen.type == "cuda":

@@ -2,9 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -115,18 +113,6 @@ def test_a_gpus_memory_and_precision_are_named(monkeypatch):
     found, precision, _ = doctor._device("auto")
     assert (found.level, found.message) == ("ok", "cuda: Tesla T4, 3.0 GB of memory free of 15.8")
     assert precision.message == "not in hardware: networks train in float16"
-
-
-def test_cuda_libraries_without_a_gpu_are_a_note_with_the_command_that_leaves_them_out(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "nvidia" else None)
-    found = next(doctor._device("cpu"))
-    assert (found.level, "CUDA libraries" in found.message) == ("note", True)
-    assert found.fix.endswith("`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert next(doctor._device("cpu")).level == "ok"
 
 
 @pytest.mark.parametrize(("kind", "level"), [("amx_bf16", "ok"), ("avx512_bf16", "ok"), ("avx2", "note")])
