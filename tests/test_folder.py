@@ -77,13 +77,6 @@ def test_each_image_is_decoded_and_labelled_with_its_class(root, size):
         assert decode(root / name, size).equal(image)
 
 
-def test_without_train_and_test_a_fifth_of_each_class_is_the_test_split(flat):
-    images = load(flat)
-    assert images.train.labels.bincount().tolist() == [16, 8]
-    assert images.test.labels.bincount().tolist() == [4, 2]
-    assert len(pixels(images.train) | pixels(images.test)) == 30
-
-
 def test_the_chosen_test_split_depends_neither_on_names_nor_on_the_folders_location(flat):
     before = load(flat)
     for file in flat.rglob("*.png"):
