@@ -173,8 +173,8 @@ def test_the_api_has_one_endpoint_and_what_the_page_does_not_need_is_closed(site
 
 
 def test_an_upload_over_ten_megabytes_without_a_declared_length_is_refused(site):
-    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-    chunks = iter([part, *[bytes(1_000_000)] * 30])
+    head = b'\r\n--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    chunks = iter([head + bytes(1_000_000)] * 30)  # files of 1 MB: Gradio limits the size of each, not of all
     upload = {"url": "/gradio_api/upload", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
     # The server closes the connection, which can overtake its answer.
     with contextlib.suppress(httpx.TransportError), site.http.stream("POST", content=chunks, **upload) as answer:
