@@ -382,10 +382,8 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
     if not is_live():
         done = f" ({present / 1e6:.0f} MB already present)" if present else ""
         say(f"downloading {name}, {size / 1e6:.0f} MB{done}")
-        yield lambda count: None
-        return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(_NAME, *columns, console=out) as progress:
+    with Progress(_NAME, *columns, console=out, disable=not is_live()) as progress:
         task = progress.add_task(printable(name), total=size, completed=present)
         yield lambda count: progress.update(task, completed=count)
 
