@@ -43,10 +43,11 @@ def main(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
 
 
 def invoke(*arguments: str, cwd: Path = PROJECT) -> tuple[int, str, str]:
-    """Call invoke in this process; returns its exit code, output and errors."""
+    """Call invoke in this process, in any working directory; returns its exit code, output and errors."""
     from invoke.main import program
 
-    return _call(program.run, ["invoke", *arguments], cwd)
+    tasks = [] if cwd == PROJECT else [f"--search-root={PROJECT}"]
+    return _call(program.run, ["invoke", *tasks, *arguments], cwd)
 
 
 def _call(command: Callable[[], int | None], words: list[str], cwd: Path) -> tuple[int, str, str]:

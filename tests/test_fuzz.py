@@ -251,7 +251,7 @@ def test_command_lines(outputs, seconds, monkeypatch):  # noqa: F811
         if command == "main.py":
             check_printed(*commands.main(*given_words, cwd=folder))
         else:
-            check_printed(*commands.invoke(f"--search-root={commands.PROJECT}", command, *given_words, cwd=folder))
+            check_printed(*commands.invoke(command, *given_words, cwd=folder))
 
     fuzz(type_in, st.tuples(st.sampled_from(["main.py", *TASKS]), words(), settings_files()), seconds, count=60)
 

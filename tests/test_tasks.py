@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cifar import analysis, bench, commands, demo, evaluate, export, trainer, visualize
-from cifar.config import FIELDS, PROJECT, flag
+from cifar.config import FIELDS, flag
 from cifar.flags import take_flag
 from commands import INVOKE, MAIN, QUICK, invoke, main, reached, run
 
@@ -196,8 +196,6 @@ def test_predict_takes_words_after_two_dashes_and_the_home_directory(evaluated_r
     monkeypatch.setenv("HOME", str(images))
     shutil.copy(images / "0.png", tmp_path / "-0.png")
     words = ("--run", str(evaluated_run.path), "~/*.png", "--output=~/all.CSV", "--", "-0.png", "--help")
-    for name in ("tasks.py", "cifar"):
-        (tmp_path / name).symlink_to(PROJECT / name)
     code, _, err = invoke("predict", *words, cwd=tmp_path)
     assert (code, err) == (1, "error: 1 of 5 images could not be read\n")
     rows = [row.split(",")[0] for row in (images / "all.CSV").read_text(encoding="utf-8").splitlines()]
@@ -255,8 +253,6 @@ def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
         (tmp_path / name).write_text(text)
     odd = {"data_dir": "\0", "output_dir": "\ud800", "recipe": ["fast"], "batch_size": 10**400, "lr": {}}
     (tmp_path / "odd.json").write_text(json.dumps(odd))
-    for name in ("main.py", "tasks.py", "cifar"):
-        (tmp_path / name).symlink_to(PROJECT / name)
     return tmp_path
 
 
