@@ -25,12 +25,8 @@ _OPTIONAL = {
     **dict.fromkeys(("pytest", "pytest-xdist", "selenium"), "test"),
     **dict.fromkeys(("ruff", "mypy"), "lint"),
 }
-# Package -> the version that fixes known security holes, and these.
-_SECURITY = {
-    "torch": ("2.10", "CVE-2025-32434 and CVE-2026-24747, code that a checkpoint runs"),
-    "pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders"),
-    "gradio": ("6.7", "CVE-2026-28414, path traversal"),
-}
+# Package -> the version that fixes known security holes, and these; only where our bounds allow earlier ones.
+_SECURITY = {"pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders")}
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
 _FAST_MINUTES = {"amx_bf16": "5", "avx512_bf16": "7", "avx2": "19 to 35"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}

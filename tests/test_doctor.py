@@ -57,6 +57,12 @@ def test_packages_that_are_old_new_missing_or_insecure_are_named_with_their_cure
     assert insecure.fix == "pip install 'rich>=999'"
 
 
+def test_security_holes_are_warned_of_where_the_bounds_allow_them(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    found = [finding for finding in doctor._packages(doctor.requirements()) if "fixed in" in finding.message]
+    assert [(finding.level, finding.message.split()[0]) for finding in found] == [("warning", "pillow")]
+
+
 EXAMINE = """
 from cifar import doctor
 from cifar.config import Config
