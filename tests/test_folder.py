@@ -228,6 +228,40 @@ def test_without_a_writable_cache_the_images_are_read_anyway_and_stay_readable(r
 # Notes
 
 
+NO_IMAGES = ("a.heic", "b.HEIC", "c.mov", "1.xml", "2.xml", "3.xml")
+NOTES = {
+    "an image in train and test": (
+        lambda root: shutil.copy(root / "test" / "dog" / "2-001.png", root / "train" / "dog" / "copy.png"),
+        "1 of 20 test images are in another split too, so the test accuracy is too high: "
+        "test/dog/2-001.png is train/dog/copy.png.",
+    ),
+    "an image in two classes": (
+        lambda root: shutil.copy(root / "train" / "dog" / "0-001.png", root / "train" / "cat" / "same.png"),
+        "In two classes: 1 of 61 images (train/dog/0-001.png is train/cat/same.png).",
+    ),
+    "classes with few images": (
+        lambda root: [(root / file).unlink() for file in ("train/cat/1-000.png", "test/dog/2-000.png")],
+        "Too few images to learn well, fewer than 20 in train: cat: 19. "
+        "Too few images to measure well, fewer than 10 in test: dog: 9.",
+    ),
+    "files that are no images": (
+        lambda root: [
+            (root / name).write_bytes(b"not an image")
+            for name in ("labels.csv", "README", "train/loose.png", *(f"train/cat/{file}" for file in NO_IMAGES))
+        ],
+        "Skipped: 3 .xml files; 2 .heic files: convert them to JPEG; 1 .mov file; 1 loose image (loose.png).",
+    ),
+    "a folder beside train": (lambda root: fill(root / "old" / "cat", 3, seed=50), "old beside train: ignored."),
+}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+def test_what_may_be_a_mistake_is_said_in_a_note(root, kind):
+    change, note = NOTES[kind]
+    change(root)
+    assert load(root).note == note
+
+
 def test_up_to_one_percent_of_files_may_be_unreadable_and_they_are_named(tmp_path):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         root = Path(name) / "flat"
@@ -261,23 +295,6 @@ def test_an_image_that_could_not_be_read_is_read_by_the_next_run_that_can(root, 
         assert (len(images.train), "could not be read" in (images.note or "")) == (120, False)
 
 
-def test_an_image_in_train_and_test_is_reported_with_both_names(root):
-    shutil.copy(root / "test" / "dog" / "2-001.png", root / "train" / "dog" / "copy.png")
-    assert load(root).note == (
-        "1 of 20 test images are in another split too, so the test accuracy is too high: "
-        "test/dog/2-001.png is train/dog/copy.png."
-    )
-
-
-def test_other_files_are_passed_over_and_counted(root):
-    for name in ("a.heic", "b.HEIC", "c.mov", *(f"{number}.xml" for number in range(3))):
-        (root / "train" / "cat" / name).write_bytes(b"not an image")
-    for name in ("labels.csv", "README", "train/loose.png"):
-        (root / name).write_bytes(b"not an image")
-    kinds = ("3 .xml files", "2 .heic files: convert them to JPEG", "1 .mov file", "1 loose image (loose.png)")
-    assert load(root).note == f"Skipped: {'; '.join(kinds)}."
-
-
 def test_names_that_look_alike_are_one_class_or_reported(root):
     (root / "train" / "cat").rename(root / "train" / "caf\u00e9")
     (root / "test" / "cat").rename(root / "test" / "cafe\u0301")
@@ -290,27 +307,6 @@ def test_names_that_look_alike_are_one_class_or_reported(root):
     (root / "train" / "cafe\u0301").mkdir()
     with pytest.raises(UserError, match="has two folders whose names look the same"):
         folder.list_images(root)
-
-
-def test_a_file_that_is_too_large_for_an_image_is_not_read(root):
-    os.truncate(root / "train" / "cat" / "1-000.png", 2**40)
-    with pytest.raises(UserError, match=r"1-000\.png .the file has over 400 MB"):
-        load(root)
-
-
-def test_an_image_in_two_classes_is_reported_with_both_names(root):
-    shutil.copy(root / "train" / "dog" / "0-001.png", root / "train" / "cat" / "same.png")
-    pair = "train/dog/0-001.png is train/cat/same.png"
-    assert load(root).note == f"In two classes: 1 of 61 images ({pair})."
-
-
-def test_classes_with_too_few_images_to_learn_or_to_measure_are_reported(root):
-    (root / "train" / "cat" / "1-000.png").unlink()
-    (root / "test" / "dog" / "2-000.png").unlink()
-    assert load(root).note == (
-        "Too few images to learn well, fewer than 20 in train: cat: 19. "
-        "Too few images to measure well, fewer than 10 in test: dog: 9."
-    )
 
 
 def test_more_images_than_the_disk_holds_are_refused_before_any_is_opened(root, monkeypatch):
@@ -347,11 +343,6 @@ def test_beside_train_and_val_the_test_split_is_a_fifth_of_train(root):
     assert images.test.labels.bincount().tolist() == [4, 4]
     assert "Without test images of their own, a fifth of the training images is the test split." in images.note
     assert {name.split("/")[0] for name in images.test_files} == {"train"}
-
-
-def test_another_folder_beside_train_is_reported_as_ignored(root):
-    fill(root / "old" / "cat", 3, seed=50)
-    assert load(root).note == "old beside train: ignored."
 
 
 def test_a_class_that_test_or_val_lacks_is_kept_and_named(root):
@@ -508,6 +499,10 @@ BROKEN = {
     "too many other files": (
         lambda root: [(root / "train" / "cat" / f"{number}.gif").write_text("no") for number in range(4)],
         r"cannot read 4 of 64 files as images \(at most 1% may fail\): fix or delete train/cat/0\.gif \(the ",
+    ),
+    "a file too large for an image": (
+        lambda root: os.truncate(root / "train" / "cat" / "1-000.png", 2**40),
+        r"1-000\.png .the file has over 400 MB",
     ),
     "a name in Latin-1": (
         lambda root: (root / "train" / "dog").rename(root / "train" / os.fsdecode(b"chien\xe9")),
