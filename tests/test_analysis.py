@@ -20,13 +20,15 @@ PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.
 LABELS = np.array([0, 1, 1, 2, 2])
 
 
-def test_mistakes_are_those_found_by_hand():
+def test_mistakes_and_the_points_of_curves_are_those_found_by_hand():
     pairs = [{"true": "ship", "predicted": "dog", "count": 1}]
     content = analysis.analyze(PROBABILITIES, LABELS, CLASSES, pairs)
     first = {"index": 2, "true": "dog", "predicted": "cat", "confidence": 0.7, "true_probability": 0.2}
     second = {"index": 4, "true": "ship", "predicted": "dog", "confidence": 0.5, "true_probability": 0.3}
     assert content["confident_mistakes"] == [first, second]
     assert content["confused_pairs"] == [{**pairs[0], "pictures": [second]}]
+    assert content["precision_recall"]["ship"] == {"recall": [0.5, 1.0], "precision": [1.0, 1.0]}
+    assert content["precision_recall"]["dog"] == {"recall": [0.5, 1.0], "precision": [1.0, 0.5]}
 
 
 def test_of_many_mistakes_the_most_confident_are_kept_the_earlier_of_equal_ones_first():
@@ -44,12 +46,6 @@ def test_label_errors_are_ranked_by_log_odds_not_by_confidence():
     assert [image["index"] for image in found] == [3, 1, 0]
     assert [image["log_odds"] for image in found[1:]] == pytest.approx([np.log(55), np.log(60 / 39)])
     assert np.isfinite(found[0]["log_odds"]), "a probability of zero"
-
-
-def test_a_class_of_few_images_has_as_few_points():
-    curves = analysis.analyze(PROBABILITIES, LABELS, CLASSES, [])["precision_recall"]
-    assert curves["ship"] == {"recall": [0.5, 1.0], "precision": [1.0, 1.0]}
-    assert curves["dog"] == {"recall": [0.5, 1.0], "precision": [1.0, 0.5]}
 
 
 def test_precision_recall_points_are_scikit_learns():
