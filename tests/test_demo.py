@@ -95,7 +95,7 @@ def ask(site, image: bytes | dict, **run: str) -> dict | str:
     return json.loads(data)[0] if kind == "complete" else json.loads(data)["error"] or ""
 
 
-def test_the_newest_run_that_loads_comes_first_and_the_newer_ones_are_named_with_the_reason(site, tmp_path):
+def test_the_newest_run_that_loads_comes_first_and_the_newer_ones_are_named_with_the_reason(site):
     named = [line for line in site.printed if not line.startswith("contacts")]
     for line, (name, file) in zip(named, DAMAGED.items()):
         assert re.match(rf"{name} cannot be loaded: .*{Path(file).name}", line)

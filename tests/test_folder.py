@@ -262,7 +262,7 @@ def test_what_may_be_a_mistake_is_said_in_a_note(root, kind):
     assert load(root).note == note
 
 
-def test_up_to_one_percent_of_files_may_be_unreadable_and_they_are_named(tmp_path):
+def test_up_to_one_percent_of_files_may_be_unreadable_and_they_are_named():
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         root = Path(name) / "flat"
         for label, seed in (("a", 1), ("b", 2)):
