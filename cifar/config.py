@@ -105,6 +105,7 @@ LOCATIONS = ("data_dir", "mirror", "output_dir")  # settings that say where a ru
 allowed_models: set[str] = set()  # networks of the user's own whose code may run: the user has named them
 # The networks' names in runs of the first version, and what some call a GPU.
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
+_SEEDS = 2**32  # as many as NumPy knows
 _PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
 _LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
@@ -169,7 +170,7 @@ class Config(BaseModel):
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="also log the training to a tracker, whose package must be installed"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="random seed of split, weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=_SEEDS, description="random seed of split, weights, order and augmentation")
     seeds: int = Field(1, ge=1, le=1000, description="runs: seed, seed + 1 and so on; the same command resumes them")
     val_size: int | None = Field(
         None, ge=0, description="images held out for validation; default a tenth, with --patience 0 at most 2000"
@@ -244,6 +245,8 @@ class Config(BaseModel):
             super().__init__(**{**RECIPES[recipe], **settings})
         except ValidationError as error:
             _raise_sentence(error)
+        if self.seed + self.seeds > _SEEDS:
+            raise UserError(f"--seed {self.seed} with --seeds {self.seeds} exceeds the largest seed, {_SEEDS - 1}")
         for name in ("mixup", "cutmix"):  # torch draws wrong values for less: mostly one half, where most are 0 or 1
             if 0 < getattr(self, name) < _LEAST_ALPHA:
                 raise UserError(f"{flag(name)} must be 0 or at least {_LEAST_ALPHA}, not {getattr(self, name):g}")

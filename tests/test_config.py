@@ -56,6 +56,8 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
         ({"recipe": ["fast"]}, "unknown recipe '['fast']'"),
         ({"optimizer": "adm"}, "unknown optimizer 'adm': did you mean adam? choose from muon, "),
         ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs?"),
+        ({"seed": 2**32 - 1, "seeds": 2}, "--seed 4294967295 with --seeds 2 exceeds the largest seed, 4294967295"),
+        ({"seeds": 1001}, "--seeds must be at most 1000, not 1001"),
         (
             {"recipe": "simple", "optimizer": "muon"},
             "muon is for airbench94 and airbench96 only: leave out --optimizer muon for simple",
