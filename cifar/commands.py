@@ -133,6 +133,8 @@ def evaluate(run=None, model=None, corruptions=False, data_dir=None, device=None
     from cifar import analysis, datasets, evaluate, report
 
     dataset = datasets.of_run(found, data_dir)
+    if corruptions:
+        found.history()  # the report needs it: if it is damaged, nothing is written
     with found.claim():
         with found.stage("evaluate"):
             evaluation = evaluate.evaluate(found, dataset, device)

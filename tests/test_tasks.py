@@ -227,6 +227,15 @@ def test_the_tasks_of_a_chain_use_the_run_of_the_first_and_corruptions_enter_its
     assert "best.pt" in invoke("evaluate", "--output-dir", str(tmp_path))[2]  # without --run: the latest
 
 
+def test_corruptions_are_not_measured_for_a_run_whose_report_cannot_be_written(evaluated_run, tmp_path):
+    shutil.copytree(evaluated_run.path, tmp_path / "run")
+    (tmp_path / "run" / "history.jsonl").write_text("{}")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = invoke("evaluate", "--corruptions", "--run", str(tmp_path / "run"))
+    assert (code, "history.jsonl is damaged" in err) == (1, True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 # Hostile command lines: an answer or one sentence, and never a traceback.
 
 WORDS = """
