@@ -154,9 +154,9 @@ def train_val_split(split: Split, val_size: int, seed: int) -> tuple[Split, Spli
         return split[: len(split) - val_size], split[len(split) - val_size :]
     from sklearn.model_selection import train_test_split
 
-    indices = train_test_split(torch.arange(len(split)), test_size=val_size, stratify=split.labels, random_state=seed)
-    train, val = map(split.__getitem__, indices)
-    return train, val
+    rows = torch.arange(len(split))
+    train, val = train_test_split(rows, test_size=val_size, stratify=split.labels, random_state=seed)
+    return split[train], split[val]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Conv2d(nn.Conv2d):
             is_avx512 = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")
             if is_avx512 and channels >= 256 and len(features) >= 16 and winograd_tile(*features.shape[2:])[1] < 1 / 3:
                 return _WinogradConv.apply(features.to(dtype), self.weight)
-            if any(features.shape[-1] <= JOINED_PIXELS[name] for name in JOINED_PIXELS if capabilities.get(name)):
+            if any(features.shape[-1] <= most for name, most in JOINED_PIXELS.items() if capabilities.get(name)):
                 return _SideBySideConv.apply(features.to(dtype), self.weight.to(dtype))
         return super().forward(features)
 
@@ -197,9 +197,9 @@ class _Tiles:
 
 @functools.cache
 def winograd_tile(height: int, width: int) -> tuple[int, float]:
-    """Choose the tile's size with the fewest multiplications; returns it, and how many, of a direct convolution's.
+    """Return the size of the tiles that need the fewest multiplications, and what fraction of a direct convolution's.
 
-    Larger ones than 4 would lose too much precision.
+    height, width: of the features, in pixels. Sizes above 4 would lose too much precision.
     """
     counts = {n: (n + 2) ** 2 * math.ceil(height / n) * math.ceil(width / n) for n in WINOGRAD_POINTS}
     size = min(counts, key=lambda n: counts[n])
@@ -210,8 +210,8 @@ def winograd_tile(height: int, width: int) -> tuple[int, float]:
 def winograd_matrices(size: int) -> tuple[Tensor, ...]:
     """Compute the transforms of tiles of inputs, filters and `size` x `size` outputs (Toom and Cook's construction).
 
-    Each takes flattened squares: ((size + 2)**2, (size + 2)**2), ((size + 2)**2, 9) and (size**2, (size + 2)**2).
-    float64. Source of the construction and of the points' effect on the error: Barabasz et al. 2018, arXiv:1803.10986.
+    Each takes flattened squares: ((size + 2)**2, (size + 2)**2), ((size + 2)**2, 9) and (size**2, (size + 2)**2), all
+    float64. Source: Barabasz et al. 2018, arXiv:1803.10986, which also shows how the points change the error.
     """
     points = WINOGRAD_POINTS[size]
     inputs, filters, outputs = np.zeros((size + 2, size + 2)), np.zeros((size + 2, 3)), np.zeros((size, size + 2))
