@@ -22,7 +22,7 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     All fractions are in 0..1. To add a metric to metrics.json, add a key here, and show it in templates/report.html if
     it `is defined`, as it is not in older runs.
     """
-    from sklearn.metrics import classification_report, confusion_matrix
+    from sklearn.metrics import classification_report, confusion_matrix, top_k_accuracy_score
 
     numbers = range(len(classes))
     predicted = logits.argmax(1)
@@ -32,14 +32,14 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     averages = classification_report(labels, predicted, labels=np.unique(labels), **options)  # of classes with images
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
-    top5 = {"top5_accuracy": _top5(logits, labels), "top5_accuracy_tta": _top5(logits_tta, labels)}
+    scores = {"top5_accuracy": logits, "top5_accuracy_tta": logits_tta} if len(classes) > 10 else {}
     return {
         "n": len(labels),
         "accuracy": correct / len(labels),
         "interval_95": wilson_interval(correct, len(labels)),
         "accuracy_tta": correct_tta / len(labels),
         "interval_95_tta": wilson_interval(correct_tta, len(labels)),
-        **(top5 if len(classes) > 10 else {}),
+        **{name: top_k_accuracy_score(labels, score, k=5, labels=numbers) for name, score in scores.items()},
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
         "per_class": {name: _scores(report[str(number)]) for number, name in enumerate(classes)},
         "macro_average": _scores(averages["macro avg"]),
@@ -47,11 +47,6 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "most_confused": most_confused(matrix, classes),
         "confusion_matrix": matrix.tolist(),
     }
-
-
-def _top5(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the fraction, in 0..1, of logits (N, classes) whose five highest include the label's (N,)."""
-    return float((np.argsort(-logits, kind="stable")[:, :5] == labels[:, None]).any(1).mean())
 
 
 def _scores(row: dict[str, float]) -> dict[str, Any]:
