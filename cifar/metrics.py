@@ -136,8 +136,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Compute expected calibration error, negative log-likelihood and the bins of the reliability diagram."""
-    from sklearn.metrics import log_loss
-
     probabilities = softmax(logits.astype(np.float64), axis=1)
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels
@@ -150,7 +148,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         means = [float(values[inside].mean()) if count else None for values in (confidence, correct)]
         bins.append({"low": float(low), "count": count, "confidence": means[0], "accuracy": means[1]})
     gaps = [bin["count"] * abs(bin["confidence"] - bin["accuracy"]) for bin in bins if bin["count"]]
-    likelihood = float(log_loss(labels, probabilities, labels=range(probabilities.shape[1])))
+    likelihood = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)).item()
     return {"expected_calibration_error": sum(gaps) / len(labels), "negative_log_likelihood": likelihood, "bins": bins}
 
 
