@@ -306,19 +306,23 @@ def _read_outcomes(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mcnemar(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """Apply McNemar's exact test to the outcomes of two runs on the same images."""
-    from cifar import metrics
+    """Apply McNemar's exact test (1947) to the outcomes of two runs on the same images."""
+    from scipy.stats import binomtest
+
+    from cifar.metrics import mean_and_spread
 
     if not np.array_equal(first[0], second[0]) or len(first[0]) < 2:
         raise UserError("the test sets differ, or have a single image")
     difference = second[1] - first[1]  # 1 where only the second was right, -1 where only the first was
-    counts = {"only_first": int((difference < 0).sum()), "only_second": int((difference > 0).sum())}
+    only_first, only_second = int((difference < 0).sum()), int((difference > 0).sum())
+    discordant = only_first + only_second
     return {
         "n": len(difference),
-        **counts,
+        "only_first": only_first,
+        "only_second": only_second,
         "difference": float(difference.mean()),
-        "interval_95": metrics.mean_and_spread(difference)["interval_95"],
-        "p": metrics.mcnemar(*counts.values()),
+        "interval_95": mean_and_spread(difference)["interval_95"],
+        "p": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         "test": f"McNemar's exact test on {len(difference):,} images",
     }
 

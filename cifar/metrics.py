@@ -165,16 +165,6 @@ def mean_and_spread(values: Sequence[float], least: float = -math.inf, most: flo
     return {"mean": mean, "standard_deviation": standard_deviation, "interval_95": interval}
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the p value of McNemar's exact test (1947) that two networks are equally often correct.
-
-    only_first, only_second: the numbers of images on which only that network is correct.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values corrected for multiple comparisons (Holm 1979), in the order given."""
     order = np.argsort(p_values)
