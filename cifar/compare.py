@@ -11,7 +11,6 @@ import statistics
 import string
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
@@ -70,31 +69,33 @@ def _measured(metrics: Metrics) -> dict[str, float]:
 
 def columns(sort: str | None = None) -> list[str]:
     """List the leaderboard's columns by importance; the one that it is sorted by is at least the third."""
-    return sorted(COLUMNS, key=lambda column: 1.5 if column == _column(sort) else COLUMNS.index(column))
+    first = sort and _column(sort)
+    return sorted(COLUMNS, key=lambda column: 1.5 if column == first else COLUMNS.index(column))
 
 
-def _column(sort: str | None) -> str:
-    """Return the column to sort by; by default the start, which is not shown."""
-    return known_name("column", TTA if sort == "accuracy_tta" else sort, COLUMNS) if sort else "start"
+def _column(name: str) -> str:
+    return known_name("column", TTA if name == "accuracy_tta" else name, COLUMNS)
 
 
 def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
-    """List all runs in a folder and its groups: a row has COLUMNS, `start`, and `damaged`, the files that are.
+    """List all runs in a folder and its groups: a row has COLUMNS, and `damaged`, the files that are.
 
     Newest first, or by a column: the best first, or alphabetically. Raises UserError if there is no such column or
     no run.
     """
-    column = _column(sort)
+    column = sort and _column(sort)
     rows = [_row(Run(path)) for path in runs.directories(Path(output_dir))]
     if not rows:
         raise UserError(f"there is no run in {output_dir}; `{PIPELINE}` makes one")
+    if not column:
+        return rows
     known = [row for row in rows if row[column] is not None]
-    known.sort(key=itemgetter(column), reverse=column in ("accuracy", TTA, "epochs", "start"))
+    known.sort(key=itemgetter(column), reverse=column in ("accuracy", TTA, "epochs"))
     return known + [row for row in rows if row[column] is None]
 
 
 def _row(run: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {**dict.fromkeys((*COLUMNS, "start")), "run": run.path.name, "damaged": []}
+    row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "run": run.path.name, "damaged": []}
     for file in ("run.json", "config.json", "history.jsonl", "metrics.json"):
         try:
             row |= _cells_from(run, file)
@@ -106,9 +107,7 @@ def _row(run: Run) -> dict[str, Any]:
 def _cells_from(run: Run, file: str) -> dict[str, Any]:
     """Read the cells of a run's row that one of its files holds."""
     if file == "run.json":
-        record = run.record
-        start = datetime.fromisoformat(record.start).astimezone()
-        return {"start": start, "status": run.status(), "seconds": record.total_seconds}
+        return {"status": run.status(), "seconds": run.record.total_seconds}
     if file == "config.json":
         config = run.config
         return {"recipe": config.title, "dataset": Path(config.dataset).name, "seed": config.seed}
