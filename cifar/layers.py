@@ -11,8 +11,10 @@ Which algorithm a 3x3 convolution takes on a CPU, `Conv2d` decides; docs/experim
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_BYTES = 2_000_000  # of features pooled at once, which stay in the cache
-WINOGRAD_BYTES = 4_000_000  # of transformed tiles at once for each thread; 1, 2 and 8 MB were slower
+WINOGRAD_BYTES = 2_000_000  # of a transformed tile of several images, for each thread; 1 and 4 MB were slower
 
 # Where tiles are evaluated as polynomials, and at infinity, by the size of the output. In bfloat16, (0, 1, -1, 2) and
 # (0, 1, -1, 2, -2), which are usual, have errors of 1.6% and 2.7% of the output's norm, these 0.9% and 1.4%.
@@ -52,7 +54,8 @@ class Conv2d(nn.Conv2d):
         if dtype == torch.bfloat16 and self.training and features.requires_grad:
             capabilities = torch.cpu.get_capabilities()
             is_avx512 = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")
-            if is_avx512 and channels >= 256 and len(features) >= 16 and winograd_tile(*features.shape[2:])[1] < 1 / 3:
+            products = self.in_channels * self.out_channels
+            if is_avx512 and channels >= 64 and products >= 128**2 and len(features) >= 16:
                 return _WinogradConv.apply(features.to(dtype), self.weight)
             if any(features.shape[-1] <= most for name, most in JOINED_PIXELS.items() if capabilities.get(name)):
                 return _SideBySideConv.apply(features.to(dtype), self.weight.to(dtype))
@@ -126,84 +129,100 @@ class _WinogradConv(torch.autograd.Function):
 def winograd_conv(features: Tensor, weight: Tensor) -> Tensor:
     """Convolve features (N, C, H, W) with filters (K, C, 3, 3) and padding 1; returns channels-last (N, K, H, W)."""
     (count, channels, height, width), filters = features.shape, len(weight)
-    tiles = _Tiles(height, width, features.dtype)
-    flat = weight.permute(2, 3, 1, 0).reshape(9, -1).to(tiles.of_filters.dtype)
-    transformed = (tiles.of_filters @ flat).to(features.dtype).view(-1, channels, filters)
+    tiles, of_filters = winograd_tiles(height, width, features.dtype)
+    flat = weight.permute(2, 3, 1, 0).reshape(9, -1).to(of_filters.dtype)
+    transformed = (of_filters @ flat).to(features.dtype).view(-1, channels, filters)
     output = features.new_empty(count, height, width, filters)
-    for chunk, output_chunk in tiles.chunks(features, output):
-        products = torch.bmm(tiles.inputs(chunk), transformed)
-        tiles.write_outputs(tiles.of_outputs @ products.flatten(1), output_chunk)
+    for chunk, output_chunk in _winograd_chunks(features, output, len(of_filters)):
+        for tile in tiles:
+            products = torch.bmm(tile.inputs(chunk), transformed)
+            tile.write_outputs(products, output_chunk)
     return output.permute(0, 3, 1, 2)
 
 
 def winograd_weight_gradient(gradient: Tensor, features: Tensor) -> Tensor:
     """Compute the gradient of the filters (K, C, 3, 3) from those of the outputs (N, K, H, W) and the features."""
     (_, channels, height, width), filters = features.shape, gradient.shape[1]
-    tiles = _Tiles(height, width, features.dtype)
-    products = tiles.of_filters.new_zeros(len(tiles.of_filters), channels, filters)
-    for chunk, gradient_chunk in tiles.chunks(features, gradient.permute(0, 2, 3, 1)):
-        outputs = (tiles.of_outputs.T @ tiles.read_outputs(gradient_chunk)).view(len(products), -1, filters)
-        inputs = tiles.inputs(chunk).transpose(1, 2)
-        if products.dtype == inputs.dtype:
-            products.baddbmm_(inputs, outputs)
-        else:  # the sum over chunks in float32
-            products += torch.bmm(inputs, outputs)
-    return (tiles.of_filters.T @ products.flatten(1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
+    tiles, of_filters = winograd_tiles(height, width, features.dtype)
+    products = of_filters.new_zeros(len(of_filters), channels, filters)  # in float32 at least, as they are many
+    for chunk, gradient_chunk in _winograd_chunks(features, gradient.permute(0, 2, 3, 1), len(of_filters)):
+        for tile in tiles:
+            inputs, outputs = tile.inputs(chunk).transpose(1, 2), tile.outputs_gradient(gradient_chunk)
+            if inputs.dtype == products.dtype:
+                products.baddbmm_(inputs, outputs)
+            else:
+                products += torch.bmm(inputs, outputs)
+    return (of_filters.T @ products.flatten(1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
 
 
-class _Tiles:
-    """Images cut into tiles of `size` x `size` outputs, each of which sees two more inputs in either direction."""
+def _winograd_chunks(features: Tensor, outputs: Tensor, points: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split features (N, C, H, W) and outputs (N, H, W, K) into runs of images, (n, H, W, C) and (n, H, W, K).
 
-    def __init__(self, height: int, width: int, dtype: torch.dtype):
-        self.height, self.width = height, width
-        self.size, _ = winograd_tile(height, width)
-        self.rows, self.columns = math.ceil(height / self.size), math.ceil(width / self.size)
-        matrices = winograd_matrices(self.size)
-        self.of_inputs, self.of_outputs = (matrix.to(dtype) for matrix in (matrices[0], matrices[2]))
-        self.of_filters = matrices[1].to(torch.promote_types(dtype, torch.float32))
+    What one tile of all their images becomes stays in the cache.
+    """
+    bytes_per_image = points * (features.shape[1] + outputs.shape[-1]) * features.itemsize
+    images = max(1, WINOGRAD_BYTES * torch.get_num_threads() // bytes_per_image)
+    return zip(features.permute(0, 2, 3, 1).split(images), outputs.split(images))
 
-    def chunks(self, features: Tensor, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split both into the same runs of images, whose transforms stay in the cache."""
-        points = (self.size + 2) ** 2 * self.rows * self.columns
-        bytes_per_image = points * (features.shape[1] + outputs.shape[-1]) * features.itemsize
-        images = max(1, WINOGRAD_BYTES * torch.get_num_threads() // bytes_per_image)
-        return zip(features.split(images), outputs.split(images))
+
+@dataclass(frozen=True)
+class _Tile:
+    """A square of outputs, at the same place in all images, and the inputs that they depend on."""
+
+    seen: tuple[slice, ...]  # the inputs in (n, H, W, C)
+    written: tuple[slice, ...]  # the outputs in (n, H, W, K)
+    of_inputs: Tensor  # (points, seen pixels)
+    of_outputs: Tensor  # (written pixels, points)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Cut images (N, C, H, W) into overlapping tiles and transform them: (points, N * tiles, C)."""
-        count, channels, height, width = images.shape
-        size, window = self.size, self.size + 2
-        padded = images.new_zeros(count, self.rows * size + 2, self.columns * size + 2, channels)
-        padded[:, 1 : height + 1, 1 : width + 1] = images.permute(0, 2, 3, 1)
-        per_image, per_row, per_pixel, _ = padded.stride()
-        shape = (window, window, count, self.rows, self.columns, channels)
-        strides = (per_row, per_pixel, per_image, size * per_row, size * per_pixel, 1)
-        return (self.of_inputs @ padded.as_strided(shape, strides).reshape(window**2, -1)).view(window**2, -1, channels)
+        """Transform the inputs in images (n, H, W, C): (points, n, C)."""
+        return self._transform(self.of_inputs, images[self.seen])
 
-    def read_outputs(self, images: Tensor) -> Tensor:
-        """Cut images (N, H, W, K) into tiles: (size * size, N * tiles * K)."""
-        if images.shape[1:3] != (self.rows * self.size, self.columns * self.size):
-            padding = (0, 0, 0, self.columns * self.size - self.width, 0, self.rows * self.size - self.height)
-            images = nn.functional.pad(images, padding)
-        tiles = images.reshape(len(images), self.rows, self.size, self.columns, self.size, -1)
-        return tiles.permute(2, 4, 0, 1, 3, 5).reshape(self.size**2, -1)
+    def outputs_gradient(self, gradient: Tensor) -> Tensor:
+        """Transform the gradient of the outputs, in (n, H, W, K): (points, n, K)."""
+        return self._transform(self.of_outputs.T, gradient[self.written])
 
-    def write_outputs(self, tiles: Tensor, images: Tensor) -> None:
-        """Put the tiles (size * size, N * tiles * K) together to images (N, H, W, K)."""
-        count, size = len(images), self.size
-        tiles = tiles.view(size, size, count, self.rows, self.columns, -1).permute(2, 3, 0, 4, 1, 5)
-        images.copy_(tiles.reshape(count, self.rows * size, self.columns * size, -1)[:, : self.height, : self.width])
+    def write_outputs(self, products: Tensor, images: Tensor) -> None:
+        """Transform products (points, n, K) to the outputs in images (n, H, W, K)."""
+        outputs = images[self.written]
+        matrix = self.of_outputs.expand(len(images), -1, -1)
+        outputs.copy_(torch.bmm(matrix, products.transpose(0, 1)).view_as(outputs))
+
+    @staticmethod
+    def _transform(matrix: Tensor, square: Tensor) -> Tensor:
+        pixels = square.flatten(1, 2)
+        matrices = matrix.expand(len(pixels), -1, -1)
+        if pixels.dtype != torch.bfloat16:  # MKL, which writes its result in one piece, but reads others
+            return torch.bmm(matrices, pixels).transpose(0, 1)
+        points = pixels.new_empty(len(matrix), len(pixels), pixels.shape[-1])
+        torch.bmm(matrices, pixels, out=points.transpose(0, 1))
+        return points
 
 
 @functools.cache
-def winograd_tile(height: int, width: int) -> tuple[int, float]:
-    """Return the size of the tiles that need the fewest multiplications, and what fraction of a direct convolution's.
+def winograd_tiles(height: int, width: int, dtype: torch.dtype) -> tuple[list[_Tile], Tensor]:
+    """Cut images into square tiles, and return these and the transform of filters, (points, 9) in float32 or more.
 
-    height, width: of the features, in pixels. Sizes above 4 would lose too much precision.
+    height, width: of the features, in pixels. dtype: of the features.
     """
-    counts = {n: (n + 2) ** 2 * math.ceil(height / n) * math.ceil(width / n) for n in WINOGRAD_POINTS}
-    size = min(counts, key=lambda n: counts[n])
-    return size, counts[size] / (9 * height * width)
+    tiles_of = {n: math.ceil(height / n) * math.ceil(width / n) for n in WINOGRAD_POINTS}
+    size = min(tiles_of, key=lambda n: (n + 2) ** 2 * tiles_of[n])  # above 4, it would lose too much precision
+    of_inputs, of_filters, of_outputs = winograd_matrices(size)
+    tiles = []
+    for top, left in itertools.product(range(0, height, size), range(0, width, size)):
+        # A tile sees a pixel more on each side. What is outside the image is zero, or not wanted.
+        rows, columns = np.arange(top - 1, top + size + 1), np.arange(left - 1, left + size + 1)
+        is_seen = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+        is_written = is_seen[1:-1, 1:-1]
+        tiles.append(
+            _Tile(
+                (slice(None), slice(max(0, top - 1), top + size + 1), slice(max(0, left - 1), left + size + 1)),
+                (slice(None), slice(top, top + size), slice(left, left + size)),
+                of_inputs[:, is_seen.ravel()].to(dtype),
+                of_outputs[is_written.ravel()].to(dtype),
+            )
+        )
+    return tiles, of_filters.to(torch.promote_types(dtype, torch.float32))
 
 
 @functools.cache
