@@ -4,8 +4,8 @@ Which algorithm a 3x3 convolution takes on a CPU, `Conv2d` decides; docs/experim
 
     precision   input                                                        algorithm
     float32     64 channels or more, 16 images or more                       Winograd
-    bfloat16    256 channels or more, in training, with AVX-512 and no AMX,
-                of a size for which it saves two thirds of the products      Winograd
+    bfloat16    64 to 256, 128 to 128 channels or more, 128 images or more,
+                in training, with AVX-512 and no AMX                         Winograd
     bfloat16    rows of few pixels (JOINED_PIXELS), gradient of weights      images joined into long rows
     otherwise                                                                torch's own
 """
@@ -55,7 +55,7 @@ class Conv2d(nn.Conv2d):
             capabilities = torch.cpu.get_capabilities()
             is_avx512 = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")
             products = self.in_channels * self.out_channels
-            if is_avx512 and channels >= 64 and products >= 128**2 and len(features) >= 16:
+            if is_avx512 and channels >= 64 and products >= 128**2 and len(features) >= 128:
                 return _WinogradConv.apply(features.to(dtype), self.weight)
             if any(features.shape[-1] <= most for name, most in JOINED_PIXELS.items() if capabilities.get(name)):
                 return _SideBySideConv.apply(features.to(dtype), self.weight.to(dtype))
@@ -102,12 +102,13 @@ def side_by_side(images: Tensor) -> Tensor:
 class _WinogradConv(torch.autograd.Function):
     """A 3x3 convolution by Winograd's minimal filtering: two to four times fewer multiplications.
 
-    oneDNN has no such kernel for x86. On one core limited to AVX2, direct convolution takes 1.8, 2.0 and 1.9 times as
-    long for 256 to 256 channels at 7 pixels (forward pass, gradient of the features, of the weights), 1.4, 1.1 and 1.7
-    times for 64 to 256 at 15, and 1.0, 1.1 and 1.3 times for 64 to 64 at 15. The rounding error is 2e-6 of the largest
-    value. In bfloat16 it is up to 1.4% of the norm, a direct convolution's 0.2%, so it is for training alone; on two
-    cores of an AMD EPYC with AVX-512 BF16, direct convolution takes 1.4, 1.5 and 1.2 times as long for 256 to 256
-    channels at 7 pixels. Source: Lavin and Gray 2016, arXiv:1509.09308.
+    oneDNN has no such kernel for x86. One tile of all images after the other is transformed and multiplied. On one core
+    of an AMD EPYC limited to AVX2, direct convolution takes 1.3, 1.4 and 2.1 times as long for 256 to 256 channels at 7
+    pixels (forward pass, gradient of the features, of the weights), 1.5, 1.3 and 1.9 times for 64 to 256 at 15, and
+    1.2, 1.2 and 1.5 times for 64 to 64 at 15. The rounding error is 2e-6 of the largest value. In bfloat16 it is up to
+    1.4% of the norm, a direct convolution's 0.2%, so it is for training alone; on two cores of that EPYC, with AVX-512
+    BF16, direct convolution takes 1.6, 1.7 and 1.5 times as long for 256 to 256 channels at 7 pixels, and 1.1, 1.0 and
+    1.5 times for 64 to 256 at 15. Source: Lavin and Gray 2016, arXiv:1509.09308.
     """
 
     @staticmethod

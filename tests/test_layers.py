@@ -47,7 +47,7 @@ def test_winograds_convolution_is_for_many_channels_and_images_in_float32(images
     assert "Winograd" not in output.grad_fn.name()
 
 
-def convolve_in_bfloat16(monkeypatch, channels=(64, 256), images=16, size=7, training=True, hardware=("avx512_bf16",)):
+def convolve_in_bfloat16(monkeypatch, channels=(64, 256), images=128, size=7, training=True, hardware=("avx512_bf16",)):
     """Return the layer, its input and its output on such a processor."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
     conv = layers.Conv2d(*channels).train(training)
@@ -75,7 +75,7 @@ def test_winograds_convolution_in_bfloat16_is_exact_to_two_percent(size, monkeyp
     [
         {"channels": (63, 512)},
         {"channels": (127, 128)},
-        {"images": 15},
+        {"images": 127},
         {"training": False},
         {"hardware": ("avx512_bf16", "amx_bf16")},
         {"hardware": ("avx2",)},
