@@ -107,8 +107,8 @@ class _WinogradConv(torch.autograd.Function):
     pixels (forward pass, gradient of the features, of the weights), 1.5, 1.3 and 1.9 times for 64 to 256 at 15, and
     1.2, 1.2 and 1.5 times for 64 to 64 at 15. The rounding error is 2e-6 of the largest value. In bfloat16 it is up to
     1.4% of the norm, a direct convolution's 0.2%, so it is for training alone; on two cores of that EPYC, with AVX-512
-    BF16, direct convolution takes 1.6, 1.7 and 1.5 times as long for 256 to 256 channels at 7 pixels, and 1.1, 1.0 and
-    1.5 times for 64 to 256 at 15. Source: Lavin and Gray 2016, arXiv:1509.09308.
+    BF16, direct convolution takes 1.6, 1.6 and 1.2 times as long for 256 to 256 channels at 7 pixels, and 1.2, 1.1 and
+    1.4 times for 64 to 256 at 15. Source: Lavin and Gray 2016, arXiv:1509.09308.
     """
 
     @staticmethod
