@@ -69,12 +69,13 @@ def _measured(metrics: Metrics) -> dict[str, float]:
 
 def columns(sort: str | None = None) -> list[str]:
     """List the leaderboard's columns by importance; the one that it is sorted by is at least the third."""
-    first = sort and _column(sort)
+    first = _column(sort)
     return sorted(COLUMNS, key=lambda column: 1.5 if column == first else COLUMNS.index(column))
 
 
-def _column(name: str) -> str:
-    return known_name("column", TTA if name == "accuracy_tta" else name, COLUMNS)
+def _column(sort: str | None) -> str | None:
+    """Return the column to sort by, if one is named."""
+    return known_name("column", TTA if sort == "accuracy_tta" else sort, COLUMNS) if sort else None
 
 
 def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]
     Newest first, or by a column: the best first, or alphabetically. Raises UserError if there is no such column or
     no run.
     """
-    column = sort and _column(sort)
+    column = _column(sort)
     rows = [_row(Run(path)) for path in runs.directories(Path(output_dir))]
     if not rows:
         raise UserError(f"there is no run in {output_dir}; `{PIPELINE}` makes one")
