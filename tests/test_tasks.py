@@ -70,7 +70,7 @@ def test_every_setting_but_seeds_is_a_flag_of_main_and_of_train():
         assert f"{flag(name)} " in texts[0]
         assert (f"{flag(name)} " in texts[1]) == (name != "seeds")
     for text in texts:
-        assert "passes over the training images; default 13 (best: 40," in text
+        assert "passes over the training images; default 11 (best: 40," in text
 
 
 @pytest.mark.parametrize("task", TASKS)
