@@ -40,7 +40,6 @@ CORRUPTIONS: dict[str, tuple[float, ...]] = {
     "rotation": (5, 10, 15, 20, 30),  # degrees
     "occlusion": (0.05, 0.1, 0.15, 0.2, 0.3),  # fraction of the area
 }
-CELLS = sum(map(len, CORRUPTIONS.values()))
 
 
 def write(run: Run, dataset: Dataset, evaluation: Evaluation) -> None:
@@ -172,11 +171,11 @@ def read_saliency(run: Run, size: int) -> dict[int, np.ndarray]:
         raise damaged(path, "it does not hold one saliency map per image") from None
 
 
-def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: Callable[[int], None]) -> Corruptions:
+def measure_corruptions(run: Run, dataset: Dataset, device_name: str) -> Corruptions:
     """Measure accuracy and calibration of the run's best weights under each corruption; write corruptions.json.
 
-    Takes at most 2,000 test images, drawn by the run's seed. Calls advance(1) after each of the CELLS corruptions.
-    Raises UserError if the run has not been evaluated, or the dataset is not the run's.
+    Takes at most 2,000 test images, drawn by the run's seed. Raises UserError if the run has not been evaluated, or the
+    dataset is not the run's.
     """
     run.check_dataset(dataset.name)
     temperature, seed = run.metrics.calibration.temperature, run.config.seed
@@ -192,11 +191,12 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str, advance: C
         return {"accuracy": accuracy, "expected_calibration_error": error}
 
     table: dict[str, list[dict[str, float]]] = {kind: [] for kind in CORRUPTIONS}
-    for kind, amounts in CORRUPTIONS.items():
-        for severity, amount in enumerate(amounts, start=1):
-            measured = measure(functools.partial(corrupt, kind=kind, amount=amount, seed=seed))
-            table[kind].append({"severity": severity, "amount": amount, **measured})
-            advance(1)
+    with console.counting_bar("corruptions", sum(map(len, CORRUPTIONS.values()))) as advance:
+        for kind, amounts in CORRUPTIONS.items():
+            for severity, amount in enumerate(amounts, start=1):
+                measured = measure(functools.partial(corrupt, kind=kind, amount=amount, seed=seed))
+                table[kind].append({"severity": severity, "amount": amount, **measured})
+                advance(1)
     clean, cells = measure(lambda images: images), list(chain(*table.values()))
     mean = {key: float(np.mean([cell[key] for cell in cells])) for key in clean}
     content = {"dataset": dataset.name, "split": "test", "n": len(split), "seed": seed, "temperature": temperature}

@@ -141,8 +141,8 @@ def evaluate(run=None, model=None, corruptions=False, data_dir=None, device=None
             analysis.write(found, dataset, evaluation)
         report.show_metrics(evaluation.metrics)
         if corruptions:
-            with found.stage("corruptions"), console.counting_bar("corruptions", analysis.CELLS) as advance:
-                table = analysis.measure_corruptions(found, dataset, device, advance)
+            with found.stage("corruptions"):
+                table = analysis.measure_corruptions(found, dataset, device)
             analysis.show_corruptions(table)
             if (found.path / "report.html").exists():
                 report.write(found, dataset)
@@ -272,8 +272,7 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
     from cifar import compare
 
     if not names:
-        rows = compare.leaderboard(output_dir, sort)
-        return compare.show_runs(rows, compare.groups(output_dir), compare.columns(sort))
+        return compare.show_runs(compare.leaderboard(output_dir, sort), compare.groups(output_dir))
     comparison = compare.compare([run for name in names for run in runs.find_all(output_dir, name)], pairs)
     compare.show_comparison(comparison)
     folder = compare.write(comparison, Path(output) if output else compare.folder(output_dir, comparison))

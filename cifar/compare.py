@@ -67,25 +67,15 @@ def _measured(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def columns(sort: str | None = None) -> list[str]:
-    """List the leaderboard's columns by importance; the one that it is sorted by is at least the third."""
-    first = _column(sort)
-    return sorted(COLUMNS, key=lambda column: 1.5 if column == first else COLUMNS.index(column))
-
-
-def _column(sort: str | None) -> str | None:
-    """Return the column to sort by, if one is named."""
-    return known_name("column", TTA if sort == "accuracy_tta" else sort, COLUMNS) if sort else None
-
-
 def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]]:
-    """List all runs in a folder and its groups: a row has COLUMNS, and `damaged`, the files that are.
+    """List all runs in a folder and its groups: a row has COLUMNS by importance, and `damaged`, the files that are.
 
-    Newest first, or by a column: the best first, or alphabetically. Raises UserError if there is no such column or
-    no run.
+    Newest first, or by a column, which then is the third at least: the best first, or alphabetically. Raises UserError
+    if there is no such column or no run.
     """
-    column = _column(sort)
-    rows = [_row(Run(path)) for path in runs.directories(Path(output_dir))]
+    column = known_name("column", TTA if sort == "accuracy_tta" else sort, COLUMNS) if sort else None
+    columns = sorted(COLUMNS, key=lambda name: 1.5 if name == column else COLUMNS.index(name))
+    rows = [_row(Run(path), columns) for path in runs.directories(Path(output_dir))]
     if not rows:
         raise UserError(f"there is no run in {output_dir}; `{PIPELINE}` makes one")
     if not column:
@@ -95,8 +85,8 @@ def leaderboard(output_dir: str, sort: str | None = None) -> list[dict[str, Any]
     return known + [row for row in rows if row[column] is None]
 
 
-def _row(run: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "run": run.path.name, "damaged": []}
+def _row(run: Run, columns: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {**dict.fromkeys(columns), "run": run.path.name, "damaged": []}
     for file in ("run.json", "config.json", "history.jsonl", "metrics.json"):
         try:
             row |= _cells_from(run, file)
@@ -132,9 +122,10 @@ def groups(output_dir: str) -> list[dict[str, Any]]:
     return rows
 
 
-def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Print the rows of `leaderboard` and of `groups`. columns: by importance, where not all of them fit."""
-    show_table(plural(len(rows), "run"), [{column: _cell(row, column) for column in columns} for row in rows])
+def show_runs(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Print the rows of `leaderboard` and of `groups`."""
+    cells = [{column: _cell(row, column) for column in row if column != "damaged"} for row in rows]
+    show_table(plural(len(rows), "run"), cells)
     spread = "{:.2%} ± {:.2%}".format
     cells = [row | {name: spread(*row[name]) if row[name] else "" for name in ("accuracy", TTA)} for row in groups]
     show_table("runs with several seeds: mean ± standard deviation", cells)

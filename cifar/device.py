@@ -146,7 +146,7 @@ def _tune_glibc(settings: dict[int, int]) -> bool:
 
 
 def memory() -> tuple[float, float]:
-    """Return how many bytes the machine, its container and `ulimit -v` let this process take, and how many are free.
+    """Return how many bytes the machine and its container let this process take, and how many are free.
 
     All of them count as free where the system does not say how many are; both are infinite where neither is known.
     """
@@ -159,14 +159,7 @@ def memory() -> tuple[float, float]:
     for file in _CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             total = min(total, int(Path(file).read_text()))
-    with contextlib.suppress(ImportError, OSError):  # Windows, macOS
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            total, free = min(total, limit), min(free, limit - used)
-    return total, max(0, min(total, free))
+    return total, min(total, free)
 
 
 def free_memory(device: torch.device) -> float:

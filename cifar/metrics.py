@@ -22,17 +22,17 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
     All fractions are in 0..1. To add a metric to metrics.json, add a key here, and show it in templates/report.html if
     it `is defined`, as it is not in older runs.
     """
-    from sklearn.metrics import classification_report, confusion_matrix, top_k_accuracy_score
+    import pandas
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-    numbers = range(len(classes))
-    predicted = logits.argmax(1)
-    # By number, since a class may be called "accuracy", which is a key of the report.
-    options = {"output_dict": True, "zero_division": 0}
-    report = classification_report(labels, predicted, labels=numbers, **options)
-    averages = classification_report(labels, predicted, labels=np.unique(labels), **options)  # of classes with images
+    numbers, predicted = range(len(classes)), logits.argmax(1)
+    by_class = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
+    averaged = dict(zip(("precision", "recall", "f1"), by_class))
+    support = np.bincount(labels, minlength=len(classes))
     matrix = confusion_matrix(labels, predicted, labels=numbers)
     correct, correct_tta = int((predicted == labels).sum()), int((logits_tta.argmax(1) == labels).sum())
     scores = {"top5_accuracy": logits, "top5_accuracy_tta": logits_tta} if len(classes) > 10 else {}
+    has_images = support > 0  # averages are over these classes
     return {
         "n": len(labels),
         "accuracy": correct / len(labels),
@@ -41,20 +41,11 @@ def measure(logits: np.ndarray, logits_tta: np.ndarray, labels: np.ndarray, clas
         "interval_95_tta": wilson_interval(correct_tta, len(labels)),
         **{name: top_k_accuracy_score(labels, score, k=5, labels=numbers) for name, score in scores.items()},
         "loss": F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item(),
-        "per_class": {name: _scores(report[str(number)]) for number, name in enumerate(classes)},
-        "macro_average": _scores(averages["macro avg"]),
-        "weighted_average": _scores(averages["weighted avg"]),
+        "per_class": pandas.DataFrame(averaged | {"support": support}, index=list(classes)).to_dict("index"),
+        "macro_average": {name: float(values[has_images].mean()) for name, values in averaged.items()},
+        "weighted_average": {name: float(np.average(values, weights=support)) for name, values in averaged.items()},
         "most_confused": most_confused(matrix, classes),
         "confusion_matrix": matrix.tolist(),
-    }
-
-
-def _scores(row: dict[str, float]) -> dict[str, Any]:
-    return {
-        "precision": row["precision"],
-        "recall": row["recall"],
-        "f1": row["f1-score"],
-        "support": int(row["support"]),
     }
 
 

@@ -166,7 +166,7 @@ def corrupted_run(evaluated_run, digits, tmp_path_factory):
     three = {kind: analysis.CORRUPTIONS[kind] for kind in ("noise", "jpeg", "shift")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "CORRUPTIONS", three)
-        analysis.measure_corruptions(run, digits, "cpu", lambda _: None)
+        analysis.measure_corruptions(run, digits, "cpu")
     visualize.visualize(run, digits)
     report.write(run, digits)
     return run

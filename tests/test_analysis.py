@@ -186,12 +186,11 @@ def test_many_images_are_sampled_by_the_seed(evaluated_run, digits, tmp_path, mo
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
     monkeypatch.setattr(analysis, "_MAX_CORRUPTED", 100)
     monkeypatch.setattr(analysis, "CORRUPTIONS", {"darkness": (0.5,)})
-    samples, advances, corrupt = [], [], analysis.corrupt
+    samples, corrupt = [], analysis.corrupt
     monkeypatch.setattr(analysis, "corrupt", lambda images, **how: samples.append(images) or corrupt(images, **how))
     for seed in (0, 0, 1):
         run.write("config.json", run.config.replace(seed=seed).model_dump())
-        assert analysis.measure_corruptions(run, digits, "cpu", advances.append).n == 100
-    assert advances == [1, 1, 1]
+        assert analysis.measure_corruptions(run, digits, "cpu").n == 100
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
 
