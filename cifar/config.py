@@ -22,7 +22,7 @@ _FAST = {
     "schedule": "linear",
     "label_smoothing": 0.2,
     "patience": 0,
-    "early_stopping": "loss",  # of 2,000 images; their accuracy often kept a worse epoch than the last
+    "early_stopping": "loss",  # less noisy than accuracy, which often kept an epoch before the last
     "crop": 2,
     "crop_mode": "reflect",
     "flip": "alternating",
@@ -241,7 +241,7 @@ class Config(BaseModel):
     hard_epochs: int = Field(ge=0, description="hard-example mining: number of final epochs on the hardest images")
     hard_share: float = Field(0.64, ge=0.05, le=1, description="fraction of the images that --hard-epochs train on")
 
-    def __init__(self, **settings):
+    def __init__(self, /, **settings):
         recipe = known_name("recipe", known_spelling("recipe", str(settings.get("recipe", "fast"))), RECIPES)
         try:
             super().__init__(**{**RECIPES[recipe], **settings})

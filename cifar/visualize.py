@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar import analysis, checkpoint, evaluate, gallery
+from cifar import analysis, evaluate, gallery
 from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.files import atomic_write
@@ -274,21 +274,13 @@ def read_results(run: Run, dataset: Dataset) -> dict[str, Any]:
         "subject": f"{label(run.config.title, 40)} on {label(dataset.name)}",
         "dataset": dataset,
         "history": run.history() or None,
-        "kept_epoch": _kept_epoch(run, metrics),
+        "kept_epoch": metrics.epoch or 0 if metrics else 0,
         "model": run.record.model,
         "metrics": metrics,
         "analysis": analysis.read(run, metrics),
         "corruptions": run.read_if_present("corruptions.json"),
         "predictions": predictions,
     }
-
-
-def _kept_epoch(run: Run, metrics: Metrics | None) -> int:
-    """Return the epoch of the weights that were evaluated or, before that, of the best checkpoint; 0 if unknown."""
-    if metrics:
-        return metrics.epoch or 0
-    best = run.checkpoints / "best.pt"
-    return checkpoint.load(best)["epoch"] if best.exists() else 0
 
 
 def drawable(results: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -129,6 +130,10 @@ def test_the_loaders_images_are_the_splits_normalized(digits, tmp_path):
     for pixels, expected in zip(split.images, (data.to_float(split.images) - mean) / std):
         image = augment(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
+    augment = bench._augmentation(quick_config(tmp_path, crop_scale=0.01), split)
+    ramp = Image.fromarray(np.arange(0, 256, 8, dtype=np.uint8)[None].repeat(32, 0)).convert("RGB")
+    ranges = [np.ptp(augment(ramp)[0].numpy()) * std[0].item() for _ in range(20)]
+    assert min(ranges) < 0.5 < max(ranges)  # of 0.97: some show a part of the ramp, some nearly all of it
 
 
 # The profile of a step

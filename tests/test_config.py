@@ -56,7 +56,9 @@ def test_a_given_setting_overrides_the_recipe_and_text_is_parsed():
         ({"recipe": ["fast"]}, "unknown recipe '['fast']'"),
         ({"optimizer": "adm"}, "unknown optimizer 'adm': did you mean adam? choose from muon, "),
         ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs?"),
+        ({"self": 3}, "unknown setting 'self': "),
         ({"seed": 2**32 - 1, "seeds": 2}, "--seed 4294967295 with --seeds 2 exceeds the largest seed, 4294967295"),
+        ({"pretrained": True, "model": "a:b"}, "there are no pretrained weights for a:b: name its --weights"),
         ({"seeds": 1001}, "--seeds must be at most 1000, not 1001"),
         (
             {"recipe": "simple", "optimizer": "muon"},
@@ -99,6 +101,7 @@ def test_known_names_are_taken_in_any_case_but_not_over_a_folder_of_that_name(tm
         ("whitened_deep", "best", "best"),
         ("convnet", "convnet", "convnet"),
         ("my:net", "plain", "plain my:net"),
+        ("mobilenet_v3_large", "plain", "plain mobilenet_v3_large"),
     ],
 )
 def test_a_model_without_a_recipe_brings_its_own_under_its_old_name_too(model, recipe, title):
@@ -127,7 +130,7 @@ def test_default_folders_lie_in_the_project_unless_a_flag_or_the_environment_nam
 
 def test_a_help_text_has_the_choices_the_default_and_the_recipes_with_another_one():
     assert config.help_text("crop_mode").startswith("what fills the padding of random crops; one of reflect, zeros; ")
-    defaults = "default 13 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30, finetune: 10)"
+    defaults = "default 11 (best: 40, simple: 40, convnet: 20, mlp: 20, resnet18: 200, plain: 30, finetune: 10)"
     assert config.help_text("epochs") == f"passes over the training images; {defaults}"
     without_default = {name for name in config.FIELDS if "default" not in config.help_text(name)}
     assert without_default == {"labels", "mirror", "minutes", "weights"}
@@ -217,8 +220,8 @@ def test_what_the_dataset_does_not_allow_is_changed_and_every_change_is_reported
     resolved, sentences = resolve(Config(epochs=3, cutout=20, small_size=40), DIGITS)
     assert (resolved.dataset, resolved.val_size) == ("/my/digits", 143)
     assert sentences == [
-        "--small-epochs 2 instead of 7: at most two thirds of the epochs may use small images",
-        "--hard-epochs 0 instead of 3: at most a quarter of the epochs may leave out easy images",
+        "--small-epochs 2 instead of 6: at most two thirds of the epochs may use small images",
+        "--hard-epochs 0 instead of 2: at most a quarter of the epochs may leave out easy images",
         "--batch-size 64 instead of 1000: an epoch of 1,294 images needs at least 20 steps",
         "--small-size 32 instead of 40: the images are 32x32",
         "--cutout 16 instead of 20: at most half of 32x32 images may be cut out",

@@ -1,5 +1,6 @@
 """Each check, with its problem made real: old packages, a broken torch, full disks, damaged files, taken ports."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -146,8 +147,11 @@ def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, level):
 
 def test_a_disk_that_is_full_or_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    found = only("disk", doctor._disk(str(tmp_path / "file" / "outputs")))
-    assert (found.level, "cannot write to" in found.message) == ("failure", True)
+    (tmp_path / "closed").mkdir(mode=0)
+    for folder, user in (("file", contextlib.nullcontext()), ("closed", as_nobody())):
+        with user:
+            found = only("disk", doctor._disk(str(tmp_path / folder / "outputs")))
+        assert (found.level, "cannot write to" in found.message) == ("failure", True)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: doctor.shutil._ntuple_diskusage(2e9, 2e9 - 3e6, 3e6))
     found = only("disk", doctor._disk(str(tmp_path / "outputs")))
     advice = "make room, or set --output-dir to another folder"
