@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import precision_recall_curve
-from torch import nn
 
 from cifar import analysis, records
 from cifar.errors import UserError
 from cifar.records import Metrics
 from cifar.runs import Run
-from handmade import CLASSES, CORRUPTIONS, make_dataset, make_metrics, make_run
+from handmade import CLASSES, CORRUPTIONS, Brightness, make_dataset, make_metrics, make_run
 
 # Five images: right with confidence 0.9 and 0.8, wrong with 0.7, right with 0.6, wrong with 0.5.
 PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3]])
@@ -66,24 +65,12 @@ def test_an_analysis_that_contradicts_the_metrics_is_damaged(tmp_path):
         analysis.read(run, Metrics(**run.metrics.model_dump() | scores))
 
 
-class Corners(nn.Module):
-    """Class 0 is the mean of the upper left quarter, class 1 that of the lower right one."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, images):
-        grey = images.mean(1)
-        return self.scale * torch.stack([grey[:, :4, :4].mean((1, 2)), grey[:, 4:, 4:].mean((1, 2))], 1)
-
-
 @pytest.mark.parametrize("label", [0, 1])
 def test_saliency_is_where_the_logit_comes_from(label):
-    saliency = analysis.saliency(Corners(), torch.zeros(3, 8, 8, dtype=torch.uint8), label, precision="float32")
-    corners = torch.stack([saliency[:3, :3], saliency[5:, 5:]])
-    assert torch.allclose(corners[label], torch.ones(3, 3))
-    assert (corners[1 - label] == 0).all()
+    saliency = analysis.saliency(Brightness(), torch.zeros(3, 8, 8, dtype=torch.uint8), label, precision="float32")
+    halves = torch.stack([saliency[:, :3], saliency[:, 5:]])
+    assert torch.allclose(halves[label], torch.ones(8, 3))
+    assert (halves[1 - label] == 0).all()
 
 
 def test_the_saliency_of_each_named_image_is_for_the_predicted_class(tmp_path):
@@ -91,12 +78,14 @@ def test_the_saliency_of_each_named_image_is_for_the_predicted_class(tmp_path):
     assert analysis.read_saliency(run, 8) == {}
     probabilities = np.array([[0.1, 0.9], [0.8, 0.2], [0.7, 0.3]])
     metrics = records.parse("metrics.json", make_metrics(("a", "b"), ((1, 1), (1, 0))))
-    evaluation = SimpleNamespace(metrics=metrics, probabilities=probabilities, network=Corners(), precision="float32")
+    evaluation = SimpleNamespace(
+        metrics=metrics, probabilities=probabilities, network=Brightness(), precision="float32"
+    )
     analysis.write(run, dataset, evaluation)
     found = analysis.read_saliency(run, 8)
     assert found.keys() == {0, 2}
     for index, predicted in ((0, 1), (2, 0)):
-        expected = analysis.saliency(Corners(), dataset.test.images[index], predicted, precision="float32")
+        expected = analysis.saliency(Brightness(), dataset.test.images[index], predicted, precision="float32")
         np.testing.assert_allclose(found[index], expected, atol=1 / 500)
     evaluation.probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
     evaluation.metrics = records.parse("metrics.json", make_metrics(("a", "b"), ((2, 0), (0, 1))))

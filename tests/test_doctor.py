@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def test_the_kind_of_processor_is_named(monkeypatch, kind):
     _, found, _ = doctor._device("cpu")
     is_fast = ("ok", f"in hardware ({kind}): networks train in it")
     is_slow = ("note", "not in hardware: networks train in float32")
-    assert (found.level, found.message.partition(";")[0]) == (is_slow if kind == "avx2" else is_fast)
+    kind_named, _, duration = found.message.partition("; ")
+    assert (found.level, kind_named) == (is_slow if kind == "avx2" else is_fast)
+    assert re.fullmatch(r"fast takes about \d+( to \d+)? minutes on two cores", duration)
 
 
 @pytest.mark.parametrize(
@@ -161,15 +164,6 @@ def test_a_disk_that_is_full_or_cannot_be_written_is_a_failure(tmp_path, monkeyp
 
 def dataset(name: str, data_dir: Path = Path("nowhere")) -> doctor.Finding:
     return only("dataset", doctor._dataset(Config.create({"dataset": name, "data_dir": str(data_dir)})))
-
-
-def test_a_folder_that_cannot_be_read_is_a_failure(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0)
-    tmp_path.chmod(0o755)
-    for name, data_dir in (("cifar10", tmp_path / "closed"), (str(tmp_path / "closed"), "nowhere")):
-        with as_nobody():
-            found = dataset(name, data_dir)
-        assert (found.level, str(tmp_path / "closed") in found.message) == ("failure", True)
 
 
 def test_a_damaged_file_of_the_dataset_is_named(small_cifar10):

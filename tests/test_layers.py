@@ -38,28 +38,24 @@ def test_winograds_convolution_in_float32_is_exact_to_five_digits():
     assert (output - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("images", "channels", "precision"), [(15, 64, "float32"), (16, 63, "float32"), (16, 64, "bfloat16")]
-)
-def test_winograds_convolution_is_for_many_channels_and_images_in_float32(images, channels, precision):
-    with device.autocast(torch.device("cpu"), precision):
-        output = layers.Conv2d(64, channels)(torch.rand(images, 64, 2, 2))
-    assert "Winograd" not in output.grad_fn.name()
+AVX512, AMX = ("avx512_bf16",), ("avx512_bf16", "amx_bf16")
 
 
-def convolve_in_bfloat16(monkeypatch, channels=(64, 256), images=128, size=7, training=True, hardware=("avx512_bf16",)):
+def convolve(
+    monkeypatch, *channels, images=128, size=7, training=True, hardware=AVX512, stride=1, precision="bfloat16"
+):
     """Return the layer, its input and its output on such a processor."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
-    conv = layers.Conv2d(*channels).train(training)
+    conv = layers.Conv2d(*channels, stride).train(training)
     shape = images, channels[0], size, size
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    with device.autocast(torch.device("cpu"), "bfloat16"):
+    with device.autocast(torch.device("cpu"), precision):
         return conv, features, conv(features)
 
 
 @pytest.mark.parametrize("size", [3, 7])  # in tiles of 3x3 and of 4x4
 def test_winograds_convolution_in_bfloat16_is_exact_to_two_percent(size, monkeypatch):
-    conv, features, output = convolve_in_bfloat16(monkeypatch, size=size)
+    conv, features, output = convolve(monkeypatch, 64, 256, size=size)
     assert "Winograd" in output.grad_fn.name()
     output.float().square().sum().backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in (features, conv.weight)]
@@ -70,22 +66,6 @@ def test_winograds_convolution_in_bfloat16_is_exact_to_two_percent(size, monkeyp
         assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"channels": (63, 512)},
-        {"channels": (127, 128)},
-        {"images": 127},
-        {"training": False},
-        {"hardware": ("avx512_bf16", "amx_bf16")},
-        {"hardware": ("avx2",)},
-    ],
-)
-def test_winograds_convolution_in_bfloat16_is_for_training_where_it_is_faster(change, monkeypatch):
-    _, _, output = convolve_in_bfloat16(monkeypatch, **change)
-    assert "Winograd" not in output.grad_fn.name()
-
-
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_gelu_is_torchs(layout):
     features = torch.randn(2, 3, 5, 4).contiguous(memory_format=layout)
@@ -94,35 +74,34 @@ def test_gelu_is_torchs(layout):
     assert found.is_contiguous(memory_format=layout)
 
 
-FAST = {"size": 7, "stride": 1, "precision": "bfloat16", "hardware": "avx512_bf16", "is_training": True}
-SLOW = {"size": 8, "stride": 2, "precision": "float32", "hardware": "avx2", "is_training": False}
-
-
-@pytest.mark.parametrize("changed", [None, *SLOW])
-def test_images_are_joined_only_where_it_is_faster(changed, monkeypatch):
-    case = {name: SLOW[name] if name == changed else value for name, value in FAST.items()}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {case["hardware"]: True})
-    conv = layers.Conv2d(5, 4, case["stride"]).train(case["is_training"])
-    with device.autocast(torch.device("cpu"), case["precision"]):
-        output = conv(torch.rand(6, 5, case["size"], case["size"]).requires_grad_())
-    assert ("SideBySide" in output.grad_fn.name()) == (changed is None)
-
-
-@pytest.mark.parametrize(("size", "is_joined"), [(8, True), (9, False)])
-def test_amx_joins_longer_rows(size, is_joined, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
-    with device.autocast(torch.device("cpu"), "bfloat16"):
-        output = layers.Conv2d(5, 4)(torch.rand(6, 5, size, size).requires_grad_())
-    assert ("SideBySide" in output.grad_fn.name()) == is_joined
+@pytest.mark.parametrize(
+    ("channels", "changes", "algorithm"),
+    [
+        ((64, 256), {}, "Winograd"),
+        ((128, 128), {}, "Winograd"),
+        ((64, 64), {"images": 16, "precision": "float32", "training": False}, "Winograd"),
+        ((63, 512), {}, "SideBySide"),
+        ((127, 128), {}, "SideBySide"),
+        ((64, 256), {"images": 127}, "SideBySide"),
+        ((64, 256), {"hardware": AMX}, "SideBySide"),
+        ((5, 4), {"hardware": AMX, "size": 8}, "SideBySide"),
+        ((5, 4), {"hardware": AMX, "size": 9}, "Convolution"),
+        ((5, 4), {"size": 8}, "Convolution"),
+        ((64, 256), {"hardware": ("avx2",)}, "Convolution"),
+        ((64, 256), {"training": False}, "Convolution"),
+        ((64, 256), {"stride": 2}, "Convolution"),
+        ((64, 64), {"images": 15, "precision": "float32"}, "Convolution"),
+        ((64, 63), {"precision": "float32"}, "Convolution"),
+    ],
+)
+def test_the_algorithm_depends_on_shape_precision_and_processor(channels, changes, algorithm, monkeypatch):
+    _, _, output = convolve(monkeypatch, *channels, **changes)
+    assert algorithm in output.grad_fn.name()
 
 
 def test_a_convolution_in_bfloat16_has_the_gradients_of_torchs_within_its_precision(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     torch.manual_seed(0)
-    conv = layers.Conv2d(5, 4)
-    features = torch.rand(6, 5, 8, 8).requires_grad_()
-    with device.autocast(features.device, "bfloat16"):
-        output = conv(features)
+    conv, features, output = convolve(monkeypatch, 5, 4, images=6, size=8, hardware=AMX)
     output.float().square().sum().backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in (features, conv.weight)]
     F.conv2d(*exact, padding=1).square().sum().backward()

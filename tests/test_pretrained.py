@@ -1,21 +1,18 @@
 import runpy
 import zipfile
-from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from invoke import Collection
 from PIL import Image
 from torch import nn
 from torchvision import models
 
-from cifar import checkpoint, commands, datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
+from cifar import checkpoint, datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.data import Dataset
 from cifar.errors import UserError
-from cifar.main import parse
 from cifar.predict import Predictor
 from processes import stop_after
 
@@ -264,34 +261,3 @@ def test_timms_networks_take_a_file_of_theirs_and_say_where_it_is_to_be_had(fine
         finetune(model=name, weights=None)
     with pytest.raises(UserError, match=r"^timm has no network resnet10: did you mean resnet10t\?"):
         model.require("timm/resnet10")
-
-
-# Flags
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--pretrained"], ("finetune", "mobilenet_v3_large", True)),
-        (["--pretrained", "--model", "resnet18"], ("finetune", "resnet18", True)),
-        (["--recipe", "finetune", "--pretrained=no", "--weights", "w.pth"], ("finetune", "mobilenet_v3_large", False)),
-        (["--model", "mobilenet_v3_large"], ("plain", "mobilenet_v3_large", False)),
-    ],
-)
-def test_pretrained_is_a_switch_that_brings_the_recipe(words, expected):
-    config = Config.create(parse(words)[0])
-    assert (config.recipe, config.model, config.pretrained) == expected
-    assert commands._spelled(deque(["train", *words]), Collection.from_module(commands).tasks)[0] == "train"
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"pretrained": True, "model": "convnet"}, "there are no pretrained weights for convnet: name a network of "),
-        ({"pretrained": True, "model": "a:b"}, "there are no pretrained weights for a:b: name its --weights"),
-        ({"pretrained": "maybe"}, "--pretrained takes yes or no, not 'maybe'"),
-    ],
-)
-def test_pretrained_weights_that_do_not_exist_are_refused(given, sentence):
-    with pytest.raises(UserError, match=f"^{sentence}"):
-        Config.create(given)

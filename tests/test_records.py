@@ -88,11 +88,3 @@ def test_corruptions_are_a_table():
 def test_content_of_another_kind_is_refused(file, content):
     with pytest.raises(ValueError, match=r"should be a|is missing"):
         records.parse(file, content)
-
-
-def test_a_new_metric_needs_no_field():
-    content = load(RUN / "metrics.json")
-    content["top5"], content["per_class"]["cat"]["specificity"] = {"accuracy": 0.99}, 0.5
-    metrics = records.Metrics(**content)
-    assert (metrics.top5["accuracy"], metrics.per_class["cat"].specificity) == (0.99, 0.5)
-    assert json.loads(json.dumps(metrics.model_dump(exclude_unset=True))) == content

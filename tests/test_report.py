@@ -137,16 +137,6 @@ def test_every_figure_and_every_image_of_the_analysis_is_shown(corrupted_run):
         assert page.source.count(f'alt="{spec.alt}"') == page.source.count(f'alt="{spec.alt}" width=') == 1
 
 
-def test_a_new_figure_needs_no_place_in_the_template(tmp_path, monkeypatch):
-    run, dataset = make_run(tmp_path), make_dataset()
-    spec = visualize.FigureSpec("Something new", lambda model, subject: visualize.canvas(subject, 2, 2), ("model",))
-    monkeypatch.setattr(visualize, "FIGURES", {"new": spec})
-    monkeypatch.setattr(report, "FIGURES", {"new": spec})
-    visualize.visualize(run, dataset)
-    report.write(run, dataset)
-    assert 'alt="Something new"' in Page(run).source
-
-
 def make_large_run(path: Path, count: int) -> Run:
     """A run of that many classes with long names that look like HTML, drawn and reported."""
     classes = [f"<b>aquarium_fish_{number}</b>" + "x" * 200 for number in range(count)]

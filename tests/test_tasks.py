@@ -106,6 +106,8 @@ def test_main_has_help_wherever_it_is_asked_for():
         (("--epochs", "--lr", "1"), 2, "--epochs needs a value"),
         (("--epochs", "1", "--minutes", "1"), 2, "--minutes chooses the number of epochs: leave out --epochs or"),
         (("--DATA-DIR=--device",), 2, "--data-dir needs a value, not '--device'"),
+        (("--pretrained", "--model", "convnet"), 1, "there are no pretrained weights for convnet: name a network of "),
+        (("--pretrained=maybe",), 2, "--pretrained takes yes or no, not 'maybe'"),
         (("--epochs", "1", "--epochs=x"), 2, "--epochs takes a whole number, not 'x'"),
         (("--batch_size", "x"), 2, "--batch-size takes a whole number, not 'x'"),
         (("fast",), 2, "'fast'"),
