@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[set[str], set[str]]] = {  # what they need, and what m
     "compare run good": (RUN | {"metrics.json"}, {"history.jsonl"}),
     "predict {image} --run run": (USABLE, set()),
     "export --run run": (USABLE, set()),
-    "demo --run run --port 45678": (USABLE, set()),
+    "demo --run run": (USABLE, set()),
     "main --resume run": (RUN, set()),
     "train --resume run": (RUN, set()),
 }
@@ -78,8 +78,10 @@ def quick(monkeypatch):
     """Nothing takes long, or waits for visitors; figures are made but not drawn."""
     from matplotlib.figure import Figure
 
-    from cifar import analysis, demo, export
+    from cifar import analysis, demo, export, server
 
+    listen = server.listen
+    monkeypatch.setattr(server, "listen", lambda host, port: listen(host, 0))  # as two demos at once cannot have one
     monkeypatch.setattr(export, "_program", reached)
     monkeypatch.setattr(demo, "build", show_demo)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
@@ -130,7 +132,7 @@ def test_a_damaged_run_hides_none_of_the_others(outputs, kind):
         damage(outputs / "run" / file, kind)
         code, out, err = call(outputs, "compare")
         assert (code, "2 runs" in out, err) == (0, True, "")
-        assert call(outputs, "demo", "--port", "45678")[::2] == (1, "error: reached\n")
+        assert call(outputs, "demo")[::2] == (1, "error: reached\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
