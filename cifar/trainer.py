@@ -263,7 +263,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["averaged"])
         self.epoch, self.step, self.lr = epoch, step, state["lr"]
-        self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
+        self.best_epoch, self.best_score = state["best_epoch"], tuple(state["best_score"])
         self.started = time.perf_counter() - state["seconds"]
         self.epoch_started = time.perf_counter() - state["epoch_seconds"]
         self.losses.copy_(state["losses"])

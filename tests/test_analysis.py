@@ -65,12 +65,13 @@ def test_an_analysis_that_contradicts_the_metrics_is_damaged(tmp_path):
         analysis.read(run, Metrics(**run.metrics.model_dump() | scores))
 
 
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("label", [0, 1, 2])
 def test_saliency_is_where_the_logit_comes_from(label):
     saliency = analysis.saliency(Brightness(), torch.zeros(3, 8, 8, dtype=torch.uint8), label, precision="float32")
-    halves = torch.stack([saliency[:, :3], saliency[:, 5:]])
-    assert torch.allclose(halves[label], torch.ones(8, 3))
-    assert (halves[1 - label] == 0).all()
+    halves = [saliency[:, :3], saliency[:, 5:], saliency[:3], saliency[5:]]  # left, right, upper, lower
+    opposite = (1, 0, 3)[label]
+    assert torch.allclose(halves[label], torch.ones(()))
+    assert (halves[opposite] == 0).all()
 
 
 def test_the_saliency_of_each_named_image_is_for_the_predicted_class(tmp_path):

@@ -108,6 +108,7 @@ def test_a_model_without_a_recipe_brings_its_own_under_its_old_name_too(model, r
     made = Config.create({"model": model})
     assert (made.model, made.recipe, made.title) == (config.known_spelling("model", model), recipe, title)
     assert Config.create({"model": model, "recipe": "simple"}).recipe == "simple"
+    assert Config.create({"model": "resnet18", "pretrained": True}).recipe == "finetune"
 
 
 def test_the_config_of_an_older_run_is_filled_in_from_its_recipe():
