@@ -294,6 +294,7 @@ class _ChunkedMaxPool(torch.autograd.Function):
         height, width = ctx.shape[2] // 2 * 2, ctx.shape[3] // 2 * 2
         of_features = torch.empty_strided(ctx.shape, ctx.strides, dtype=integer)
         for chunk, gradient_chunk, place_chunk in _chunks(of_features, gradient.view(integer), places):
+            chunk.zero_()  # which brings it into the cache; the last row and column of an odd number are in no pool
             place = place_chunk.to(integer)
             is_below = torch.ge(place, ctx.shape[3], out=torch.empty_like(place))  # zeros and ones
             is_right = torch.sub(place, is_below, alpha=ctx.shape[3])
@@ -301,8 +302,6 @@ class _ChunkedMaxPool(torch.autograd.Function):
             for row, part in enumerate((gradient_chunk - below, below)):
                 right = torch.mul(part, is_right, out=chunk[:, :, row:height:2, 1::2])
                 torch.sub(part, right, out=chunk[:, :, row:height:2, :width:2])
-            chunk[:, :, height:] = 0  # the last row and column of an odd number are in no pool
-            chunk[..., width:] = 0
         return of_features.view(gradient.dtype)
 
 
