@@ -93,10 +93,10 @@ class ImageSet:
     names: str = "class {}"
     learnable: bool = True
 
-    def write(self, root: Path, parts: tuple[str, ...] = ("train", "test")) -> Path:
+    def write(self, root: Path) -> Path:
         """Write the images to root/train/CLASS/ and root/test/CLASS/."""
         random = np.random.default_rng(0)
-        for part, count in zip(parts, (self.train, self.test)):
+        for part, count in (("train", self.train), ("test", self.test)):
             for label in range(self.classes):
                 folder = root / part / self.names.format(label)
                 folder.mkdir(parents=True)

@@ -17,6 +17,7 @@ from cifar.data import Dataset, Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
 from conftest import as_nobody, quick_config
+from image_sets import ImageSet
 
 
 def test_digits_are_scikit_learns_1797_scans_as_rgb(digits):
@@ -124,15 +125,8 @@ def test_what_is_not_a_dataset_is_refused_by_a_run_and_a_check(name):
 
 
 @pytest.fixture
-def image_folder(digits, tmp_path) -> Path:
-    """150 training and 150 test images of digits, in folders that have their labels as names."""
-    for part in ("train", "test"):
-        split = getattr(digits, part)[:150]
-        for number, (image, label) in enumerate(zip(split.images, split.labels)):
-            path = tmp_path / "my digits" / part / str(int(label)) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return tmp_path / "my digits"
+def image_folder(tmp_path) -> Path:
+    return ImageSet(classes=10, train=15, test=15, names="{}").write(tmp_path / "my digits")
 
 
 def test_a_folder_is_described_without_decoding_it(image_folder, monkeypatch):

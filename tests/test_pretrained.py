@@ -2,7 +2,6 @@ import runpy
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.predict import Predictor
+from image_sets import ImageSet
 from processes import stop_after
 
 MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
@@ -21,15 +21,8 @@ MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Dataset:
-    """A folder of three classes, stripes of three directions, 10 drawn images of each in many sizes."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for number, name in enumerate(("across", "down", "slanted")):
-        (folder / name).mkdir()
-        for index in range(10):
-            rows, columns = np.mgrid[: rng.integers(30, 90), : rng.integers(30, 90)]
-            phase = (rows, columns, rows + columns)[number] // 4 + index
-            pixels = np.where(phase[..., None] % 2, rng.integers(0, 90, 3), rng.integers(160, 256, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+    """A folder of three classes with 10 drawn images of each."""
+    folder = ImageSet(classes=3, train=8, test=2, size=64).write(tmp_path_factory.mktemp("photos"))
     return datasets.find(str(folder), str(tmp_path_factory.mktemp("data")))
 
 
@@ -114,7 +107,7 @@ def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(
     evaluate.evaluate(run, photos, "cpu")
     predictor = Predictor(run, "cpu")
     assert predictor.probabilities(photos.test.images[:2]).shape == (2, 3)
-    paths = [Path(photos.key) / "down" / "3.png", tmp_path / "large.jpg"]
+    paths = [Path(photos.key) / "test" / "class 1" / "0.png", tmp_path / "large.jpg"]
     Image.new("RGB", (700, 400)).save(paths[1])
     assert [one.error for one in predictor.predict(paths)] == [None, None]
     assert export.export(run, tmp_path / "network.pt2")
