@@ -4,7 +4,6 @@ Needs hypothesis (`pip install hypothesis`). The suite draws a few inputs, alway
 draws others, for ten minutes a target. An input that failed once stays as an example.
 """
 
-import contextlib
 import copy
 import functools
 import gc
@@ -12,9 +11,7 @@ import io
 import json
 import os
 import shutil
-import socketserver
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -263,21 +260,17 @@ CONTENT = bytes(range(256)) * 8
 ARCHIVE = archive_of(CONTENT)
 
 
-class Listener(socketserver.ThreadingTCPServer):
-    """Answers each connection with the next of the `answers`, the last one for all further ones."""
+def give(answer: bytes, stays_open: bool):
+    """Return the behaviour of a server that sends this, and perhaps waits for the client to go."""
 
-    daemon_threads, allow_reuse_address = True, True
-    answers: list[tuple[bytes, bool]]
+    def behave(handler):
+        content = CONTENT[handler.start :]
+        handler.wfile.write(answer.replace(b"CONTENT", content).replace(b"LENGTH", b"%d" % len(content)))
+        handler.connection.settimeout(1)
+        while stays_open and handler.rfile.read(1):
+            pass
 
-    def finish_request(self, request, address):
-        request.settimeout(1)
-        answer, stays_open = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        with contextlib.suppress(OSError):
-            asked = request.recv(10_000)
-            content = CONTENT[int(asked.partition(b"bytes=")[2].partition(b"-")[0] or 0) :]
-            request.sendall(answer.replace(b"CONTENT", content).replace(b"LENGTH", b"%d" % len(content)))
-            while stays_open and request.recv(1):
-                pass
+    return behave
 
 
 def answers():
@@ -309,22 +302,18 @@ def answers():
 
 
 @SECONDS
-def test_downloads(tmp_path, seconds, monkeypatch, capsys):
+def test_downloads(server, tmp_path, seconds, monkeypatch, capsys):
     monkeypatch.setattr(download, "_PAUSES", (0.001,))
     monkeypatch.setattr(download, "_TIMEOUT", 0.3)
-    with Listener(("127.0.0.1", 0), None) as listener:
-        threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        url = f"http://127.0.0.1:{listener.server_address[1]}/x"
 
-        def fetch(drawn: list[tuple[bytes, bool]]) -> None:
-            listener.answers, started = list(drawn), time.process_time()
-            for file in tmp_path.iterdir():
-                file.unlink()
-            code = console.exit_code(lambda: download._download(ARCHIVE, tmp_path / "x", [url]))
-            check_printed(code, *capsys.readouterr())
-            assert (tmp_path / "x").exists() == (code == 0)
-            assert code or (tmp_path / "x").read_bytes() == CONTENT
-            assert time.process_time() - started < 5
+    def fetch(drawn: list[tuple[bytes, bool]]) -> None:
+        started, url = time.process_time(), server.play("x", *(give(*answer) for answer in drawn))
+        for file in tmp_path.iterdir():
+            file.unlink()
+        code = console.exit_code(lambda: download._download(ARCHIVE, tmp_path / "x", [url]))
+        check_printed(code, *capsys.readouterr())
+        assert (tmp_path / "x").exists() == (code == 0)
+        assert code or (tmp_path / "x").read_bytes() == CONTENT
+        assert time.process_time() - started < 5
 
-        fuzz(fetch, st.lists(answers(), min_size=1, max_size=3), seconds, count=30)
-        listener.shutdown()
+    fuzz(fetch, st.lists(answers(), min_size=1, max_size=3), seconds, count=30)
