@@ -244,16 +244,9 @@ def png(*chunks: tuple[bytes, bytes], shape=(1, 1, 8, 2), pixels: bytes = zlib.c
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def flat_png(bits: int, kind: int, channels: int, palette=()) -> bytes:
-    """100 megapixels of black."""
-    row = 1 + 10_000 * bits * channels // 8
-    return png(*palette, shape=(10_000, 10_000, bits, kind), pixels=zeros(10_000 * row + MB))
-
-
-def many_tags(count: int, size: int, width: int = 1, kind: int = 1) -> bytes:
+def many_tags(count: int, size: int) -> bytes:
     """A TIFF file, or Exif, of which many tags point to the same bytes."""
-    tags = [(1000 + tag, kind, size // width, None) for tag in range(count)]
-    return tiff(1, 1, bytes(size), *tags)
+    return tiff(1, 1, bytes(size), *((1000 + tag, 1, size, None) for tag in range(count)))
 
 
 def jpeg(marker: int, *segments: bytes) -> bytes:
@@ -292,22 +285,10 @@ def gif_comments(count: int) -> bytes:
     return whole[:start] + (b"\x21\xfe\xff" + b"x" * 255 + b"\0") * count + whole[start:]
 
 
-def webp(kind: bytes, data: bytes) -> bytes:
-    """A WebP file with large metadata: EXIF or XMP."""
-    whole = saved(sample(), "WEBP", lossless=True, exif=b"II*\0" + bytes(8), xmp=b"x")
-    body, chunk = whole[12 : whole.index(b"EXIF")], kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+def webp(exif: bytes) -> bytes:
+    whole = saved(sample(), "WEBP", lossless=True, exif=b"II*\0" + bytes(8))
+    body, chunk = whole[12 : whole.index(b"EXIF")], b"EXIF" + struct.pack("<I", len(exif)) + exif
     return b"RIFF" + struct.pack("<I", 4 + len(body + chunk)) + b"WEBP" + body + chunk
-
-
-def strips(count: int) -> bytes:
-    """A TIFF file whose strips are all the same pixel."""
-    data = zlib.compress(bytes(1))
-    entries = [(256, 4, 1, 1), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
-    start = 8 + 2 + 12 * 9 + 4
-    entries += [(273, 4, count, start), (278, 4, 1, 1), (279, 4, count, start + 4 * count)]
-    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    arrays = struct.pack("<I", start + 8 * count) * count + struct.pack("<I", len(data)) * count
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + arrays + data
 
 
 def exif_loop() -> bytes:
@@ -330,57 +311,32 @@ MEMORY, TIME, LIMIT, READ, ANY = "takes over 1 GB of memory", "takes over 5 seco
 COSTLY = {
     "TIFF, 200 tags of the same 5 MB": (lambda: many_tags(200, 5 * MB), MEMORY),
     "TIFF, 1,500 tags of the same 4 MB": (lambda: many_tags(1500, 4 * MB), MEMORY),
-    "TIFF, 50,000 tags of the same 64 kB": (lambda: many_tags(50_000, 64_000), MEMORY),
-    "TIFF, 300 tags of 500,000 fractions": (lambda: many_tags(300, 4 * MB, 8, 5), ANY),
     "PNG, Exif of 300 tags of 4 MB": (lambda: png((b"eXIf", many_tags(300, 4 * MB))), ANY),
-    "WebP, Exif of 300 tags of 4 MB": (lambda: webp(b"EXIF", many_tags(300, 4 * MB)), ANY),
+    "WebP, Exif of 300 tags of 4 MB": (lambda: webp(many_tags(300, 4 * MB)), ANY),
     "JPEG, Exif of 300 tags of 4 MB": (lambda: large_exif(300, 4 * MB), ANY),
     "JPEG, 1,000 empty scans": (lambda: empty_scans(1000), ANY),
     "JPEG, 100,000 empty scans": (lambda: empty_scans(100_000), TIME),
     "JPEG, 80,000 Exif segments": (lambda: jpeg(0xE1, *[b"Exif\0\0" + bytes(100)] * 80_000), ANY),
-    "JPEG, 80,000 profile segments": (lambda: jpeg(0xE2, *[b"ICC_PROFILE\0\1\1" + bytes(100)] * 80_000), ANY),
-    "JPEG, 1,500,000 restart intervals": (lambda: jpeg(0xDD, *[bytes(2)] * 1_500_000), ANY),
-    "JPEG, 9 MB between markers": (
-        lambda: saved(sample(), "JPEG").replace(b"\xff\xdb", b"\xff" * 9 * MB + b"\xdb", 1),
-        ANY,
-    ),
     "JPEG, Exif that points to itself": (exif_loop, READ),
-    "JPEG, 100 megapixels of CMYK, progressive": (lambda: flat("CMYK", "JPEG", progressive=True), ANY),
     "GIF, 38,000 comments": (lambda: gif_comments(38_000), ANY),
     "GIF, 3,000 frames": (lambda: moving("GIF", 3000), READ),
-    "GIF, 100 megapixels": (lambda: flat("L", "GIF"), ANY),
     "WebP, 3,000 frames": (lambda: moving("WEBP", 3000), READ),
-    "WebP, XMP of 9 MB": (lambda: webp(b"XMP ", b"<tiff:Orientation " * 500_000), ANY),
     "WebP, 100 megapixels": (lambda: flat("RGB", "WEBP", lossless=True, method=0, quality=0), MEMORY),
     "AVIF, 60 megapixels": (lambda: flat("RGB", "AVIF", 7745, speed=10), ANY),
     "PPM, 4,500,000 comments": (lambda: b"P3 1000 1000 255\n" + b"#\n" * 4_500_000, TIME),
     "PPM, a number of 9 MB": (lambda: b"P6\n" + b"1" * 9 * MB + b" 1\n255\nabc", "damaged"),
-    "PBM, plain bits": (lambda: b"P1 3000 3000\n" + b"1" * 9 * MB, ANY),
     "BMP, RLE, a pixel a line": (lambda: rle_bmp(30_000, 3300, b"\1\1\0\0" * 3300 + b"\0\1"), ANY),
     "BMP, RLE, 2,000,000 steps": (lambda: rle_bmp(10_000, 10_000, b"\0\2\0\0" * 2 * MB), ANY),
     "PNG, 800,000 private chunks": (lambda: png(*[(b"prIv", b"")] * 800_000), ANY),
-    "PNG, 500,000 texts": (lambda: png(*[(b"tEXt", b"a\0b")] * 500_000), ANY),
     "PNG, 2 GB of text": (lambda: png((b"zTXt", b"a\0\0" + zeros(2000 * MB))), LIMIT),
-    "PNG, 60 texts of 50 MB": (lambda: png(*[(b"zTXt", b"%d\0\0" % i + zeros(50 * MB)) for i in range(60)]), ANY),
     "PNG, 2 GB of profile": (lambda: png((b"iCCP", b"a\0\0" + zeros(2000 * MB))), LIMIT),
-    "PNG, 700,000 empty chunks of data": (lambda: png(*[(b"IDAT", b"")] * 700_000), ANY),
-    "PNG, 200,000 frame controls": (lambda: png((b"acTL", bytes(8)), *[(b"fcTL", bytes(26))] * 200_000), ANY),
-    "PNG, 100 megapixels with alpha of 16 bits": (lambda: flat_png(16, 6, 4), ANY),
-    "PNG, 100 megapixels of grey with 16 bits": (lambda: flat_png(16, 0, 1), ANY),
-    "PNG, 100 megapixels of a transparent palette": (
-        lambda: flat_png(8, 3, 1, [(b"PLTE", bytes(768)), (b"tRNS", bytes(256))]),
-        ANY,
-    ),
-    "PNG, 1 x 100 million": (lambda: png(shape=(1, 100 * MB, 8, 0), pixels=zeros(200 * MB)), ANY),
-    "TIFF, 100 megapixels of CMYK": (
-        lambda: tiff(10_000, 10_000, zeros(400 * MB), bits=(8, 8, 8, 8), photometric=5, compression=8),
+    "PNG, 100 megapixels with alpha of 16 bits": (
+        lambda: png(shape=(10_000, 10_000, 16, 6), pixels=zeros(10_000 * (1 + 8 * 10_000) + MB)),
         ANY,
     ),
     "TIFF, 100 megapixels of float": (
         lambda: tiff(10_000, 10_000, zeros(400 * MB), (339, 3, 1, 3), bits=(32,), compression=8),
         ANY,
     ),
-    "TIFF, 2,000,000 strips of a pixel": (lambda: strips(2 * MB), ANY),
     "ICO, 5,000 entries": (lambda: ico(5000, saved(sample(256), "PNG")), READ),
-    "ICO, 100 megapixels": (lambda: ico(1, flat_png(8, 6, 4)), ANY),
 }
