@@ -243,7 +243,7 @@ def _loader_steps(config: Config, dataset: data.Dataset, workers: int) -> Genera
 def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
     """Return torchvision's transforms, from a Pillow image to a normalized tensor, that `simple` or `convnet` needs."""
     crop: transforms.Transform = transforms.RandomCrop(split.image_size, padding=config.crop)
-    if (config.crop_scale or 1) < 1:
+    if config.crops_resized:
         crop = transforms.RandomResizedCrop(split.image_size, (config.crop_scale, 1))
     steps = [crop]
     if config.flip != "none":

@@ -325,6 +325,11 @@ class Config(BaseModel):
         return self.recipe if self.model == RECIPES[self.recipe]["model"] else f"{self.recipe} {self.model}"
 
     @property
+    def crops_resized(self) -> bool:
+        """Whether training crops parts of random sizes, and resizes them, instead of shifting images."""
+        return self.crop_scale is not None and self.crop_scale < 1
+
+    @property
     def unused(self) -> set[str]:
         """The settings that have no effect with the other settings."""
         is_unused = {
@@ -335,8 +340,8 @@ class Config(BaseModel):
             "decay_epochs": self.schedule not in ("exponential", "step"),
             "patience": not self.val_size,
             "early_stopping": not self.val_size,
-            "crop": (self.crop_scale or 1) < 1,
-            "crop_mode": not self.crop or (self.crop_scale or 1) < 1,
+            "crop": self.crops_resized,
+            "crop_mode": not self.crop or self.crops_resized,
             "small_size": not self.small_epochs,
             "hard_share": not self.hard_epochs,
         }

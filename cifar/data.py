@@ -288,7 +288,7 @@ class Batches:
     def _cropped_and_flipped(self, indices: Tensor, in_rank: Tensor, epoch: int) -> Tensor:
         """Crop and flip the images of some batches; returns those at `in_rank`, uint8."""
         images = self.split.gather(indices[in_rank].to(self.split.source.device)).to(self.device)
-        if (self.config.crop_scale or 1) < 1:
+        if self.config.crops_resized:
             from torchvision.transforms import v2 as transforms
 
             crop = transforms.RandomResizedCrop(images.shape[-2:], (self.config.crop_scale, 1.0))
