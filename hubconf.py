@@ -8,10 +8,13 @@ dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL", "joblib", "pyda
 def fast(pretrained: bool = True) -> nn.Module:
     """The network of the recipe `fast` for CIFAR-10: float images (N, 3, 32, 32) in 0..1 to logits (N, 10).
 
-    pretrained: with the weights that come with this repository; otherwise with random ones.
+    pretrained: with the weights that come with this repository, in evaluation mode; otherwise with random ones, in
+    training mode.
     """
     from cifar import evaluate, model, runs
 
     run = runs.Run(runs.SHIPPED / "fast")
     classes = run.dataset.classes
-    return evaluate.load_network(run, classes)[0] if pretrained else model.build(run.config.model, len(classes), 32)
+    if not pretrained:
+        return model.build(run.config.model, len(classes), 32)
+    return evaluate.load_network(run, classes)[0].eval()

@@ -244,7 +244,7 @@ def test_a_wrong_setting_is_a_user_error_before_any_directory_is_made(tmp_path, 
 
 HUB = """
 import sys, torch
-network = torch.hub.load(sys.argv[1], "fast", source="local").eval()
+network = torch.hub.load(sys.argv[1], "fast", source="local")
 torch.save(network(torch.load(sys.argv[2]) / 255), sys.argv[2])
 assert torch.hub.load(sys.argv[1], "fast", source="local", pretrained=False).head.out_features == 10
 """
