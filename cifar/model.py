@@ -264,14 +264,16 @@ def layers(network: nn.Module, image_size: int) -> list[LayerRecord]:
     """List the network's layers in the order in which they run, measured by running it on a black image.
 
     A layer is a module in which no other runs: attention, which computes with the weights of its parts, is one.
+    Modules that return neither a tensor nor a sequence of them are left out.
     multiply_adds counts the convolutions and matrix products of layers with weights.
     """
     names = {module: name for name, module in network.named_modules()}
     shapes: dict[str, list[int]] = {}
 
-    def record_shape(module: nn.Module, _, output: Tensor | tuple[Tensor, ...]) -> None:
-        if module in names:
-            shapes[names[module]] = list((output[0] if isinstance(output, tuple) else output).shape[1:])
+    def record_shape(module: nn.Module, _, output: object) -> None:
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if module in names and isinstance(first, Tensor):
+            shapes[names[module]] = list(first.shape[1:])
 
     image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
     was_training, was_fused = network.training, torch.backends.mha.get_fastpath_enabled()

@@ -84,7 +84,9 @@ def _original(name: str, classes: int, pretrained: bool) -> nn.Module:
     """Build a network of torchvision or timm as it is for ImageNet."""
     if name.startswith(weights.TIMM):
         return weights.optional("timm").create_model(name.removeprefix(weights.TIMM), num_classes=classes)
-    options = {}
+    options: dict[str, Any] = {}
+    if name.startswith("vit_") and pretrained:
+        options = {"image_size": weights.preprocessing(name).size}  # 518 pixels of vit_h_14
     if name in ("googlenet", "inception_v3"):
         # A second output only for training, an initialization of a minute, and the pretrained weights' normalization.
         options = {"aux_logits": False, "init_weights": False, "transform_input": pretrained}
@@ -126,8 +128,9 @@ def _first(network: nn.Module, kind: type[nn.Module]) -> tuple[str, Any]:
 def _input_size(network: nn.Module, name: str, image_size: int, pretrained: bool) -> int:
     """Return the size of the images, perhaps enlarged, that the network computes with: the first that it takes."""
     sizes, otherwise = [image_size, 2 * image_size, 4 * image_size, 8 * image_size], 224
-    if pretrained:
+    if pretrained or name.startswith(weights.TIMM):
         otherwise = weights.preprocessing(name).size
+    if pretrained:
         sizes = [min(4 * image_size, otherwise) if image_size <= _SMALL else image_size]
     for size in sizes:
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # raised for a size that it does not take
@@ -137,10 +140,10 @@ def _input_size(network: nn.Module, name: str, image_size: int, pretrained: bool
 
 
 @torch.no_grad()
-def _try(network: nn.Module, size: int) -> Tensor:
-    """Run the network on two black images, without changing its statistics."""
+def _try(network: nn.Module, size: int, count: int = 2) -> Tensor:
+    """Run the network on black images, without changing its statistics."""
     try:
-        return network.eval()(torch.zeros(2, 3, size, size))
+        return network.eval()(torch.zeros(count, 3, size, size))
     finally:
         network.train()
 
@@ -166,14 +169,15 @@ def _users_network(name: str, classes: int, image_size: int) -> nn.Module:
     if not isinstance(network, nn.Module) or not any(parameter.requires_grad for parameter in network.parameters()):
         kind = type(network).__name__
         raise UserError(f"{call} returns {kind} instead of a torch.nn.Module with trainable parameters")
-    images = f"images of shape {(2, 3, image_size, image_size)}"
-    try:
-        logits = _try(network, image_size)
-    except Exception as error:
-        raise UserError(f"{call} fails on {images}: {describe(error)}") from None
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (2, classes):
-        raise UserError(f"{call} returns {shape} for {images} instead of logits of shape {(2, classes)}")
+    for count in (2, 1):  # of one image, `squeeze` would drop the first dimension
+        images = f"images of shape {(count, 3, image_size, image_size)}"
+        try:
+            logits = _try(network, image_size, count)
+        except Exception as error:
+            raise UserError(f"{call} fails on {images}: {describe(error)}") from None
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if shape != (count, classes):
+            raise UserError(f"{call} returns {shape} for {images} instead of logits of shape {(count, classes)}")
     return network
 
 

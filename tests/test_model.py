@@ -115,6 +115,19 @@ def test_attention_is_one_layer_whose_products_are_counted():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_modules_that_return_no_single_tensor_are_no_obstacle():
+    class Branches(nn.Module):
+        def forward(self, features):
+            return {"first": features, "second": features}
+
+    class Sum(nn.Linear):
+        def forward(self, branches):
+            return super().forward(branches["first"] + branches["second"])
+
+    summary = model.layers(nn.Sequential(nn.Flatten(), Branches(), Sum(48, 2)), 4)
+    assert [(layer.kind, layer.output_shape) for layer in summary] == [("Flatten", [48]), ("Sum", [2])]
+
+
 def test_layers_are_listed_as_they_run_with_their_output_shapes():
     summary = model.layers(model.build("convnet", 10, 32), 32)
     assert [layer.kind for layer in summary[:5]] == ["Normalize", "Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"]

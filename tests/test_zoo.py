@@ -52,8 +52,13 @@ def test_a_vision_transformer_sees_eight_by_eight_patches():
             assert next(layer.output_shape for layer in summary if layer.kind == "Conv2d") == [768, 8, 8]
 
 
-@pytest.mark.parametrize(("name", "size"), [("alexnet", 64), ("inception_v3", 128), ("maxvit_t", 224)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("alexnet", 64), ("inception_v3", 128), ("maxvit_t", 224), ("timm/eva02_tiny_patch14_336", 336)],
+)
 def test_images_that_are_too_small_for_the_network_are_enlarged(name, size):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
     with torch.device("meta"):
         modules = zoo.modules(name, 10, 32)
         assert modules["enlarge"](torch.zeros(1, 3, 32, 32)).shape[-1] == size
@@ -72,6 +77,7 @@ build = my_parts.chain
 lacks_the_parameter = lambda classes: nn.Linear(1, classes)
 nothing = lambda num_classes: None
 untrainable = lambda num_classes: nn.Flatten()
+squeezed = lambda num_classes: my_parts.chain(num_classes, my_parts.Squeeze())
 wrong_count = lambda num_classes: my_parts.chain(num_classes + 1)
 wrong_input = lambda num_classes: nn.Linear(5, num_classes)
 
@@ -87,9 +93,14 @@ PARTS = """
 from torch import nn
 
 
-def chain(num_classes):
+class Squeeze(nn.Flatten):
+    def forward(self, features):
+        return super().forward(features).squeeze()
+
+
+def chain(num_classes, flatten=nn.Flatten()):
     features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4))
-    return nn.Sequential(*features, nn.Flatten(), nn.Linear(128, num_classes))
+    return nn.Sequential(*features, flatten, nn.Linear(128, num_classes))
 """
 
 
@@ -143,6 +154,7 @@ def test_a_users_network_is_imported_only_if_the_user_names_it_and_not_only_a_fi
         ("my_network:nothing", r"returns NoneType instead of a torch.nn.Module with trainable parameters"),
         ("my_network:untrainable", r"returns Flatten instead of a torch.nn.Module with trainable parameters"),
         ("my_network:wrong_count", r"returns \(2, 11\) for images .* instead of logits of shape \(2, 10\)"),
+        ("my_network:squeezed", r"returns \(10,\) for images of shape \(1, 3, 32, 32\) instead of logits"),
         ("my_network:wrong_input", r"fails on images of shape \(2, 3, 32, 32\): RuntimeError"),
         ("my_network:two_outputs", r"returns tuple for images of shape \(2, 3, 32, 32\)"),
     ],
