@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from cifar import console, device
 from cifar.config import LOCATIONS, MAX_CLASSES, MAX_IMAGE_SIZE, PIPELINE, Config, known_spelling
 from cifar.data import Dataset
-from cifar.errors import UserError, display_path
+from cifar.errors import UserError, display_path, out_of_memory
 from cifar.files import atomic_write
 from cifar.records import EpochRecord
-from cifar.runs import Run
+from cifar.runs import SUMMARY, Run
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
@@ -50,6 +50,7 @@ class Checkpointer:
         self.unsaved_best: dict[str, Any] | None = None
         self.saved_step = (training.epoch, training.step)
         self.saved_at = time.monotonic()
+        self.last_is_intact = True  # or else the next save leaves previous.pt as it is
 
     def resume(self) -> bool:
         """Restore the last checkpoint and the history up to it; returns whether there is one.
@@ -66,6 +67,7 @@ class Checkpointer:
                 continue
             if path == self.previous:
                 console.banner(f"{problem or f'{self.last} is missing'}: resuming from {self.previous.name}.")
+                self.last_is_intact = False
             self.saved_step = (self.training.epoch, self.training.step)
             self._prepare_run(self.training.epoch - 1)
             return True
@@ -75,8 +77,11 @@ class Checkpointer:
         return False
 
     def _unusable(self, problem: UserError) -> UserError:
-        command = f"{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}"
-        return UserError(f"{problem}; to start over, run `{command}`")
+        if (self.run.path.parent / SUMMARY).exists():
+            hint = f"remove {display_path(self.run.path)} and run `{self.run.resume_command}`"
+        else:
+            hint = f"run `{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}`"
+        return UserError(f"{problem}; to start over, {hint}")
 
     def save_if_due(self, signal_number: int | None) -> None:
         """Save if the last time is long ago. Raises Interrupted, after saving, if there is a signal."""
@@ -110,7 +115,9 @@ class Checkpointer:
                 save(self.best, self.unsaved_best)
             state, outputs = self.training.state_dict(), self._outputs()
             training = {"requirements": self.requirements, "state": state, "outputs": outputs}
-            save(self.last, {**self._content(self.training.network), "training": training}, self.previous)
+            replaced = self.previous if self.last_is_intact else None
+            save(self.last, {**self._content(self.training.network), "training": training}, replaced)
+            self.last_is_intact = True
         self.unsaved_best, self.saved_step, self.saved_at = None, now, time.monotonic()
 
     def _outputs(self) -> Tensor:
@@ -146,9 +153,9 @@ class Checkpointer:
             if not all(leaf.isfinite().all() for leaf in tree_leaves(training["state"]) if isinstance(leaf, Tensor)):
                 raise ValueError("a value is not finite")
             self.training.load_state_dict(training["state"])
-        except torch.OutOfMemoryError:
-            raise
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"the checkpoint {path} is damaged: {error}") from None
         if self.training.best_epoch:
             best = load(self.best)
@@ -205,7 +212,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}: it was removed, or none has been saved yet") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception:  # a damaged file can make the unpickler raise anything
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        if out_of_memory(error):
+            raise
         raise UserError(f"the checkpoint {path} is damaged or not from this program") from None
     if not isinstance(content, dict) or content.keys() - {"training"} != _KEYS or content["format"] != FORMAT:
         raise UserError(f"the checkpoint {path} is not of format {FORMAT}")

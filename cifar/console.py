@@ -38,7 +38,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cifar.errors import UserError, describe
+from cifar.errors import UserError, describe, out_of_memory
 from cifar.records import EpochRecord
 
 _REFRESH_SECONDS = 0.25
@@ -51,9 +51,6 @@ _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # the terminal is closed
 ENDING = [number for number in (signal.SIGTERM, _HANG_UP) if number]
 _NO_BREAK = "\ue000"  # stands for a space at which a line must not end
 _NAME = TextColumn("{task.description}", markup=False)
-# What torch, the dynamic linker, Python and the system say.
-_NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory")
-_NO_GPU_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 
 
 class _Console(Console):
@@ -252,11 +249,8 @@ def _redeliver(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def _system_error(problem: Exception) -> str | None:
     """Word an error that the system reports: a file, or memory; None for any other, which is a bug."""
-    name = type(problem).__name__  # torch.OutOfMemoryError, without the import of torch
-    if name == "OutOfMemoryError" or any(text in str(problem) for text in _NO_GPU_MEMORY):
-        return "the GPU is out of memory: close other programs on it; in training, a smaller --batch-size needs less"
-    if name == "MemoryError" or any(text in str(problem) for text in _NO_MEMORY):
-        return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
+    if sentence := out_of_memory(problem):
+        return sentence
     if isinstance(problem, OSError):
         if problem.errno == errno.ENOSPC and not problem.filename:
             return "the disk is full (writing standard output or a temporary file): make room"

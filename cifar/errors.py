@@ -6,6 +6,10 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# What torch, the dynamic linker, Python and the system say.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment", "can't start new thread", "Cannot allocate memory")
+_NO_GPU_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+
 
 class UserError(ValueError):
     """A mistake that the user can fix; its message is one sentence, shown without a traceback."""
@@ -60,6 +64,16 @@ def describe(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message; those of torch and NumPy can have many, and blank ones."""
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Word the error if it says that the computer, or its GPU, has no memory left; None for any other."""
+    name = type(error).__name__  # torch.OutOfMemoryError, without the import of torch
+    if name == "OutOfMemoryError" or any(text in str(error) for text in _NO_GPU_MEMORY):
+        return "the GPU is out of memory: close other programs on it; in training, a smaller --batch-size needs less"
+    if name == "MemoryError" or any(text in str(error) for text in _NO_MEMORY):
+        return "out of memory: close other programs or raise the limit; in training, a smaller --batch-size needs less"
+    return None
 
 
 def csv_cell(value: Any) -> Any:

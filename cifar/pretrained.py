@@ -18,7 +18,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision import models
 
 from cifar import checkpoint, console
-from cifar.errors import UserError, first_line, listing
+from cifar.errors import UserError, first_line, listing, out_of_memory
 
 TIMM = "timm/"  # what the names of timm's networks begin with here
 # The second output of GoogLeNet and Inception, which only their training from scratch uses.
@@ -116,7 +116,9 @@ def read(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if not zipfile.is_zipfile(path) or checkpoint.is_stored(path) else None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except Exception:  # a damaged file can make the unpickler raise anything
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        if out_of_memory(error):
+            raise
         content = None
     for key in ("state_dict", "model"):  # of the training scripts of timm and of torchvision
         if isinstance(content, dict) and isinstance(content.get(key), dict):

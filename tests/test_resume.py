@@ -292,6 +292,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(inte
     said = " ".join(interrupted.said().replace("│", " ").split())
     assert "last.pt is damaged or not from this program: resuming from previous.pt." in said
     assert interrupted.run.record.resumed[0].step == 0
+    checkpoint.load(interrupted.run.checkpoints / "previous.pt")  # not replaced by the damaged one
 
 
 @pytest.mark.slow
@@ -361,6 +362,16 @@ def test_files_that_cannot_be_resumed_are_refused_with_the_command_to_start_over
         resume(interrupted, digits)
 
 
+def test_a_damaged_run_of_several_seeds_is_started_over_by_the_command_of_all(interrupted, digits):
+    interrupted.run.update(command=["main.py", "--seeds", "2"])
+    (interrupted.run.path.parent / "summary.json").touch()
+    truncate(interrupted.run.checkpoints / "best.pt")
+    group = re.escape(display_path(interrupted.run.path.parent.parent))
+    hint = f"start over, remove .*{interrupted.run.path.name} and run `python main.py --seeds 2 --output-dir {group}`$"
+    with pytest.raises(UserError, match=hint):
+        resume(interrupted, digits)
+
+
 def test_a_run_whose_settings_or_images_have_changed_is_refused(interrupted, digits, monkeypatch):
     interrupted.run.write("config.json", {**interrupted.run.config.model_dump(), "epochs": 9})
     change_checkpoints(interrupted.run, lambda content: content["training"]["requirements"].update(seed=5))
@@ -382,16 +393,26 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(in
     assert interrupted.run.record.status == "completed"
 
 
-def test_a_full_gpu_is_one_sentence_with_the_cure_and_not_taken_for_a_damaged_file(
-    interrupted, digits, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("place", "error", "start"),
+    [
+        (
+            (trainer.Training, "load_state_dict"),
+            torch.OutOfMemoryError("CUDA out of memory.\nSee"),
+            "the GPU is out of",
+        ),
+        ((torch, "load"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_with_the_cure_and_not_taken_for_a_damaged_file(
+    interrupted, digits, monkeypatch, capsys, place, error, start
 ):
-    def fill_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+    def fill_memory(*_, **__):
+        raise error
 
-    monkeypatch.setattr(trainer.Training, "load_state_dict", fill_memory)
+    monkeypatch.setattr(*place, fill_memory)
     assert console.exit_code(lambda: resume(interrupted, digits)) == 1
-    sentence = r"error: the GPU is out of memory: [^\n]* a smaller --batch-size [^\n]*\n"
-    assert re.fullmatch(sentence, capsys.readouterr().err)
+    assert re.fullmatch(rf"error: {start} memory: [^\n]* a smaller --batch-size [^\n]*\n", capsys.readouterr().err)
 
 
 def test_a_network_whose_code_has_changed_is_mentioned(interrupted, digits, monkeypatch, capsys):
