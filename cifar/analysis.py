@@ -183,9 +183,9 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str) -> Corrupt
     order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
     split = dataset.test[order[:_MAX_CORRUPTED]]
 
-    def measure(change: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        parts = [evaluate.infer(network, change(part.images), precision=precision) for part in split.chunks()]
-        logits = torch.cat(parts)
+    def measure(change: Callable[..., Tensor]) -> dict[str, float]:
+        parts = (change(part.images, seed=seed + number) for number, part in enumerate(split.chunks()))
+        logits = torch.cat([evaluate.infer(network, images, precision=precision) for images in parts])
         error = metrics.reliability(logits.numpy() / temperature, split.labels.numpy())["expected_calibration_error"]
         accuracy = (logits.argmax(1) == split.labels).float().mean().item()
         return {"accuracy": accuracy, "expected_calibration_error": error}
@@ -194,10 +194,10 @@ def measure_corruptions(run: Run, dataset: Dataset, device_name: str) -> Corrupt
     with console.counting_bar("corruptions", sum(map(len, CORRUPTIONS.values()))) as advance:
         for kind, amounts in CORRUPTIONS.items():
             for severity, amount in enumerate(amounts, start=1):
-                measured = measure(functools.partial(corrupt, kind=kind, amount=amount, seed=seed))
+                measured = measure(functools.partial(corrupt, kind=kind, amount=amount))
                 table[kind].append({"severity": severity, "amount": amount, **measured})
                 advance(1)
-    clean, cells = measure(lambda images: images), list(chain(*table.values()))
+    clean, cells = measure(lambda images, seed: images), list(chain(*table.values()))
     mean = {key: float(np.mean([cell[key] for cell in cells])) for key in clean}
     content = {"dataset": dataset.name, "split": "test", "n": len(split), "seed": seed, "temperature": temperature}
     run.write("corruptions.json", content | {"clean": clean, "mean": mean, "corruptions": table})

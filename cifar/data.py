@@ -266,8 +266,12 @@ class Batches:
             in_rank = torch.arange(len(indices), device=indices.device).view(-1, batch_size)[:, rank_slice].flatten()
             augmented = self._cropped_and_flipped(indices, in_rank, epoch)
             if config.auto_augment != "none":
+                from torchvision.transforms import v2 as transforms
+
+                randaugment = config.auto_augment == "randaugment"  # arXiv:1909.13719; trivialaugment: arXiv:2103.10158
+                auto_augment = transforms.RandAugment() if randaugment else transforms.TrivialAugmentWide()
                 seeds = self._seeds(len(indices) // _ALIKE + 1)[in_rank // _ALIKE]
-                augmented = transform_by_seed(_auto_augment(config.auto_augment), augmented, seeds)
+                augmented = transform_by_seed(auto_augment, augmented, seeds)
             parts = augmented.split(rank_size), self.labels[indices[in_rank]].split(rank_size)
             for images, labels, batch_indices in zip(*parts, indices.split(batch_size)):
                 images = to_float(images, layout)
@@ -388,13 +392,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def _auto_augment(name: str) -> Callable[[Tensor], Tensor]:
-    """Return torchvision's RandAugment or TrivialAugment (arXiv:1909.13719, arXiv:2103.10158)."""
-    from torchvision.transforms import v2 as transforms
-
-    return transforms.RandAugment() if name == "randaugment" else transforms.TrivialAugmentWide()
 
 
 def transform_by_seed(transform: Callable[[Tensor], Tensor], images: Tensor, seeds: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import precision_recall_curve
 
-from cifar import analysis, records
+from cifar import analysis, data, records
 from cifar.errors import UserError
 from cifar.records import Metrics
 from cifar.runs import Run
@@ -172,17 +172,28 @@ def test_clean_images_score_as_in_metrics_json(corrupted_run, digits):
     assert content.mean.accuracy == pytest.approx(np.mean([cell.accuracy for cell in cells]))
 
 
-def test_many_images_are_sampled_by_the_seed(evaluated_run, digits, tmp_path, monkeypatch):
+def test_many_images_are_sampled_by_the_seed_and_each_chunk_is_corrupted_by_its_own(
+    evaluated_run, digits, tmp_path, monkeypatch
+):
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
     monkeypatch.setattr(analysis, "_MAX_CORRUPTED", 100)
     monkeypatch.setattr(analysis, "CORRUPTIONS", {"darkness": (0.5,)})
-    samples, corrupt = [], analysis.corrupt
-    monkeypatch.setattr(analysis, "corrupt", lambda images, **how: samples.append(images) or corrupt(images, **how))
+    monkeypatch.setattr(data, "_CHUNK_PIXELS", 50 * digits.test.image_size**2)
+    samples, seeds = [], []
+
+    def corrupt(images: torch.Tensor, kind: str, amount: float, seed: int) -> torch.Tensor:
+        samples.append(images)
+        seeds.append(seed)
+        return images
+
+    monkeypatch.setattr(analysis, "corrupt", corrupt)
     for seed in (0, 0, 1):
         run.write("config.json", run.config.replace(seed=seed).model_dump())
         assert analysis.measure_corruptions(run, digits, "cpu").n == 100
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], samples[2])
+    first, again, other = (torch.cat(samples[start : start + 2]) for start in (0, 2, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (seeds[0] != seeds[1], seeds[:2]) == (True, seeds[2:4])
 
 
 def test_corruptions_are_printed_mildest_first_with_their_means(capsys):
