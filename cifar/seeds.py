@@ -82,6 +82,8 @@ def run(config: Config) -> None:
                 started = pipeline.resume(str(members[seed].path), {"data_dir": member.data_dir})
             else:
                 started = pipeline.create(member)
+                if is_first:
+                    started[0].update(note=group.summary.note)  # `member` names the dataset that was found
             pipeline.run_stages(*started)
             finished.append(started[0])
         if is_first:
