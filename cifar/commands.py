@@ -344,6 +344,8 @@ def _spelled(words: deque[str], tasks: Mapping[str, Task]) -> list[str]:
         word = words[0]
         if command and word.startswith("-") and word != "-":  # which is standard input
             name, value = take_flag(words, takes_value, command)
+            if value is True and takes_value[name] is None:
+                value = "yes"  # or invoke would not know whether the next task is its value
             flags[name] = name if value is True else f"{name}={value}"  # of one that is given twice, the last counts
         elif words_flag:
             if not word.strip():

@@ -211,6 +211,12 @@ def test_a_switch_takes_the_next_word_only_if_that_is_yes_or_no():
     assert take_flag(deque(["--resume", "evaluate"]), {"--resume": None}, "main.py") == ("--resume", "evaluate")
 
 
+def test_a_switch_may_stand_before_the_next_task(tmp_path):
+    flags = ("--dataset", "digits", "--epochs", "1", "--output-dir", str(tmp_path))
+    code, _, err = invoke("train", *flags, "--model", "my_network:build", "--pretrained", "evaluate")
+    assert (code, "no pretrained weights for my_network:build" in err) == (1, True)
+
+
 def test_the_tasks_of_a_chain_use_the_run_of_the_first_and_corruptions_enter_its_report(
     evaluated_run, images, tmp_path, monkeypatch
 ):
