@@ -291,7 +291,7 @@ class Config(BaseModel):
             model = known_spelling("model", str(settings["model"]))
             recipe = next((name for name, values in RECIPES.items() if values["model"] == model), "plain")
             settings.setdefault("recipe", "plain" if recipe == "finetune" else recipe)
-        settings.setdefault("data_dir", os.environ.get("CIFAR_DATA_DIR") or display_path(HOME / "data"))
+        settings.setdefault("data_dir", shared_data_dir() or display_path(HOME / "data"))
         settings.setdefault("output_dir", display_path(HOME / "outputs"))
         config = cls(**settings)
         preset = RECIPES[config.recipe]
@@ -349,6 +349,11 @@ class Config(BaseModel):
 
 
 FIELDS = tuple(Config.model_fields)
+
+
+def shared_data_dir() -> str:
+    """Return the folder that the environment variable CIFAR_DATA_DIR names, or nothing."""
+    return os.path.expanduser(os.environ.get("CIFAR_DATA_DIR", ""))
 
 
 def allow_model(name: str | None) -> None:

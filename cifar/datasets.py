@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from cifar import config as settings
 from cifar import console, device, download, folder
-from cifar.config import DATASETS, HOME, IMAGE_FOLDER, Config
+from cifar.config import DATASETS, HOME, IMAGE_FOLDER, Config, shared_data_dir
 from cifar.data import Dataset, Split, train_val_split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError, display_path, known_name, listing
@@ -114,7 +114,7 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     # Where the run found it, unless that was relative to another working directory.
     recorded = config.data_dir if os.path.exists(config.data_dir) else str(HOME / "data")
     if config.dataset in DATASETS:
-        data_dir = data_dir or os.environ.get("CIFAR_DATA_DIR") or recorded
+        data_dir = data_dir or shared_data_dir() or recorded
         return find(config.dataset, data_dir, config.image_size, mirror or config.mirror)
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
@@ -214,7 +214,7 @@ def _read_digits(part: str) -> Split:
 def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> Dataset:
     root = _folder_root(name)
     # Where others look for CIFAR, and among the images themselves, the decoded images would be in the way.
-    place, shared = os.path.realpath(data_dir), os.path.expanduser(os.environ.get("CIFAR_DATA_DIR", ""))
+    place, shared = os.path.realpath(data_dir), shared_data_dir()
     is_shared = (shared and place == os.path.realpath(shared)) or Path(place).is_relative_to(root)
     if is_shared or data_dir.is_file() or any(download.find(archive, data_dir) for archive in ARCHIVES.values()):
         data_dir = HOME / "data"
@@ -233,6 +233,6 @@ def _folder_root(name: str) -> Path:
         return Path(name).resolve()
     if os.path.exists(name):
         raise UserError(f"{name} is a file: --dataset takes {IMAGE_FOLDER}")
-    if os.sep in name:
+    if "/" in name or os.sep in name:
         raise UserError(f"there is no folder {name}, or it may not be read")
     return Path(known_name("dataset", name, DATASETS, others=IMAGE_FOLDER))  # raises: it is not one of them

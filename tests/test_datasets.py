@@ -193,6 +193,16 @@ def test_a_folder_that_was_moved_is_found_by_data_dir_if_it_has_the_images(image
         datasets.of_run(run, str(moved))
 
 
+def test_the_home_directory_in_the_variable_of_the_data_is_understood_by_training_and_later(monkeypatch, small_cifar10):
+    monkeypatch.setenv("HOME", str(small_cifar10.parent))
+    monkeypatch.setenv("CIFAR_DATA_DIR", f"~/{small_cifar10.name}")
+    settings = config.Config.create({"dataset": "cifar10"})
+    dataset = datasets.find("cifar10", settings.data_dir)
+    record = SimpleNamespace(train_sha256=dataset.train.sha256())
+    again = datasets.of_run(SimpleNamespace(config=settings, dataset=record, path=Path("run")), None)
+    assert again.location == dataset.location
+
+
 def test_a_table_of_labels_that_was_moved_with_its_folder_is_found_there(image_folder, tmp_path):
     files = [path.relative_to(image_folder) for path in sorted(image_folder.rglob("*.png"))]
     table = image_folder / "labels.csv"

@@ -139,9 +139,13 @@ def test_threads_that_do_not_fit_the_cores_are_reported(monkeypatch, threads, lo
     assert (found.level, found.fix) == (level, fix)
 
 
-@pytest.mark.parametrize(("free", "level"), [(4e9, "ok"), (1.5e9, "warning")])
-def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, level):
+@pytest.mark.parametrize(
+    ("free", "bfloat16", "level"),
+    [(2.5e9, True, "ok"), (1.5e9, True, "warning"), (4e9, False, "ok"), (2.5e9, False, "warning")],
+)
+def test_memory_is_compared_with_what_fast_needs(monkeypatch, free, bfloat16, level):
     monkeypatch.setattr(device, "memory", lambda: (8e9, free))
+    monkeypatch.setattr(device, "has_bfloat16", lambda _: bfloat16)
     assert only("memory", doctor._memory()).level == level
 
 
