@@ -37,7 +37,7 @@ def load(
     config = Config.create({"device": str(device), "output_dir": output_dir})
     if run == "":
         raise UserError("the run needs a name or a path")
-    found = run if isinstance(run, runs.Run) else runs.find(config.output_dir, str(run))
+    found = run if isinstance(run, runs.Run) else runs.find(config.output_dir, os.path.expanduser(str(run)))
     found.allow_model(model)
     return predict.Predictor(found, config.device)
 
@@ -67,6 +67,8 @@ def train(
     checked = Config.create(given)
     if checked.seeds > 1:
         raise UserError("train() makes one run: call it with seed=0, seed=1 and so on instead of seeds")
+    if verbose:
+        console.escape_unencodable()
     with console.silenced(not verbose):
         from cifar import pipeline
 

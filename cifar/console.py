@@ -60,7 +60,7 @@ class _Console(Console):
         if "ipykernel" in sys.modules:  # in a notebook, each redrawn line would stay: it gets those of a pipe
             options |= {"force_jupyter": False, "force_terminal": False}
         super().__init__(highlight=False, **options)
-        if not self.file.isatty():  # whatever FORCE_COLOR says
+        if not getattr(self.file, "isatty", bool)():  # whatever FORCE_COLOR says; a user's own stream may lack it
             self.width = _PIPE_WIDTH
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -202,6 +202,7 @@ def exit_code(action: Callable[[], None]) -> int:
 
     Returns 0, 1 for an error, 2 for invalid usage, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP.
     """
+    escape_unencodable()
     _open_standard_streams()
     hook, sys.unraisablehook = sys.unraisablehook, _redeliver
     try:
@@ -223,14 +224,15 @@ def exit_code(action: Callable[[], None]) -> int:
     return 0
 
 
-def _open_standard_streams() -> None:
-    """Escape what the terminal's encoding lacks; keep files from taking the number of a stream that is closed.
-
-    What libraries print would be written into such a file.
-    """
+def escape_unencodable() -> None:
+    """Have standard output and standard error escape what their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _open_standard_streams() -> None:
+    """Keep files from taking the number of a standard stream that is closed: what libraries print would be in them."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -73,6 +73,8 @@ def as_source(image: AnyImage) -> Source:
     if isinstance(image, Path | bytes):
         return image
     if hasattr(image, "read"):  # an opened file
+        if isinstance(image, io.TextIOBase):
+            raise UserError("the file is open as text: open(path, 'rb') opens it as bytes")
         return image.read()
     if isinstance(image, Tensor):
         image = image.detach().cpu()

@@ -89,7 +89,7 @@ class Predictor:
         `images.as_source`). fit: what happens to an image that is not square, crop or letterbox.
         Raises UserError for what is none of these.
         """
-        is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
+        is_one = isinstance(images, str | Path | bytes | Image.Image) or getattr(images, "ndim", 4) in (0, 2, 3)
         is_one = is_one or hasattr(images, "read") or not isinstance(images, Iterable)
         several = cast("Iterable[AnyImage]", [images] if is_one else images)
         return list(self.stream(several, fit))

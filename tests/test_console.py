@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -338,6 +339,14 @@ def test_a_signal_that_this_process_was_started_to_ignore_stays_ignored():
             assert received() is None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_ones_own_stream_need_not_be_a_terminals(monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    monkeypatch.setattr(console, "out", console._Console())
+    console.say("a" * 200)
+    assert "".join(written) == "a" * 200 + "\n"
 
 
 def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch):

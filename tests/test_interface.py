@@ -184,7 +184,10 @@ def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast):
     np.testing.assert_array_equal(read.probabilities, expected.probabilities)
     with pytest.raises(UserError, match="int is no image"):
         fast.predict(5)
+    with pytest.raises(UserError, match="open as text"):
+        fast.predict(io.StringIO("x"))
     assert fast.predict("a\0b.png")[0].error
+    assert [one.source for one in fast.predict(np.array(["a.png", "b.png"]))] == ["a.png", "b.png"]
 
 
 def test_mistakes_are_user_errors(fast, tmp_path):
