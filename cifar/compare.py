@@ -149,7 +149,8 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     """
     if repeated := {run.path for run in found if found.count(run) > 1}:
         path = min(repeated)
-        raise UserError(f"{path.name if len(repeated) == 1 else path.parent.name} is given twice")
+        is_group = len(repeated) > 1 and (path.parent / runs.SUMMARY).exists()
+        raise UserError(f"{path.parent.name if is_group else path.name} is given twice")
     groups: dict[Path, list[Run]] = defaultdict(list)
     for run in found:
         groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)

@@ -31,7 +31,10 @@ _ORDER = ("train", "val", "test")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 # What systems leave in folders, in lower case.
-_LITTER = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
+_LITTER = (
+    *("thumbs.db", "desktop.ini", "icon\r", "__macosx", "lost+found", "@eadir", "#recycle", "$recycle.bin"),
+    "system volume information",
+)
 # The extensions, or none, of images that the decoder reads, and of some that it does not.
 _IMAGES = (
     *("", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff"),

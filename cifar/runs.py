@@ -334,7 +334,7 @@ def _git(*arguments: str) -> str | None:
         return None  # the repository around an installed package is somebody else's
     command = ["git", "-C", str(PROJECT), *arguments]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10).decode(errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -208,7 +208,10 @@ def test_a_mistake_is_one_sentence(tmp_path):
     first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
     with pytest.raises(UserError, match="a is given twice"):
         compare.compare([first, second, first])
+    with pytest.raises(UserError, match=r"^a is given twice"):
+        compare.compare([first, first, second, second])
     group = [erring_run(tmp_path / "seeds" / name, [0]) for name in ("a", "b")]
+    (tmp_path / "seeds" / "summary.json").touch()
     with pytest.raises(UserError, match=r"^seeds is given twice"):
         compare.compare([*group, first, *group])
     with pytest.raises(UserError, match="a comparison takes 2 to 26 runs, not 1;"):

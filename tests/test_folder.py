@@ -60,7 +60,7 @@ def pixels(split) -> set[bytes]:
 def test_each_image_is_decoded_and_labelled_with_its_class(root, size):
     (root / "train" / "cat" / "inner").mkdir()
     (root / "train" / "cat" / "1-000.png").rename(root / "train" / "cat" / "inner" / "1-000.png")
-    for litter in (".hidden", "Thumbs.db", "desktop.ini"):
+    for litter in (".hidden", "Thumbs.db", "desktop.ini", "Icon\r"):
         (root / "train" / "cat" / litter).write_bytes(b"not counted")
     for litter in ("__MACOSX/cat", "lost+found", "train/.ipynb_checkpoints", "test/cat/@eaDir"):
         fill(root / litter, 1, seed=60)

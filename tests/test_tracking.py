@@ -65,6 +65,14 @@ def test_trackio_gets_them_in_its_database(track, tmp_path):
     assert ["val_accuracy" in rows[0][2], "test_accuracy_tta" in rows[2][2]] == [True, True]
 
 
+def test_a_folder_of_a_trackers_name_is_not_its_package(tmp_path, monkeypatch):
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(UserError, match=r"^--track trackio needs a package"):
+        tracking.require("trackio")
+
+
 def test_a_tracker_that_is_not_installed_or_cannot_start_is_one_sentence(tmp_path, monkeypatch, make_run):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^--track wandb needs a package .* `pip install wandb`$"):
