@@ -77,7 +77,7 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
         return given
     if is_resumed:
         raise UsageError("--resume takes the settings of the run: leave out --config")
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     path = path / "config.json" if path.is_dir() else path
     settings = _read_settings(path)
     if "epochs" in given:
