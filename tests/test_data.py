@@ -160,10 +160,8 @@ def test_cutout_fills_one_square_of_each_image_anywhere_within_it_with_the_mean_
     assert corners == {(row, column) for row in range(6) for column in range(6)}
 
 
-@pytest.mark.parametrize(
-    "transform", [transforms.RandAugment(), transforms.TrivialAugmentWide(), transforms.RandomResizedCrop(32)]
-)
-def test_torchvisions_transforms_are_drawn_by_the_seeds_alone(transform):
+def test_a_transform_of_torchvision_is_drawn_by_the_seeds_alone():
+    transform = transforms.RandAugment()
     images, seeds = random_images(40, size=32), torch.arange(20).repeat_interleave(2)
     torch.manual_seed(5)
     augmented = data.transform_by_seed(transform, images, seeds)
@@ -174,7 +172,7 @@ def test_torchvisions_transforms_are_drawn_by_the_seeds_alone(transform):
         assert torch.equal(augmented[pair], transform(images[pair]))
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), after)
-    assert 10 < sum((image != before).any() for image, before in zip(augmented, images)) <= 40
+    assert sum((image != before).any() for image, before in zip(augmented, images)) > 10
 
 
 def test_batches_augment_few_neighbours_alike_with_new_operations_in_each_epoch():
@@ -188,13 +186,11 @@ def test_batches_augment_few_neighbours_alike_with_new_operations_in_each_epoch(
 
 
 def test_mixup_adds_each_image_to_the_one_before_in_the_proportion_of_the_targets():
-    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    images, labels, one_hot = torch.rand(3, 3, 8, 8), torch.arange(3), torch.eye(3, 4)
     mixed, targets = data.mix(images, labels, 4, mixup=1.0, cutmix=0.0, seed=3)
     share = targets[1, 1]
     assert 0.02 < share < 0.98
-    expected = [[share, 0, 0, 0], [1 - share, share, 0, 0], [0, 1 - share, share, 0], [share, 0, 1 - share, 0]]
-    expected[0][0] = 1.0  # the image before the first is the last, of the same class
-    torch.testing.assert_close(targets, torch.tensor(expected))
+    torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot.roll(1, 0))
     torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
 
 
@@ -282,13 +278,12 @@ SETTINGS = {"crop": 2, "flip": "random", "jitter": 0.2, "cutout": 9, "auto_augme
 SETTINGS |= {"mixup": 0.5, "cutmix": 1.0}
 
 
-@pytest.mark.parametrize("crop_scale", [None, 0.5])
-def test_batches_follow_their_generator_alone(crop_scale):
+def test_batches_follow_their_generator_alone():
     split = numbered(100, size=32)
 
     def everything(seed):
         torch.manual_seed(np.random.default_rng().integers(2**31).item())
-        return images_of(make_batches(split, seed, crop_scale=crop_scale, **SETTINGS), 1)
+        return images_of(make_batches(split, seed, **SETTINGS), 1)
 
     assert torch.equal(everything(1), everything(1))
     assert not torch.equal(everything(1), everything(2))
