@@ -1,5 +1,4 @@
 import copy
-import math
 from typing import get_args
 
 import numpy as np
@@ -34,7 +33,6 @@ def learning_rates(steps: int, **changes) -> list[float]:
     ("schedule", "expected"),
     [
         ("linear", lambda step: 0.1 * (1 - step / 20)),
-        ("cosine", lambda step: 0.05 * (1 + math.cos(math.pi * step / 20))),
         ("exponential", lambda step: 0.1 * 0.5 ** (step / 10)),
         ("step", lambda step: 0.1 if step < 10 else 0.05),
     ],
