@@ -145,7 +145,10 @@ def test_an_update_keeps_what_this_version_does_not_know(run):
     assert "threads" not in content
 
 
-def test_a_run_is_complete_once_it_is_evaluated(run):
+def test_a_run_without_metrics_says_what_makes_them_and_is_complete_once_it_has_them(run):
+    run.update(status="interrupted")  # before it had weights
+    with pytest.raises(UserError, match=r"interrupted and has no weights to evaluate; resume it with `python main\.py"):
+        _ = run.metrics
     end(run)
     with pytest.raises(UserError, match=r"has not been evaluated; run `invoke evaluate --run .*`"):
         _ = run.metrics
@@ -203,7 +206,7 @@ def test_runs_made_in_one_second_never_share_a_directory(config, monkeypatch):
     assert names == [f"2026-05-04_03-02-01_fast_digits{end}" for end in ("", "_2", "_3")]
 
 
-def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config, monkeypatch, tmp_path):
+def test_a_run_is_found_by_its_path_by_its_name_before_a_folder_and_without_latest(config, monkeypatch, tmp_path):
     older, run = runs.create(config), runs.create(config)
     end(run)
     end(older)
@@ -216,6 +219,8 @@ def test_a_run_is_found_by_its_path_its_name_and_without_the_link_latest(config,
     assert runs.find(config.output_dir).path == run.path
     monkeypatch.chdir(tmp_path)
     assert runs.find("outputs", f"outputs/{older.path.name}").path == older.path
+    (tmp_path / "fast").mkdir()
+    assert runs.find("outputs", "fast").is_shipped
 
 
 def test_a_copy_of_latest_is_no_run_and_a_renamed_run_is_no_newer(config):
@@ -243,12 +248,6 @@ def test_the_longest_names_of_a_dataset_and_a_model_make_a_directory(config):
     made = runs.make_directory(Config.create({**names, "output_dir": config.output_dir}), "_2-seeds")
     assert len(made.name.encode()) < 255
     assert made.name.endswith("_2-seeds")
-
-
-def test_a_run_comes_before_a_folder_of_its_name(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "fast").mkdir()
-    assert runs.find(config.output_dir, "fast").is_shipped
 
 
 def test_a_run_with_a_pipe_in_it_is_not_written(run):
@@ -375,7 +374,6 @@ def test_the_history_is_read_as_it_was_written(run):
     assert run.history() == []
     run.write_history([EpochRecord(**line) for line in lines])
     assert [epoch.model_dump(exclude_unset=True) for epoch in run.history()] == lines
-    assert run.history()[1].new_metric == 0.5
     first, second = (run.path / "history.jsonl").read_text().splitlines()
     validated = json.dumps(make_line(2))
     for damage in (first[:-20], f"{first}\n\n{second}", second, f"{first}\n{first}", f"{first}\n{validated}", "[]"):
@@ -445,9 +443,3 @@ def test_a_group_is_not_locked_through_a_link(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*\.lock"), runs.claim_group(tmp_path):
         pass
     assert not (tmp_path / "outside").exists()
-
-
-def test_a_run_that_was_interrupted_before_it_had_weights_is_to_be_resumed(run):
-    run.update(status="interrupted")
-    with pytest.raises(UserError, match=r"interrupted and has no weights to evaluate; resume it with `python main\.py"):
-        run.metrics  # noqa: B018
