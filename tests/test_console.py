@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cifar import console, errors
-from cifar.errors import UsageError, UserError
+from cifar.errors import UserError
 from cifar.records import EpochRecord
 from commands import run, start
 from handmade import make_line
@@ -42,11 +42,8 @@ DISK_IS_FULL = "error: the disk is full (writing standard output or a temporary 
 @pytest.mark.parametrize(
     ("action", "code", "printed"),
     [
-        (lambda: None, 0, ""),
         (raising(UserError("fix [this]\x1b[31m\n")), 1, "error: fix [this]\\x1b[31m\\n\n"),
-        (raising(UsageError("what?")), 2, "error: what?\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
-        (raising(console.Interrupted(signal.SIGTERM, "resume with `x`")), 143, "resume with `x`\n"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "interrupted\n"),
         (lambda: Path("/proc/none/file").read_text(), 1, "error: /proc/none/file: No such file or directory\n"),
         (raising(OSError(errno.ENOSPC, "No space left on device")), 1, DISK_IS_FULL),
@@ -54,7 +51,6 @@ DISK_IS_FULL = "error: the disk is full (writing standard output or a temporary 
         (raising(MemoryError()), 1, OUT_OF_MEMORY),
         (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")), 1, GPU_OUT_OF_MEMORY),
         (lambda: __import__("torch").empty(2**50), 1, OUT_OF_MEMORY),
-        (raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")), 1, OUT_OF_MEMORY),
     ],
 )
 def test_an_error_is_one_sentence_and_an_exit_code(action, code, printed, capsys):
