@@ -29,10 +29,6 @@ def draw(comparison: dict) -> tuple[Figure, dict[str, Axes]]:
     return figure, {axes.get_label(): axes for axes in figure.axes}
 
 
-def dots(axes: Axes) -> list[float]:
-    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-
-
 # Comparisons.
 
 
@@ -206,8 +202,6 @@ def test_a_run_without_valid_predictions_is_compared_without_a_test(tmp_path, co
 
 def test_a_mistake_is_one_sentence(tmp_path):
     first, second = erring_run(tmp_path / "a", [0]), erring_run(tmp_path / "b", [0])
-    with pytest.raises(UserError, match="a is given twice"):
-        compare.compare([first, second, first])
     with pytest.raises(UserError, match=r"^a is given twice"):
         compare.compare([first, first, second, second])
     group = [erring_run(tmp_path / "seeds" / name, [0]) for name in ("a", "b")]
@@ -263,7 +257,8 @@ def test_a_comparison_is_shown_with_its_conclusions_last(capsys, tmp_path):
 def test_the_figure_draws_the_saved_values(tmp_path):
     found = [erring_run(tmp_path / "a", range(9)), erring_run(tmp_path / "b", [0], history=2, seed=1)]
     figure, axes = draw(json.loads(json.dumps(compare.compare(found))))
-    assert dots(axes["accuracy"]) == pytest.approx([0.97, 299 / 300])
+    dots = [line.get_xdata()[0] for line in axes["accuracy"].lines if line.get_marker() == "o"]
+    assert dots == pytest.approx([0.97, 299 / 300])
     assert [list(line.get_xdata()) for line in axes["epochs"].lines] == [[1, 2, 3], [1, 2]]
     saved = [[epoch.val_accuracy for epoch in run.history()] for run in found]
     assert [list(line.get_ydata()) for line in axes["epochs"].lines] == saved
