@@ -9,6 +9,7 @@ import pytest
 
 from cifar import analysis, evaluate, records, report, visualize
 from cifar.config import FIELDS
+from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.runs import Run
 from cifar.visualize import FIGURES
@@ -16,10 +17,12 @@ from handmade import CLASSES, PREDICTED, RECORD, TRUE, make_dataset, make_metric
 
 
 class Page(HTMLParser):
-    """The texts of each table's rows by the table's id, and all visible text."""
+    """The texts of each table's rows by the table's id, and all visible text; with a dataset it is written first."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, dataset: Dataset | None = None):
         super().__init__()
+        if dataset:
+            report.write(run, dataset)
         self.tables, self.rows, self.tag, self.text = {}, [], "", ""
         self.source = (run.path / "report.html").read_text(encoding="utf-8")
         self.feed(self.source)
@@ -96,30 +99,19 @@ def test_settings_without_effect_or_unknown_to_the_run_are_not_shown_as_if_they_
     run = make_run(tmp_path)
     content = run.config.replace(model="simple", optimizer="adam", val_size=0, crop=0, hard_epochs=0, small_epochs=0)
     run.write("config.json", {name: value for name, value in content.model_dump().items() if name != "cutout"})
-    report.write(run, make_dataset())
-    values = {row[0]: row[1] for row in Page(run).tables["settings"][1:]}
+    values = {row[0]: row[1] for row in Page(run, make_dataset()).tables["settings"][1:]}
     without_effect = {"momentum", "patience", "crop_mode", "small_size", "hard_share"}
     without_effect |= {"early_stopping", "body_lr", "decay_rate", "decay_epochs"}
     assert {name for name, value in values.items() if value == "no effect"} == without_effect
     assert values["cutout"] == "not set"
 
 
-def test_that_a_network_has_learned_nothing_is_on_the_page_and_printed(tmp_path, capsys):
-    run = make_run(tmp_path, predicted=(0,) * 12)
-    report.write(run, make_dataset())
-    report.show_run(run)
-    (problem, *_) = evaluate.learning_problems(run)
-    assert f'<p class="note">{problem}</p>' in Page(run).source
-    assert problem in " ".join(capsys.readouterr().out.replace("│", "").split())
-
-
 def test_images_of_a_folder_are_named_by_their_files(tmp_path):
-    run, dataset = make_run(tmp_path), make_dataset()
+    run = make_run(tmp_path)
     files = [f"test/{CLASSES[label]}/IMG {index} \udce9.jpg" for index, label in enumerate(TRUE)]  # not in UTF-8
     pairs = run.read("analysis.json").model_dump()["confused_pairs"]
     run.write("analysis.json", analysis.analyze(np.eye(3)[list(PREDICTED)], np.array(TRUE), CLASSES, pairs, files))
-    report.write(run, dataset)
-    page = Page(run)
+    page = Page(run, make_dataset())
     for name in ("cat/IMG 3", "ship/IMG 8", "ship/IMG 9"):
         assert f"test/{name} \\udce9.jpg " in page.text
     assert "#3" not in page.text
@@ -167,11 +159,10 @@ def test_many_classes_are_all_listed_escaped_and_bounded_in_bytes_and_pixels(lar
 
 
 def test_a_run_without_mistakes_and_without_validation_has_a_page(tmp_path):
-    run, dataset = make_run(tmp_path, predicted=TRUE), make_dataset()
+    run = make_run(tmp_path, predicted=TRUE)
     calibration = make_metrics(fitted_on=0)["calibration"]
     run.write("metrics.json", run.metrics.model_dump() | {"calibration": calibration})
-    report.write(run, dataset)
-    page = Page(run)
+    page = Page(run, make_dataset())
     assert "No image is misclassified." in page.text
     assert "no temperature scaling" in page.text
 
@@ -184,8 +175,7 @@ def copy_without(run: Run, path: Path, *names: str) -> Run:
 
 def test_what_is_missing_is_left_out(corrupted_run, digits, tmp_path):
     bare = copy_without(corrupted_run, tmp_path / "bare", "corruptions.json", "analysis.json", "saliency.npz")
-    report.write(bare, digits)
-    page = Page(bare)
+    page = Page(bare, digits)
     assert "corruptions" not in page.tables
     assert "Robustness to corruptions" not in page.text
     assert "Potential label errors" not in page.text
@@ -193,8 +183,7 @@ def test_what_is_missing_is_left_out(corrupted_run, digits, tmp_path):
     trained = copy_without(corrupted_run, tmp_path / "trained", *missing)
     trained.write("run.json", RECORD)  # as an earlier version wrote it
     trained.update(status="failed", error="the loss is not finite at epoch 2", note="Not CIFAR-10.")
-    report.write(trained, digits)
-    page = Page(trained)
+    page = Page(trained, digits)
     assert "per-class" not in page.tables
     assert re.search(r"has not been evaluated.*invoke evaluate --run \S*trained", page.text)
     assert "This run failed: the loss is not finite at epoch 2" in page.text
@@ -304,10 +293,13 @@ def test_metrics_are_printed_with_intervals_and_the_classes_of_lowest_f1(capsys)
     assert "most confused: n01 predicted as n00, 1 time" in printed
 
 
-def test_the_end_of_a_run_is_printed(tmp_path, capsys):
-    run = make_run(tmp_path)
+def test_the_end_of_a_run_is_printed_and_there_and_on_the_page_that_it_has_learned_nothing(tmp_path, capsys):
+    run = make_run(tmp_path, predicted=(0,) * 12)
     run.update(seconds={"train": 2.0, "evaluate": 0.5}, note="Not CIFAR-10.")
     report.show_run(run)
     printed = capsys.readouterr().out
     assert printed.startswith("train 2.0 s  evaluate 0.5 s  total 2.5 s\nrun directory: ")
-    assert "Not CIFAR-10." in printed
+    (problem, *_) = evaluate.learning_problems(run)
+    for sentence in ("Not CIFAR-10.", problem):
+        assert sentence in " ".join(printed.replace("│", "").split())
+    assert f'<p class="note">{problem}</p>' in Page(run, make_dataset()).source
