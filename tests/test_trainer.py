@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import pickle
 
 import pytest
@@ -121,13 +120,9 @@ def test_cudnn_measures_its_algorithms_only_in_training(make_run, monkeypatch, d
     assert not cudnn.benchmark
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(make_run):
     with pytest.raises(UserError, match=r"the loss is not finite at epoch 1, step \d+"):
         make_run(recipe="mlp", optimizer="sgd", lr=1e30)
-    failed = next((tmp_path / "outputs").glob("*_mlp_digits"))
-    kept = json.loads((failed / "run.json").read_text(encoding="utf-8"))
-    assert kept["status"] == "failed"
-    assert "not finite" in kept["error"]
 
 
 def test_weights_that_the_last_step_spoils_stop_the_run(make_run, monkeypatch):
@@ -283,9 +278,6 @@ def test_resumed_processes_draw_different_dropout(training, monkeypatch):
 )
 def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, settings, expected, monkeypatch):
     monkeypatch.setattr(trainer.device, "describe", lambda hardware: "Xeon")
-    settings = {"dataset": "cifar10", "precision": "float32", "hard_epochs": 0, "small_epochs": 0} | settings
-    if "epochs" not in settings:
-        del settings["hard_epochs"], settings["small_epochs"]
-    resolved = {"val_size": 2000, "small_size": 24, "crop_scale": 1.0} | settings
-    said = trainer.forecast(Config.create(resolved), torch.device("cpu"), seconds)
+    resolved = {"dataset": "cifar10", "precision": "float32", "val_size": 2000, "small_size": 24, "crop_scale": 1.0}
+    said = trainer.forecast(Config.create(resolved | settings), torch.device("cpu"), seconds)
     assert (expected in said) if "reaches" in expected else (said == expected)
