@@ -143,7 +143,9 @@ def test_a_home_directory_is_understood_everywhere(monkeypatch):
     assert {made.dataset, made.data_dir, made.labels, made.output_dir, made.weights} == {"/home/me/x"}
 
 
-@pytest.mark.parametrize(("value", "recipe"), [(False, "resnet18"), ("no", "resnet18"), ("1", "finetune")])
+@pytest.mark.parametrize(
+    ("value", "recipe"), [(False, "resnet18"), ("no", "resnet18"), (True, "finetune"), ("1", "finetune")]
+)
 def test_weights_from_imagenet_bring_their_recipe_only_if_they_are_wanted(value, recipe):
     assert Config.create({"model": "resnet18", "pretrained": value}).recipe == recipe
 
