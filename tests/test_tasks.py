@@ -256,7 +256,7 @@ VALUES = [
 def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
     """A working directory with odd files and a run, where slow functions only say that they were reached."""
     slow = ((trainer, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (export, "export"), (demo, "build"))
-    for module, name in (*slow, (bench, "compare"), (bench, "plan_epochs")):
+    for module, name in (*slow, (bench, "profile"), (bench, "plan_epochs")):
         monkeypatch.setattr(module, name, reached)
     shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")
     (tmp_path / "folder").mkdir()
