@@ -258,6 +258,7 @@ def hasty(tmp_path, monkeypatch, evaluated_run) -> Path:
     slow = ((trainer, "fit"), (evaluate, "evaluate"), (visualize, "visualize"), (export, "export"), (demo, "build"))
     for module, name in (*slow, (bench, "profile"), (bench, "plan_epochs")):
         monkeypatch.setattr(module, name, reached)
+    monkeypatch.setenv("HOME", str(tmp_path / "folder"))  # `predict ~` looks for images in all of it
     shutil.copytree(evaluated_run.path, tmp_path / "outputs" / "run")
     (tmp_path / "folder").mkdir()
     for name, text in (("file", "text"), ("deep.json", "[" * 10**5), ("deep.toml", "a=" + "[" * 10**5)):
