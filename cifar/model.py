@@ -277,12 +277,18 @@ def layers(network: nn.Module, image_size: int) -> list[LayerRecord]:
 
     image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
     was_training, was_fused = network.training, torch.backends.mha.get_fastpath_enabled()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)  # FlopCounterMode does not count the fused kernels of attention
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record_shape):
-        network.eval()(image)
-    torch.backends.mha.set_fastpath_enabled(was_fused)
-    network.train(was_training)
+    try:
+        network.requires_grad_(False)  # FlopCounterMode fails for a view of a parameter that a module receives
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record_shape):
+            network.eval()(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fused)
+        network.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_()
     flops = {key.partition(".")[2]: sum(counts.values()) for key, counts in counter.get_flop_counts().items()}
     inner = [name for name in shapes if name and not any(other.startswith(f"{name}.") for other in shapes)]
     return [_summarize(name, network.get_submodule(name), shapes[name], flops.get(name, 0)) for name in inner]

@@ -128,6 +128,22 @@ def test_modules_that_return_no_single_tensor_are_no_obstacle():
     assert [(layer.kind, layer.output_shape) for layer in summary] == [("Flatten", [48]), ("Sum", [2])]
 
 
+def test_a_view_of_a_parameter_that_a_module_receives_is_no_obstacle():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prototypes, self.score = nn.Parameter(torch.rand(1, 48)), nn.Bilinear(48, 48, 2)
+            self.score.bias.requires_grad_(False)
+
+        def forward(self, images):
+            return self.score(self.prototypes.expand(len(images), -1), images.flatten(1))
+
+    network = Prototypes()
+    assert [layer.kind for layer in model.layers(network, 4)] == ["Bilinear"]
+    is_trained = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    assert is_trained == {"prototypes": True, "score.weight": True, "score.bias": False}
+
+
 def test_layers_are_listed_as_they_run_with_their_output_shapes():
     summary = model.layers(model.build("convnet", 10, 32), 32)
     assert [layer.kind for layer in summary[:5]] == ["Normalize", "Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"]
