@@ -42,6 +42,7 @@ from cifar.errors import UserError, describe, out_of_memory
 from cifar.records import EpochRecord
 
 _REFRESH_SECONDS = 0.25
+_PIPE_SECONDS = 5.0  # between two lines of a bar where nobody sees it move
 _PIPE_WIDTH = 10_000  # nothing is folded or cut off where nobody sees a window
 _MIN_WIDTH = 40  # columns; a smaller value of the variable COLUMNS is a mistake
 _GAP = 3  # columns of the terminal between two columns of a table
@@ -228,7 +229,8 @@ def escape_unencodable() -> None:
     """Have standard output and standard error escape what their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(ValueError):  # it is closed
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _open_standard_streams() -> None:
@@ -386,11 +388,22 @@ def download_bar(name: str, size: int, present: int = 0) -> Iterator[Callable[[i
 
 @contextlib.contextmanager
 def counting_bar(name: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Show a bar that counts things; yields a function that takes how many more are done. Nothing in a pipe."""
+    """Show a bar that counts things; yields a function that takes how many more are done.
+
+    In a pipe, a line says how far it is after _PIPE_SECONDS, and then as often.
+    """
     columns = (_NAME, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True, disable=not is_live()) as progress:
-        task = progress.add_task(printable(name), total=total)
-        yield lambda count: progress.advance(task, count)
+        task, said = progress.add_task(printable(name), total=total), time.monotonic()
+
+        def advance(count: float) -> None:
+            nonlocal said
+            progress.advance(task, count)
+            if not is_live() and time.monotonic() - said >= _PIPE_SECONDS:
+                said = time.monotonic()
+                say(f"{name}: {progress.tasks[0].percentage:.0f}%")
+
+        yield advance
 
 
 class TrainingProgress(Progress):

@@ -214,6 +214,14 @@ def test_a_pipe_shows_a_download_as_one_line_and_no_counting_bar(capsys):
     ]
 
 
+def test_a_pipe_is_told_how_far_a_long_job_is(monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", iter([0, 4, 6, 6, 9, 12, 12]).__next__)
+    with console.counting_bar("evaluating", 8) as add:
+        for count in (1, 1, 2, 3):
+            add(count)
+    assert capsys.readouterr().out.splitlines() == ["evaluating: 25%", "evaluating: 88%"]
+
+
 def test_the_first_signal_is_deferred_and_announced_and_the_second_acts(capsys):
     before = signal.getsignal(signal.SIGTERM)
     with console.deferred_interrupt() as received:
