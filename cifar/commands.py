@@ -338,12 +338,13 @@ def _spelled(words: deque[str], tasks: Mapping[str, Task]) -> list[str]:
     """Return the tasks, their flags and their words as invoke takes them: `predict --paths=a.png --run=x`."""
     spelled: list[str] = []
     flags: dict[str, str] = {}
+    others: dict[str, str] = {}  # the flags of the tasks before, and whose they are
     takes_value: dict[str, bool | None] = {}
     command, words_flag = "", None
     while words:
         word = words[0]
         if command and word.startswith("-") and word != "-":  # which is standard input
-            name, value = take_flag(words, takes_value, command)
+            name, value = take_flag(words, takes_value, command, others)
             if value is True and takes_value[name] is None:
                 value = "yes"  # or invoke would not know whether the next task is its value
             flags[name] = name if value is True else f"{name}={value}"  # of one that is given twice, the last counts
@@ -352,6 +353,7 @@ def _spelled(words: deque[str], tasks: Mapping[str, Task]) -> list[str]:
                 raise UsageError(f"a word after `{command}` must not be empty")
             spelled.append(f"{words_flag}={os.path.expanduser(words.popleft())}")
         else:
+            others |= dict.fromkeys(takes_value, command)
             arguments, command = _arguments(word, tasks), f"{STAGES} {word}"
             words_flag = next((name for name, argument in arguments.items() if argument.kind is list), None)
             takes_value = {name: _takes_value(one) for name, one in arguments.items() if name != words_flag}

@@ -21,17 +21,22 @@ HELP = {name: help_text(name) for name in FIELDS} | {
 }
 
 
-def take_flag(words: deque[str], takes_value: Mapping[str, bool | None], command: str) -> tuple[str, str | bool]:
+def take_flag(
+    words: deque[str], takes_value: Mapping[str, bool | None], command: str, others: Mapping[str, str] | None = None
+) -> tuple[str, str | bool]:
     """Take a flag and its value from the front of a command line; returns both, the flag as `takes_value` spells it.
 
-    takes_value: of each flag, whether it has a value; None where that may be left out. The value is True where there is
-    none. Underscores count as dashes, `~` as the home directory. Raises UsageError for an unknown flag, and for a value
-    that is missing, empty, as that of an unset shell variable, itself a flag, or one too many.
+    takes_value: of each flag, whether it has a value; None where that may be left out. others: the flags of earlier
+    commands, and whose they are. The value is True where there is none. Underscores count as dashes, `~` as the home
+    directory. Raises UsageError for an unknown flag, and for a value that is missing, empty, as that of an unset shell
+    variable, itself a flag, or one too many.
     """
     word, equals, value = words.popleft().partition("=")
     name = word.replace("_", "-").lower()
     if name not in takes_value:
         hint = did_you_mean(name, takes_value) or f"`{command} --help` lists its flags"
+        if others and name in others:
+            hint = f"write it right behind `{others[name]}`, which has it"
         raise UsageError(f"{command} has no flag {word}: {hint.strip()}")
     is_switch = name.removeprefix("--").replace("-", "_") in SWITCHES  # whose value is yes or no, if it has one
     follows = words and not words[0].startswith("--") and (not is_switch or words[0].lower() in (*YES, *NO))
@@ -73,7 +78,7 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
     given = {name: value for name, value in flags.items() if value is not None}
     allow_model(given.get("model"))
     _require_one_length(given)
-    if not file:
+    if file is None:
         return given
     if is_resumed:
         raise UsageError("--resume takes the settings of the run: leave out --config")

@@ -73,9 +73,15 @@ def as_source(image: AnyImage) -> Source:
     if isinstance(image, Path | bytes):
         return image
     if hasattr(image, "read"):  # an opened file
-        if isinstance(image, io.TextIOBase):
+        try:
+            content = image.read()
+        except UnicodeDecodeError:
+            content = ""
+        except (OSError, ValueError) as error:  # it is closed, or only for writing
+            raise UserError(f"the file cannot be read: {describe(error)}") from None
+        if not isinstance(content, bytes):
             raise UserError("the file is open as text: open(path, 'rb') opens it as bytes")
-        return image.read()
+        return content
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16

@@ -174,15 +174,19 @@ def test_what_is_no_image_is_one_sentence(fast, image, sentence):
         fast.predict([image])
 
 
-def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast):
+def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast, tmp_path):
     pixels = torch.rand(3, 32, 32).bfloat16()
     file = io.BytesIO(saved(Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).numpy()), "PNG"))
     (expected,), (read,) = fast.predict(pixels), fast.predict(file)
     np.testing.assert_array_equal(read.probabilities, expected.probabilities)
     with pytest.raises(UserError, match="int is no image"):
         fast.predict(5)
-    with pytest.raises(UserError, match="open as text"):
-        fast.predict(io.StringIO("x"))
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    with (tmp_path / "a.png").open(encoding="utf-8") as text, pytest.raises(UserError, match="open as text"):
+        fast.predict(text)
+    file.close()
+    with pytest.raises(UserError, match="the file cannot be read: ValueError: I/O operation on closed file"):
+        fast.predict(file)
     assert fast.predict("a\0b.png")[0].error
     assert [one.source for one in fast.predict(np.array(["a.png", "b.png"]))] == ["a.png", "b.png"]
 
