@@ -137,7 +137,8 @@ def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
     """
     started, minutes = time.perf_counter(), config.minutes
     assert minutes is not None
-    console.say(f"timing a few steps to plan {minutes:g} minutes of training")
+    length = f"{minutes:g} minute{'s' * (minutes != 1)}"
+    console.say(f"timing a few steps to plan {length} of training")
     steps, ending = epoch_seconds(config, dataset)
     timing, full_size = time.perf_counter() - started, max(steps)
     epochs, small, hard = choose_epochs(config, minutes * 60 * _PLANNED_FRACTION - timing, steps, ending)
@@ -148,7 +149,7 @@ def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
     parts = [f"{count} at {size}x{size} ({steps[size] + ending:.1f} s each)" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
-    console.say(f"{plural(epochs, 'epoch')} in {minutes:g} minutes: {', '.join(parts)}")
+    console.say(f"{plural(epochs, 'epoch')} in {length}: {', '.join(parts)}")
     warmup = min(config.warmup_epochs, epoch_limits(epochs)["warmup_epochs"])
     plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
     return config.replace(**plan, minutes=None)

@@ -393,7 +393,8 @@ def show_comparison(comparison: dict[str, Any]) -> None:
     show_table("test split, with 95% intervals", [_test_cells(run) for run in rows])
     classes = sorted(comparison["classes"], key=lambda row: min(row["recall"]) - max(row["recall"]))[:_CLASSES]
     cells = [{"class": row["class"], **dict(zip(letters, map("{:.1%}".format, row["recall"])))} for row in classes]
-    show_table(f"recall of the {len(classes)} classes that differ most", cells)
+    which = f"of the {len(classes)} classes that differ most" if len(comparison["classes"]) > _CLASSES else "by class"
+    show_table(f"recall {which}", cells)
     settings = [{"setting": row["name"], **dict(zip(letters, row["values"]))} for row in comparison["settings"]]
     show_table("settings that differ", settings)
     for note in comparison["notes"]:

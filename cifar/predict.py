@@ -131,10 +131,14 @@ def find_images(paths: Sequence[str]) -> list[Source]:
             raise UsageError(f"images are files: download {path} first")
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in map(Path, matches or [path]):
-            inside, note = folder.find_images(match) if os.path.isdir(match) else ([], "")
-            if note:
-                console.say(f"{display_path(match)}: {note}")
-            found |= {os.path.abspath(file): file for file in inside or [match]}
+            files = [match]
+            if os.path.isdir(match):
+                files, note = folder.find_images(match)
+                if note or not files:
+                    console.say(f"{display_path(match)}: {note or 'no images'}")
+            found |= {os.path.abspath(file): file for file in files}
+    if not found:
+        raise UserError(f"there is no image in {listing(list(paths))}")
     return list(found.values())
 
 

@@ -135,11 +135,12 @@ def show_seeds(group: Group) -> None:
     rows = []
     for name, spread in (summary.figures or {}).items():
         title, form, _ = _METRICS[name]
-        # of two values it would be eighteen standard deviations wide
-        has_interval = len(group.seeds) > 2 and not name.startswith("seconds")
-        interval = " to ".join(format(end, form) for end in spread.interval_95 or ()) if has_interval else ""
-        mean, deviation = format(spread.mean, form), format(spread.standard_deviation, form)
-        rows.append({"": title, "mean": mean, "standard deviation": deviation, "95% interval": interval})
+        row = {"": title, "mean": format(spread.mean, form)}
+        row["standard deviation"] = format(spread.standard_deviation, form)
+        if len(group.seeds) > 2:  # of two values it would be eighteen standard deviations wide
+            ends = () if name.startswith("seconds") else spread.interval_95 or ()
+            row["95% interval"] = " to ".join(format(end, form) for end in ends)
+        rows.append(row)
     title = f"{config.title} on {Path(config.dataset).name}, seeds {group.seeds[0]} to {group.seeds[-1]}"
     compare.show_table(title, rows)
     console.say(f"directory of the {config.seeds} runs: {display_path(group.path)}")

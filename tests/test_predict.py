@@ -85,6 +85,11 @@ def test_files_folders_and_globs_are_found_in_order_without_hidden_files(tmp_pat
     assert found("none.png", absolute, "inner/c.png", "none.png") == ["none.png", absolute, "inner/c.png"]
     assert found("a.png", "./a.png", absolute, "inner/../a.png", "*.png") == ["a.png", "b.png"]
     assert found("a" * 300, "a.png") == ["a" * 300, "a.png"]
+    (tmp_path / "empty").mkdir()
+    assert found("empty", "a.png") == ["a.png"]
+    assert capsys.readouterr().out == "empty: no images\n"
+    with pytest.raises(UserError, match=r"^there is no image in empty$"):
+        found("empty")
 
 
 def test_an_address_is_refused_in_one_sentence():
