@@ -136,11 +136,7 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("--help", "trian"), 2, "there is no task 'trian': did you mean train?"),
         (("-x",), 2, "there is no task '-x': `invoke list` lists them"),
         (("compare", "-e"), 2, "invoke compare has no flag -e: `invoke compare --help` lists its flags"),
-        (
-            ("train", "evaluate", "--epochs", "2"),
-            2,
-            "no flag --epochs: write it right behind `invoke train`, which has it",
-        ),
+        (("train", "evaluate", "--epochs", "2"), 2, "no flag --epochs: write it right behind `invoke train`"),
         (("predict", ""), 2, "a word after `invoke predict` must not be empty"),
         (("visualize", "--run", "{empty}"), 1, "{empty} is not a run directory: it has no run.json and no config.json"),
         (("predict",), 2, "name image files, folders or glob patterns, or - for standard input"),
