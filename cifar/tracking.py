@@ -22,8 +22,8 @@ Tracker = tuple[Log, Callable[[], Any], str]  # a function that logs, one that e
 
 def require(name: str) -> None:
     """Raise UserError if the tracker's package is not installed."""
-    found = name == "none" or importlib.util.find_spec(name)
-    if not getattr(found, "origin", found):  # a folder of that name, such as the wandb/ of earlier runs, has none
+    # A folder of that name, such as the wandb/ of earlier runs, is found, too, but has no origin.
+    if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise UserError(f"--track {name} needs a package that is not installed: `pip install {name}`")
 
 
