@@ -17,7 +17,7 @@ from cifar.data import Dataset
 from cifar.errors import UserError, display_path, out_of_memory
 from cifar.files import atomic_write
 from cifar.records import EpochRecord
-from cifar.runs import SUMMARY, Run
+from cifar.runs import Run
 
 FORMAT = 1
 _KEYS = {"format", "model", "classes", "image_size", "epoch", "weights"}
@@ -77,7 +77,7 @@ class Checkpointer:
         return False
 
     def _unusable(self, problem: UserError) -> UserError:
-        if (self.run.path.parent / SUMMARY).exists():
+        if self.run.is_in_group:
             hint = f"remove {display_path(self.run.path)} and run `{self.run.resume_command}`"
         else:
             hint = f"run `{PIPELINE} --config {shlex.quote(display_path(self.run.path / 'config.json'))}`"

@@ -149,11 +149,11 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     """
     if repeated := {run.path for run in found if found.count(run) > 1}:
         path = min(repeated)
-        is_group = len(repeated) > 1 and (path.parent / runs.SUMMARY).exists()
+        is_group = len(repeated) > 1 and Run(path).is_in_group
         raise UserError(f"{path.parent.name if is_group else path.name} is given twice")
     groups: dict[Path, list[Run]] = defaultdict(list)
     for run in found:
-        groups[run.path.parent if (run.path.parent / runs.SUMMARY).exists() else run.path].append(run)
+        groups[run.path.parent if run.is_in_group else run.path].append(run)
     if pairs or len(groups) == 1:
         groups = {run.path: [run] for run in found}
     if not 2 <= len(groups) <= len(LETTERS):

@@ -97,9 +97,14 @@ class Run:
         return dataset
 
     @property
+    def is_in_group(self) -> bool:
+        """Whether it is one of the runs of several seeds."""
+        return (self.path.parent / SUMMARY).exists()
+
+    @property
     def resume_command(self) -> str:
         """The command that resumes the run, or the group that it belongs to."""
-        if (self.path.parent / SUMMARY).exists() and self.record.command:
+        if self.is_in_group and self.record.command:
             words, place = self.record.command[1:], display_path(self.path.parent.parent)
             return shlex.join([*PIPELINE.split(), *words, *([] if place in words else ["--output-dir", place])])
         return shlex.join([*PIPELINE.split(), "--resume", display_path(self.path), *self._own_network])
