@@ -82,7 +82,7 @@ def ranking_scores(probabilities: np.ndarray, labels: np.ndarray, classes: Seque
     coverage = (int(trusted[-1]) + 1) / len(labels) if len(trusted) else 0.0
     return {
         "average_precision": {
-            name: float(average_precision_score(labels == number, column)) if number in labels else None
+            name: min(1.0, float(average_precision_score(labels == number, column))) if number in labels else None
             for number, (name, column) in enumerate(zip(classes, probabilities.T))
         },
         "selective": {"area_under_risk_coverage": float(risks.mean()), "coverage_at_99_accuracy": coverage},

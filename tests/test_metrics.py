@@ -74,6 +74,13 @@ def test_average_precision_is_scikit_learns_and_none_for_a_class_without_images(
     assert scores["ship"] is None
 
 
+@pytest.mark.parametrize("count", [9, 18, 20, 21])  # for which scikit-learn's sum is above 1
+def test_average_precision_of_a_perfect_ranking_is_1(count):
+    cats = np.linspace(1, 0, 3 * count)
+    scores = metrics.ranking_scores(np.stack([cats, 1 - cats], 1), np.arange(3 * count) // count, CLASSES[:2])
+    assert scores["average_precision"]["cat"] == 1.0
+
+
 # Calibration.
 
 
