@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -103,8 +104,19 @@ def _groups(network: nn.Module, config) -> list[dict[str, Any]]:
 
 
 def build_ema(network: nn.Module, decay: float) -> AveragedModel | None:
-    """Return the exponential moving average (EMA) of a network's weights and buffers; None for a decay of zero."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    """Return the exponential moving average (EMA) of a network's weights and buffers; None for a decay of zero.
+
+    After n steps the decay is (1 + n) / (10 + n) at most, as in TensorFlow: the first weights are soon forgotten.
+    """
+    if not decay:
+        return None
+
+    def update(averages: Any, values: Any, count: Any) -> None:
+        steps = int(ema.n_averaged)  # as `count`, but on the CPU
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, values, count)
+
+    ema = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+    return ema
 
 
 class ScheduledOptimizer:
@@ -124,7 +136,7 @@ class ScheduledOptimizer:
         self.scaler = torch.amp.GradScaler(enabled=False)
         steps = sum(steps_per_epoch)
         self.warmup_steps = sum(steps_per_epoch[: config.warmup_epochs])
-        self.decay_steps = steps_per_epoch[0] * (config.decay_epochs or config.epochs / 3)
+        self.epoch_ends = [0, *itertools.accumulate(steps_per_epoch)]
         for group in self.groups:
             group["initial_lr"] = group["lr"]
             group.setdefault("schedule", config.schedule)
@@ -163,8 +175,10 @@ class ScheduledOptimizer:
         self.steps = steps
         warmup = min(1.0, (steps + 1) / (self.warmup_steps + 1))
         decaying = max(0, steps - self.warmup_steps)
+        epochs = float(np.interp(steps, self.epoch_ends, range(len(self.epoch_ends))))
+        periods = max(0.0, epochs - self.config.warmup_epochs) / (self.config.decay_epochs or self.config.epochs / 3)
         for group in self.groups:
-            progress, periods = min(1.0, decaying / group["schedule_steps"]), decaying / self.decay_steps
+            progress = min(1.0, decaying / group["schedule_steps"])
             fraction = SCHEDULES[group["schedule"]](progress, periods, self.config.decay_rate)
             group["lr"] = group["initial_lr"] * warmup * fraction
             has_ended = progress == 1 and group["lr"] == 0 < group["initial_lr"]

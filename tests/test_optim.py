@@ -51,9 +51,13 @@ def test_a_learning_rate_too_small_for_a_number_freezes_nothing():
     assert not network.weight.requires_grad  # the end of the training
 
 
-def test_short_epochs_at_the_end_do_not_shorten_the_others():
-    settings = config.Config(recipe="resnet18", schedule="step", decay_epochs=2)
-    assert optim.build(nn.Linear(1, 1), settings, [10, 10, 10, 5]).decay_steps == 20
+def test_decay_epochs_are_counted_also_where_the_last_epochs_are_shorter():
+    settings = config.Config(recipe="resnet18", lr=0.1, schedule="step", decay_epochs=3.5)
+    optimizer, seen = optim.build(nn.Linear(1, 1), settings, [10, 10, 10, 6, 6]), []
+    for step in (32, 33):
+        optimizer.set_step(step)
+        seen.append(optimizer.lr)
+    assert seen == pytest.approx([0.1, 0.01])
 
 
 def test_the_steps_are_at_thirds_of_the_training_unless_they_are_given():
@@ -85,10 +89,11 @@ def test_gradients_are_clipped_to_their_common_norm():
     torch.testing.assert_close(steps[1], torch.tensor([0.4]) / 6)
 
 
-def test_the_average_starts_at_the_first_weights_and_follows_them_by_its_decay():
+def test_the_average_starts_at_the_first_weights_and_follows_them_by_its_decay_after_a_warm_up():
     network = nn.BatchNorm1d(1)
-    average = optim.build_ema(network, 0.75)
-    for value, expected in ((1.0, 1.0), (5.0, 2.0), (6.0, 3.0)):  # a quarter of the way each time
+    average = optim.build_ema(network, 0.2)
+    # After one step the decay is 2/11, after two 3/12, of which 0.2 is left.
+    for value, expected in ((1.0, 1.0), (12.0, 10.0), (15.0, 14.0)):
         nn.init.constant_(network.weight, value)
         network.running_mean.fill_(10 * value)
         average.update_parameters(network)
