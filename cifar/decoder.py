@@ -26,7 +26,8 @@ ANSWER = struct.Struct("<III")  # width, height, length of the error
 # Not EPS, which runs another program, not JPEG 2000, which can take 15 seconds to unpack, and not what hardly anybody
 # has: each decoder is one more that may have a security hole. MPO, which many cameras write, is opened by JPEG's.
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
+_STEPS = {"L;2": 85, "L;4": 17}  # of the greys of a PNG file
 
 
 def decode(content: bytes, size: int, fit: str) -> Image.Image:
@@ -39,7 +40,10 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
     # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
     drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
+    raw_mode = next((tile[3] for tile in getattr(image, "tile", ())), None)
     image.load()
+    if raw_mode in _STEPS and "transparency" in image.info:  # Pillow has scaled the pixels to 8 bits
+        image.info["transparency"] *= _STEPS[raw_mode]
     image = _to_eight_bits(image)
     if fit != "whole":
         image = _resize(image, drafted[1][2:] if drafted else image.size, size, fit)
@@ -57,13 +61,17 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         if isinstance(key := image.info.get("transparency"), int):  # which Pillow compares at 8 bits only
             grey.putalpha(Image.fromarray(np.where(np.asarray(image) == key, np.uint8(0), np.uint8(255))))
             return grey
-        is_white_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow sees to this at 8 bits only
-        return ImageOps.invert(grey) if is_white_zero else grey
+        return ImageOps.invert(grey) if is_white_zero(image) else grey
     if isinstance(key := image.info.get("transparency"), tuple) and max(key) > 255:  # Pillow has dropped the lower byte
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if "transparency" in image.info or image.mode in ("La", "PA", "RGBa"):
         return image.convert("RGBA")
     return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "LAB") else image.convert("RGB")
+
+
+def is_white_zero(image: Image.Image) -> bool:
+    """Whether white is 0 in an image of many bits; with 8 bits, Pillow has inverted it."""
+    return image.mode.startswith(("I", "F")) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
 
 
 def _to_grey(image: Image.Image) -> Image.Image:

@@ -95,12 +95,16 @@ def as_source(image: AnyImage) -> Source:
         if "transparency" in upright.info or upright.mode.startswith("P"):  # a palette can be transparent too
             upright = upright.convert("RGBA")
         file = io.BytesIO()
-        if upright.mode.startswith("I;16"):  # in another byte order it cannot be saved
-            native = upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")
-            native.save(file, "TIFF" if image.format == "TIFF" else "PNG")  # only a TIFF file can mean 12 of 16 bits
+        tags = {decoder.PHOTOMETRIC: 0} if decoder.is_white_zero(image) else {}
+        if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):  # 16 bits by Pillow
+            native = (
+                upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")
+            )  # for another byte order
+            kind = "TIFF" if image.format == "TIFF" else "PNG"  # only a TIFF file can mean 12 of 16 bits
+            native.save(file, kind, tiffinfo=tags)
         else:
             saved = upright if upright.mode in _TIFF_MODES else upright.convert("RGB")
-            saved.save(file, "TIFF", compression="raw")
+            saved.save(file, "TIFF", compression="raw", tiffinfo=tags)
     except Exception as error:  # Pillow reads a file when the pixels are needed, and its decoders raise any type
         raise UserError(f"Pillow cannot read the image: {describe(error)}") from None
     return file.getvalue()

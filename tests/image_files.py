@@ -153,6 +153,7 @@ GOOD = {
     "TIFF float to 1": (lambda: saved(wide(np.float32, 1 / 255), "TIFF"), GREYS),
     "TIFF float to 255": (lambda: saved(wide(np.float32, 1), "TIFF"), GREYS),
     "TIFF 12 bit": (twelve_bits, GREYS),
+    "PNG 16 bit of which 12 are used": (lambda: saved(wide(np.uint16, 16), "PNG"), GREYS // 16),
     "TIFF 16 bit of which 12 are used": (lambda: saved(wide(np.uint16, 16), "TIFF"), GREYS),
     "TIFF 16 bit big-endian": (lambda: saved(big_endian(), "TIFF"), GREYS),
     "TIFF 16 bit, white is 0": (
