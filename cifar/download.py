@@ -94,9 +94,15 @@ class _HopelessError(_TransferError):
 
 
 def find(archive: Archive, path: Path) -> Path | None:
-    """Return the folder of the archive's files, which is `path` or in it; None if there is none that can be read."""
-    folders = (path / archive.folder, path)
-    return next((folder for folder in folders if any(os.path.isfile(folder / file) for file in archive.files)), None)
+    """Return the folder of the archive's files, which is `path` or in it; None if there is none that can be read.
+
+    A folder of another name needs all of the files, because those of CIFAR-100 have names such as train.
+    """
+    for folder in (path / archive.folder, path):
+        are_there = [os.path.isfile(folder / file) for file in archive.files]
+        if all(are_there) or (any(are_there) and folder.name == archive.folder):
+            return folder
+    return None
 
 
 def find_file(archive: Archive, path: Path) -> Path | None:

@@ -12,7 +12,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from cifar import config, datasets, folder, pipeline
+from cifar import config, datasets, download, folder, pipeline
 from cifar.data import Dataset, Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
@@ -71,6 +71,11 @@ def test_cifar100_is_read_with_its_fine_classes_and_a_damaged_file_is_named_befo
     (small_cifar100 / "test").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="cifar-100-python/test is damaged"):
         dataset.verify()
+
+
+def test_a_file_that_is_called_as_one_of_cifar100s_is_not_taken_for_it(tmp_path):
+    (tmp_path / "train").write_text("a script")
+    assert download.find(ARCHIVES["cifar100"], tmp_path) is None
 
 
 def test_a_training_is_prepared_without_the_test_file(small_cifar10, tmp_path):
