@@ -111,18 +111,15 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     in its place, data_dir is the folder. Raises UserError if it does not have the images that the run was trained on.
     """
     config = run.config
-    # Where the run found it, unless that was relative to another working directory.
-    recorded = config.data_dir if os.path.exists(config.data_dir) else str(HOME / "data")
     if config.dataset in DATASETS:
-        data_dir = data_dir or shared_data_dir() or recorded
-        return find(config.dataset, data_dir, config.image_size, mirror or config.mirror)
+        return find(config.dataset, archive_dir(run, data_dir), config.image_size, mirror or config.mirror)
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
     labels = config.labels
     if labels and place != config.dataset and Path(labels).is_relative_to(config.dataset):  # moved with the folder
         labels = str(Path(place) / Path(labels).relative_to(config.dataset))
-    cache = data_dir if data_dir and place != data_dir else recorded
+    cache = data_dir if data_dir and place != data_dir else _recorded_dir(run)
     dataset = _folder(place, Path(cache), config.image_size, labels)
     if dataset.train.sha256() != run.dataset.train_sha256:
         raise UserError(
@@ -131,6 +128,16 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
             + (f" (--data-dir is for when {place} is missing)" if data_dir and place != data_dir else "")
         )
     return replace(dataset, key=config.dataset)
+
+
+def archive_dir(run: Run, data_dir: str | None) -> str:
+    """Return where `of_run` looks for the archive of the run's dataset."""
+    return data_dir or shared_data_dir() or _recorded_dir(run)
+
+
+def _recorded_dir(run: Run) -> str:
+    """Return the run's data_dir, unless that was relative to another working directory."""
+    return run.config.data_dir if os.path.exists(run.config.data_dir) else str(HOME / "data")
 
 
 def say_class_sizes(dataset: Dataset) -> None:

@@ -37,7 +37,15 @@ _INTERNAL: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidd
 
 
 def serve(
-    run: Run | None, *, output_dir: str, data_dir: str, host: str, port: int, share: bool, auth: str | None, device: str
+    run: Run | None,
+    *,
+    output_dir: str,
+    data_dir: str | None,
+    host: str,
+    port: int,
+    share: bool,
+    auth: str | None,
+    device: str,
 ) -> None:
     """Serve the demo until Ctrl-C.
 
@@ -55,7 +63,7 @@ def serve(
 class Demo:
     """The evaluated runs of a folder, loaded when first used, and what they predict."""
 
-    def __init__(self, first: Run | None, output_dir: str, data_dir: str, device_name: str):
+    def __init__(self, first: Run | None, output_dir: str, data_dir: str | None, device_name: str):
         """Load the run `first`, by default as `serve`. Raises UserError if none can be loaded."""
         self._first, self._output_dir, self._data_dir = first, output_dir, data_dir
         # One thread for all networks: every thread that calls torch gets a pool of threads, which compete.
@@ -137,8 +145,8 @@ class Demo:
         """Return rows of one test image (S, S, 3) for 10 classes; none if the dataset is not on this machine."""
         run = self.run(name)
         try:
-            archive = download.ARCHIVES.get(run.config.dataset)
-            if archive and not download.find(archive, Path(self._data_dir)):  # or it would be downloaded
+            archive, place = download.ARCHIVES.get(run.config.dataset), datasets.archive_dir(run, self._data_dir)
+            if archive and not download.find(archive, Path(place)):  # or it would be downloaded
                 return []
             split = datasets.of_run(run, self._data_dir).test
         except UserError:
