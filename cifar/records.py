@@ -192,6 +192,11 @@ class Metrics(Record):
     selective: Selective | None = None
     calibration: Calibration
 
+    @property
+    def measured_classes(self) -> dict[str, ClassScores]:
+        """The scores of the classes that have test images."""
+        return {name: scores for name, scores in self.per_class.items() if scores.support}
+
     def can_be_of(self, test_sha256: str) -> bool:
         """Say whether they may have been measured on these test images; earlier versions did not note which."""
         return self.test_sha256 in (None, test_sha256)

@@ -116,11 +116,12 @@ def show_metrics(metrics: Metrics) -> None:
         rows.append(("top-5 accuracy with test-time augmentation", f"{metrics.top5_accuracy_tta:.2%}", ""))
     title = f"{metrics.recipe} on {metrics.dataset}: {metrics.split} split, {metrics.n:,} images"
     console.out.print(console.table(title, dict(zip(("metric", "value", "95% interval"), zip(*rows)))))
-    classes, which = list(metrics.per_class), "by class"
+    measured, which = metrics.measured_classes, "by class"
+    classes = list(measured)
     if len(classes) > _LISTED_CLASSES:
         which = f"the {_LISTED_CLASSES} of {len(classes):,} classes with the lowest F1"
-        classes = sorted(classes, key=lambda name: metrics.per_class[name].f1)[:_LISTED_CLASSES]
-    scores = [metrics.per_class[name] for name in classes]
+        classes = sorted(classes, key=lambda name: measured[name].f1)[:_LISTED_CLASSES]
+    scores = [measured[name] for name in classes]
     columns = {
         "class": classes,
         "precision": [f"{row.precision:.1%}" for row in scores],

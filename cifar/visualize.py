@@ -105,7 +105,7 @@ def confusion_matrix(metrics: Metrics, subject: str) -> Figure:
 
 def per_class_metrics(metrics: Metrics, subject: str) -> Figure:
     """Plot precision, recall and F1 of each class, the highest F1 on top; dots, as bars would have to start at 0."""
-    classes, which = sorted(metrics.per_class, key=lambda name: -metrics.per_class[name].f1), ""
+    classes, which = sorted(metrics.measured_classes, key=lambda name: -metrics.per_class[name].f1), ""
     if len(classes) > _MANY_CLASSES:
         which = f" (the {_WORST_CLASSES} classes with the lowest F1 of {len(classes):,})"
         classes = classes[-_WORST_CLASSES:]

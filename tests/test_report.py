@@ -280,16 +280,16 @@ def test_it_prints_dark_on_white_without_navigation(browser, corrupted_run):
 
 
 def test_metrics_are_printed_with_intervals_and_the_classes_of_lowest_f1(capsys):
-    matrix = np.diag(np.arange(1, 31))
-    matrix[:, 0] += 1
-    content = make_metrics([f"n{number:02}" for number in range(30)], matrix)
+    matrix = np.diag([*np.arange(1, 31), *[0] * 20])  # of the last 20 classes there are no images
+    matrix[:30, 0] += 1
+    content = make_metrics([f"n{number:02}" for number in range(50)], matrix)
     report.show_metrics(records.parse("metrics.json", content | {"interval_95": [0.41, 0.93], "dataset": "[b]"}))
     printed = " ".join(capsys.readouterr().out.split())
     for part in ("fast on [b]: test split, 495 images", "94.14%", "41.00% to 93.00%", "0.5000"):
         assert part in printed
     assert "the 20 of 30 classes with the lowest F1" in printed
     assert "n01" in printed
-    assert "n29" not in printed.split("most confused")[0]
+    assert not re.search("n29|n3.", printed.split("most confused")[0])
     assert "most confused: n01 predicted as n00, 1 time" in printed
 
 

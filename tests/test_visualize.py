@@ -176,6 +176,10 @@ def test_labels_of_many_classes_do_not_overlap_and_the_worst_classes_are_shown(d
     matrix[range(110, 150), range(149, 109, -1)] += 1
     matrix[0, 110] += 1
     axes = draw(metrics_of(classes, matrix), SUBJECT).axes[0]
+    if draw is visualize.per_class_metrics:  # classes without images are not the worst
+        matrix[range(20), range(20)], matrix[0, 110] = 0, 0
+        lowest = draw(metrics_of(classes, matrix), SUBJECT).axes[0]
+        assert {label.get_text() for label in lowest.get_yticklabels()} == set(classes[110:])
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert not any(first.overlaps(second) for first, second in itertools.pairwise(boxes(axes.figure, labels)))
     assert {label.get_text() for label in axes.get_yticklabels()} - {"the other 110"} == set(classes[110:])
