@@ -183,7 +183,7 @@ def _describe(letter: str, members: Sequence[Run]) -> dict[str, Any]:
     listed = f"{seeds[0]} to {seeds[-1]}" if is_gapless else ", ".join(map(str, seeds))
     numbers = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {listed}"
     headlines = [headline(run) for run in members]
-    recalls = [{name: scores.recall for name, scores in one.per_class.items()} for one in metrics]
+    recalls = [{name: scores.recall for name, scores in one.measured_classes.items()} for one in metrics]
     return {
         "letter": letter,
         "run": path.name,
@@ -335,7 +335,7 @@ def _t_test(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
             raise UserError("the seeds vary too little for a t-test: train more of them")
         test = ttest_rel(second, first) if is_paired else ttest_ind(second, first, equal_var=False)
         result |= {
-            f"difference{suffix}": float(second.mean() - first.mean()),
+            f"difference{suffix}": round(float(second.mean() - first.mean()), 12),  # so that equal means are equal
             f"interval_95{suffix}": [float(end) for end in test.confidence_interval()],
         }
         result.setdefault("p", float(test.pvalue))
@@ -353,7 +353,7 @@ def _verdict(pair: dict[str, Any], names: Mapping[str, str]) -> str:
         return [100 * value + 0.0 for value in (sign * pair[f"difference{suffix}"], *ends)]  # without -0.0
 
     if not pair["difference"]:
-        return f"{behind} and {ahead} have the same test accuracy ({pair['test']})"
+        return f"{ahead} and {behind} have the same test accuracy ({pair['test']})"
     start = f"{ahead} is better than {behind}" if pair["better"] else f"no difference shown: {ahead} leads {behind}"
     p_text = f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1e}" if p >= 1e-300 else "p < 1e-300"
     interval = "{:.2f} points of test accuracy, 95% interval {:.2f} to {:.2f}".format(*points(""))

@@ -130,6 +130,12 @@ def test_recipes_of_equal_accuracy_with_tta_are_compared_without_it(tmp_path):
     assert pair["verdict"].endswith("(paired t-test over 2 seeds)")
 
 
+def test_recipes_whose_means_differ_by_a_rounding_error_have_the_same_accuracy(tmp_path):
+    found = seeds(tmp_path / "a", {0: 10, 1: 13, 2: 17}) + seeds(tmp_path / "b", {0: 17, 1: 10, 2: 13})
+    (pair,) = compare.compare(found)["pairs"]
+    assert pair["verdict"] == "A (fast) and B (fast) have the same test accuracy (paired t-test over 3 seeds)"
+
+
 def test_runs_of_different_test_sets_are_not_paired(tmp_path):
     comparison = compare.compare(
         [
