@@ -93,7 +93,8 @@ def training_steps(config: Config, dataset: data.Dataset, image_size: int) -> Ge
     """
     device.keep_freed_memory()
     hardware = device.choose(config.device)
-    config = config.replace(precision=device.resolve_precision(config.precision, hardware))
+    precision = device.resolve_precision(config.precision, hardware)
+    config = config.replace(precision=precision, warmup_epochs=0)  # of `--minutes`, it may be longer than the training
     network, batches, criterion, optimizer = trainer.build(config, dataset.train, len(dataset.classes), hardware)
     model.set_training_mode(network)
     compiled = device.compiled(network, config.compile)
@@ -149,8 +150,10 @@ def plan_epochs(config: Config, dataset: data.Dataset) -> Config:
     parts = [f"{count} at {size}x{size} ({steps[size] + ending:.1f} s each)" for count, size in counts if count]
     if hard:
         parts.append(f"the last {hard} on the hardest {config.hard_share:.0%} of the images")
-    console.say(f"{plural(epochs, 'epoch')} in {length}: {', '.join(parts)}")
     warmup = min(config.warmup_epochs, epoch_limits(epochs)["warmup_epochs"])
+    if config.warmup_epochs:
+        parts.append(f"{warmup} of warm-up")
+    console.say(f"{plural(epochs, 'epoch')} in {length}: {', '.join(parts)}")
     plan = {"epochs": epochs, "small_epochs": small, "hard_epochs": hard, "warmup_epochs": warmup}
     return config.replace(**plan, minutes=None)
 

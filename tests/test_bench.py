@@ -54,16 +54,19 @@ def measured(monkeypatch):
 
 
 def test_the_planned_epochs_fit_the_minutes(measured, digits, tmp_path, capsys):
-    settings = {"epochs": 9, "small_epochs": 4, "hard_epochs": 2, "minutes": 2}
+    settings = {"epochs": 9, "small_epochs": 4, "hard_epochs": 2, "minutes": 2, "warmup_epochs": 50}
     config = datasets.resolve(quick_config(tmp_path, recipe="convnet", **settings), digits)
     planned = bench.plan_epochs(config, digits)
     # 0.97 * 120 = 116.4 seconds: 8 epochs, 4 of them small, take 120 less 36% of two times 18; with 3 small, 10 more.
     assert (planned.epochs, planned.small_epochs, planned.hard_epochs, planned.minutes) == (8, 4, 2, None)
+    assert planned.warmup_epochs == 4
     assert datasets.resolve(planned, digits) == planned
     assert (
         "8 epochs in 2 minutes: "
-        "4 at 24x24 (10.0 s each), 4 at 32x32 (20.0 s each), the last 2 on the hardest 64% of the images\n"
+        "4 at 24x24 (10.0 s each), 4 at 32x32 (20.0 s each), the last 2 on the hardest 64% of the images, "
+        "4 of warm-up\n"
     ) in capsys.readouterr().out
+    next(bench.training_steps(config, digits, 32))  # of 9 epochs, which are all warm-up
 
 
 def test_too_few_minutes_are_an_error_that_names_how_many_suffice(measured, digits, tmp_path):
