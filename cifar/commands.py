@@ -19,8 +19,8 @@ from invoke import Argument, Collection, Exit, Task, task
 from invoke.main import program
 
 from cifar import console, runs
-from cifar.config import FIELDS, PIPELINE, STAGES, Config
-from cifar.errors import UsageError, UserError, did_you_mean, display_path
+from cifar.config import FIELDS, PIPELINE, STAGES, Config, flag
+from cifar.errors import UsageError, UserError, did_you_mean, display_path, listing
 from cifar.flags import HELP, SWITCHES, help_page, load_settings, take_flag
 
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
@@ -219,7 +219,12 @@ def demo(
 ):
     """Show a run in the browser, and its predictions for any image."""
     config = Config.create({"device": device, "data_dir": data_dir, "output_dir": output_dir})
-    places = {"output_dir": config.output_dir, "data_dir": config.data_dir, "host": host, "port": _port(port)}
+    places = {
+        "output_dir": config.output_dir,
+        "data_dir": data_dir and config.data_dir,
+        "host": host,
+        "port": _port(port),
+    }
     found = _find_run(output_dir, run, model) if run or model or _previous else None
 
     try:
@@ -268,6 +273,8 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
     output_dir = Config.create({"output_dir": output_dir}).output_dir
     if names and sort:
         raise UsageError("--sort applies only to the list of all runs: omit --sort or the names")
+    if not names and (pairs or output):
+        raise UsageError("--pairs and --output apply only to a comparison: name runs, or omit them")
 
     from cifar import compare
 
@@ -284,6 +291,8 @@ def doctor(run=None, dataset=None, data_dir=None, labels=None, mirror=None, devi
     """Check the environment and suggest fixes."""
     given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "mirror": mirror}
     config = Config.create({**given, "device": device, "output_dir": output_dir})
+    if run and (unused := [flag(name) for name, value in {**given, "device": device}.items() if value]):
+        raise UsageError(f"{listing(unused)} would not be used: omit --run, or leave them out")
 
     from cifar import doctor
 

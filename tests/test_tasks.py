@@ -147,6 +147,8 @@ def test_a_mistake_is_one_sentence_and_the_right_exit_code(call, arguments, code
         (("train", "--resume", "x", "--config", "x.toml"), 2, "the settings of the run: leave out --config"),
         (("export", "--output", "net.txt"), 1, "--output takes a file that ends in .pt2, not 'net.txt'"),
         (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort applies only to the list of all runs"),
+        (("compare", "--pairs"), 2, "--pairs and --output apply only to a comparison: name runs, or omit them"),
+        (("doctor", "--run", "{run}", "--dataset", "digits"), 2, "--dataset would not be used: omit --run, or leave"),
         (("demo", "--auth", ""), 2, "--auth must not be empty"),
         (("demo", "--host", "\udcff"), 1, "cannot listen on \\udcff: it is not a valid name"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
