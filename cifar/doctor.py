@@ -243,7 +243,8 @@ def _run(run: Run) -> Iterator[Finding]:
     from cifar import evaluate
 
     record, status = run.record, run.status()
-    fix = f"resume it with `{run.resume_command}`" if status in RESUMABLE else ""
+    can_go_on = status in RESUMABLE and "not finite" not in (record.error or "")  # which would happen again
+    fix = f"resume it with `{run.resume_command}`" if can_go_on else ""
     level = "ok" if status in ("completed", "running") else "warning"
     yield Finding("run", level, f"{run.path.name} is {status}" + (f": {record.error}" if record.error else ""), fix)
     if run.has_metrics:

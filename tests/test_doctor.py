@@ -241,6 +241,8 @@ def test_a_run_is_described(tmp_path):
     assert findings_of(run) == [("warning", "run is interrupted", True), sound[1]]
     run.update(status="failed", error="no room")
     assert findings_of(run)[0] == ("warning", "run is failed: no room", True)
+    run.update(error="the loss is not finite at epoch 1, step 2: try --lr 0.1")  # again, as its settings stay
+    assert findings_of(run)[0][2] is False
     run.write("run.json", {})
     assert [level for level, *_ in findings_of(run)] == ["failure"]
 
