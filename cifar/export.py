@@ -202,18 +202,21 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["weights"].items()
     }
-    with files.writing(folder):
-        made.checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.copy(run.path / runs.HISTORY, made.path / runs.HISTORY)
     defaults = {name: Config.model_fields[name].default for name in LOCATIONS}  # another machine has other folders
     defaults["precision"] = "float32"  # so that predictions are the same on every processor, to 1e-4
-    made.write(runs.CONFIG, run.config.model_dump() | defaults)
-    made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
     kept = {key: content[key] for key in ("model", "classes", "image_size", "epoch")}
-    checkpoint.save(made.checkpoints / "best.pt", {**kept, "weights": weights})
-    measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
     itself = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
-    made.write(runs.METRICS, {**measured, "original": itself})
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)  # or the next attempt would refuse it
+        with files.writing(folder):
+            made.checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run.path / runs.HISTORY, made.path / runs.HISTORY)
+        made.write(runs.CONFIG, run.config.model_dump() | defaults)
+        made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
+        checkpoint.save(made.checkpoints / "best.pt", {**kept, "weights": weights})
+        measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
+        made.write(runs.METRICS, {**measured, "original": itself})
+        undo.pop_all()
     return made
 
 
