@@ -149,7 +149,7 @@ def evaluate(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
 def measure(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
     """Measure the run's best.pt on the test split; writes nothing. The temperature is fitted on validation.
 
-    Raises UserError if the run has no checkpoint, or the dataset is not the run's.
+    Raises UserError if the run has no checkpoint, the dataset is not the run's, or an output is not finite.
     """
     device.keep_freed_memory()
     run.check_dataset(dataset.name)
@@ -166,6 +166,8 @@ def measure(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
         with_tta = partial(infer_tta, flips=flips, temperature=temperature, precision=precision, advance=advance)
         parts = [with_tta(network, part.images) for part in dataset.test.chunks()]
         logits, logits_tta = (torch.cat(results).numpy() for results in zip(*parts))
+    if not np.isfinite(logits).all():
+        raise UserError("the network's outputs for the test images are not finite: train again with a lower --lr")
     probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
     measured = Metrics(
         dataset=dataset.name,

@@ -50,7 +50,8 @@ class Prediction:
     def top(self, count: int = 3) -> list[tuple[str, float]]:
         """Return the most probable classes with their probabilities. Raises UserError if the image was not read."""
         if self.probabilities is None:
-            raise UserError(f"{self.name} cannot be read: {self.error}")
+            name = self.name if isinstance(self.source, Path | str) else "the image"
+            raise UserError(f"{name} cannot be read: {self.error}")
         order = (-self.probabilities).argsort(kind="stable")[:count]
         return [(self.classes[number], float(self.probabilities[number])) for number in order]
 
@@ -83,7 +84,7 @@ class Predictor:
         return (logits.double() / self.temperature).softmax(1).numpy()
 
     def predict(self, images: AnyImage | Iterable[AnyImage], fit: str = "crop") -> list[Prediction]:
-        """Return a prediction for each image, in order; one that cannot be read does not stop the others.
+        """Return a prediction for each image, in order; a file that cannot be read does not stop the others.
 
         images: one image or several: paths, the bytes of files, Pillow's images, arrays or tensors (see
         `images.as_source`). fit: what happens to an image that is not square, crop or letterbox.

@@ -165,7 +165,7 @@ class Training:
         Raises UserError that names the first step whose loss is not finite.
         """
         losses, images = self.losses[: self.step], self.step * self.batches.config.batch_size
-        loss = losses.mean().item()
+        loss = losses.cpu().double().mean().item()  # float32 could overflow where no loss does
         if not math.isfinite(loss):
             raise self._diverged("loss is", int(losses.isfinite().logical_not().nonzero()[0]) + 1)
         accuracy = self.correct.item() / images

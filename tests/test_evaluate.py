@@ -111,6 +111,12 @@ def test_a_run_without_validation_is_evaluated_without_a_temperature(make_run, d
     assert (calibration.temperature, calibration.threshold, calibration.fitted_on) == (1, None, 0)
 
 
+def test_outputs_that_are_not_finite_are_one_sentence(evaluated_run, digits, monkeypatch):
+    monkeypatch.setattr(evaluate, "infer_tta", lambda network, images, **_: [torch.full((len(images), 10), np.nan)] * 2)
+    with pytest.raises(UserError, match=r"^the network's outputs for the test images are not finite: "):
+        evaluate.measure(evaluated_run, digits, "cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
