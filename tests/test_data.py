@@ -82,11 +82,6 @@ def test_each_crop_is_a_window_of_the_padded_image(mode, numpy_mode):
     assert len(seen) == 25
 
 
-def test_a_crop_wider_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="padding 8 must be from 0 to 7"):
-        data.random_crop(random_images(1), torch.zeros(2, 1, dtype=torch.int64), 8, "zeros")
-
-
 def test_with_a_crop_scale_training_images_are_resized_crops_of_which_no_two_are_alike():
     image = random_images(1, size=64)
     split = data.Split(image.expand(20, -1, -1, -1).contiguous(), torch.arange(20))
@@ -181,7 +176,7 @@ def test_batches_augment_few_neighbours_alike_with_new_operations_in_each_epoch(
     batches = make_batches(split, auto_augment="trivialaugment", batch_size=40)
     epochs = [torch.cat([batch.images for batch in batches.epoch(epoch)]) for epoch in (1, 2)]
     kinds = [len({image.numpy().tobytes() for image in shown}) for shown in epochs]
-    assert min(kinds) > 12
+    assert 12 < min(kinds) <= max(kinds) <= 20  # one for each four images
     assert not torch.equal(*epochs)
 
 
@@ -313,6 +308,7 @@ def test_an_epoch_resumes_in_the_middle_with_the_batches_that_were_left(crop_sca
     resumed = make_batches(split, 5, **settings)
     resumed.first_flip = batches.first_flip
     resumed.load_state_dict(saved)
-    assert len(rest) == 3
-    assert all(map(torch.equal, train_on(resumed, 4, skip=2), rest))
+    again = train_on(resumed, 4, skip=2)
+    assert len(rest) == len(again) == 3
+    assert all(map(torch.equal, again, rest))
     assert torch.equal(resumed.generator.get_state(), batches.generator.get_state())

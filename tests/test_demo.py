@@ -149,7 +149,9 @@ def test_a_figure_that_is_a_link_is_not_shown(evaluated_run, tmp_path):
     assert base64.b64encode(b"my notes, ").decode()[:12] not in page
 
 
-def test_only_uploaded_files_can_be_downloaded(site):
+def test_only_uploaded_files_can_be_downloaded(site, digits):
+    (uploaded,) = site.http.post("/gradio_api/upload", files={"files": ("image", digit(digits))}).json()
+    assert site.http.get(f"/gradio_api/file={quote(uploaded)}").content == digit(digits)
     checkpoint = site.outputs / NEWER / "checkpoints" / "best.pt"
     assert checkpoint.exists()
     (uploads,) = site.temporary.glob("cifar-demo-*")
@@ -324,6 +326,9 @@ def test_a_visitor_uploads_an_image_tries_an_example_and_reads_about_another_run
     find(browser, "[role=option]:nth-last-child(2)").click()
     find(browser, "[role=tab]:nth-of-type(2)").click()
     find(browser, ".tiles + .figure")
+    metrics = Run(site.outputs / OLDER).metrics
+    tiles = [tile.text for tile in browser.find_elements("css selector", ".tile strong")]
+    assert tiles[:2] == [f"{metrics.accuracy:.2%}", f"{metrics.accuracy_tta:.2%}"]
     figures = browser.find_elements("css selector", ".figure img")
     assert [figure.get_attribute("alt") for figure in figures] == [figure.alt for figure in FIGURES.values()]
     decode = "return Promise.all(arguments[0].map(image => image.decode().then(() => image.naturalWidth)))"

@@ -34,7 +34,9 @@ def test_a_gpu_without_bfloat16_trains_in_float16_and_no_other_device_does(monke
     assert device.resolve_precision("float16", cpu) == device.resolve_precision("auto", cpu)  # to evaluate
 
 
-@pytest.mark.parametrize(("precision", "dtype"), device.DTYPES.items())
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
 def test_products_are_computed_in_the_precision(precision, dtype):
     with device.autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

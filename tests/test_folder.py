@@ -64,7 +64,7 @@ def test_each_image_is_decoded_and_labelled_with_its_class(root, size):
             files = [file for file in (root / part / name).rglob("*.png") if "@eaDir" not in str(file)]
             assert pixels(split[split.labels == label]) == {decode(file, size).numpy().tobytes() for file in files}
     assert images.test_files == tuple(sorted(images.test_files))
-    for name, image, label in zip(images.test_files, images.test.images, images.test.labels):
+    for name, image, label in zip(images.test_files, images.test.images, images.test.labels, strict=True):
         assert name.split("/")[:2] == ["test", images.classes[label]]
         assert decode(root / name, size).equal(image)
 

@@ -15,6 +15,8 @@ def imported_by(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names if path.with_stem(alias.name).exists()}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar."):
             names.add(node.module.removeprefix("cifar."))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("cifar.") for alias in node.names if alias.name.startswith("cifar.")}
     return names
 
 

@@ -139,8 +139,3 @@ def test_pooling_in_chunks_is_pooling(layout, dtype, size, images, monkeypatch):
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 4)])
 def test_the_global_maximum_is_that_of_torchs_layer_to_the_bit(layout, dtype, size):
     assert_pools_alike(layers.GlobalMaxPool(), nn.AdaptiveMaxPool2d(1), (5, 8, *size), dtype, layout)
-
-
-def test_the_global_average_is_the_mean_over_the_pixels():
-    features = torch.rand(2, 3, 5, 4)
-    torch.testing.assert_close(layers.GlobalAveragePool()(features), features.mean((2, 3)))

@@ -285,7 +285,7 @@ def test_metrics_are_printed_with_intervals_and_the_classes_of_lowest_f1(capsys)
     content = make_metrics([f"n{number:02}" for number in range(50)], matrix)
     report.show_metrics(records.parse("metrics.json", content | {"interval_95": [0.41, 0.93], "dataset": "[b]"}))
     printed = " ".join(capsys.readouterr().out.split())
-    for part in ("fast on [b]: test split, 495 images", "94.14%", "41.00% to 93.00%", "0.5000"):
+    for part in ("fast on [b]: test split, 495 images", "94.14%", "41.00% to 93.00%", "94.34%", "0.5000", "top-5"):
         assert part in printed
     assert "the 20 of 30 classes with the lowest F1" in printed
     assert "n01" in printed

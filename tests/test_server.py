@@ -157,9 +157,8 @@ def test_a_body_is_counted_while_it_arrives(serve, page, auth):
     routes = {path: "POST" for path, methods in page.app.openapi()["paths"].items() if "post" in methods}
     assert {"/login", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/reset"} < routes.keys()
     for path, method in {**routes, "/config": "GET", "/nothing": "POST"}.items():
-        head = (
-            f"{method} {path} HTTP/1.1\nHost: localhost\nContent-Type: application/json\nTransfer-Encoding: chunked\n\n"
-        )
+        kind = "multipart/form-data; boundary=x" if path.endswith("/upload") else "application/json"
+        head = f"{method} {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}\nTransfer-Encoding: chunked\n\n"
         with connect(http, head) as connection:
             sent, chunk = 0, b"10000\r\n" + b"[" * 0x10000 + b"\r\n"
             with contextlib.suppress(ConnectionError):
