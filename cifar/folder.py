@@ -76,7 +76,7 @@ def load(root: Path, size: int, cache_dir: Path, labels: Path | None = None) -> 
     """
     found = list_images(root, labels)
     place = cache_dir / ".decoded" / f"{root.name[:50]}-{_sha256([root, labels])[:12]}-{size}"
-    fingerprint = _sha256([6, size, PIL.__version__, found])  # 6: of the decoder's rules and the cache's format
+    fingerprint = _sha256([7, size, PIL.__version__, found])  # 7: of the decoder's rules and the cache's format
     images = _read_cache(place, fingerprint, root, found, size)
     # Why a file could not be read before may have been the disk, a missing permission, or a machine at its limits.
     left_out = [root / name for name in images.left_out[:20]] if images else []
