@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 import image_files
-from cifar import demo
+from cifar import datasets, demo
 from cifar.config import PROJECT
 from cifar.demo import Demo
 from cifar.errors import UserError
@@ -147,6 +147,15 @@ def test_a_figure_that_is_a_link_is_not_shown(evaluated_run, tmp_path):
     page = demo._report(copy)
     assert base64.b64encode(b"a figure").decode() in page
     assert base64.b64encode(b"my notes, ").decode()[:12] not in page
+
+
+def test_examples_come_from_where_the_run_found_its_data(evaluated_run, small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.delenv("CIFAR_DATA_DIR", raising=False)
+    run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
+    run.write("config.json", {**run.config.model_dump(), "dataset": "cifar10", "data_dir": str(small_cifar10)})
+    examples = Demo(run, str(tmp_path), None, "cpu").examples("run")
+    test = datasets.find("cifar10", str(small_cifar10)).test  # image n is of class n modulo 10
+    assert np.array_equal(np.stack([image for (image,) in examples]), test.images[:10].permute(0, 2, 3, 1))
 
 
 def test_only_uploaded_files_can_be_downloaded(site, digits):
