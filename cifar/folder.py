@@ -333,7 +333,7 @@ def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the path of each image, relative to the root and with /, its label, and its split or ""."""
     try:
         with io.TextIOWrapper(open_regular(table), encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, restval="", restkey="")
+            rows = csv.DictReader(file, restval="", skipinitialspace=True)
             columns = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
             if not {"path", "label"} <= set(columns):
                 raise UserError(
@@ -347,6 +347,8 @@ def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
                 label, part = unicodedata.normalize("NFC", values[1]), values[2].lower()
                 if not values[0] or not label:
                     raise UserError(f"line {rows.line_num} of {table} has no path or no label")
+                if any(row.get(None, ())):  # what is beyond the columns
+                    raise UserError(f"line {rows.line_num} of {table} has too many cells: quote what has a comma")
                 path = _path(root, values[0])
                 if not path.is_relative_to(root):
                     raise UserError(f"line {rows.line_num} of {table} names {values[0]}, which is not in {root}")

@@ -359,7 +359,7 @@ def write_table(root: Path, lines: list[str]) -> Path:
 def rows(root: Path, split=False) -> list[str]:
     """The images of `root` with labels that are not their folders' names, and perhaps their splits."""
     files = sorted(file.relative_to(root) for file in root.rglob("*.png"))
-    return [f'{file},"a {file.parts[1]}, so"' + f",{file.parts[0]}" * split for file in files]
+    return [f'{file}, "a {file.parts[1]}, so"' + f",{file.parts[0]}" * split for file in files]
 
 
 def test_a_table_gives_the_labels_and_perhaps_the_splits(root):
@@ -392,6 +392,7 @@ TABLES = {
     "other columns": (lambda rows: ["file,class"], "must name the columns path and label, and .*: it has file, class$"),
     "empty": (lambda rows: [], "must name the columns path and label, .* it has none$"),
     "one label": (lambda rows: ["path,label", rows[0]], "needs at least two different labels: it has a cat, so$"),
+    "comma": (lambda rows: ["path,label", "a.png,oak,", "b.png,oak, red"], "^line 3 of .* has too many cells: quote"),
     "no label": (lambda rows: ["path,label", "a.png,"], "^line 2 of .*labels.csv has no path or no label$"),
     "two labels": (lambda rows: ["path,label", *rows, rows[0][:20] + "x"], "names .*png twice, with different labels"),
     "outside": (lambda rows: ["path,label", "../a.png,x"], r"line 2 of .* names \.\./a\.png, which is not in "),
