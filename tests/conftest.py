@@ -130,7 +130,7 @@ def quick_config(output_dir: Path, minutes: float | None = None, **settings) -> 
     return config.replace(minutes=minutes) if minutes else config
 
 
-def _trained(config: Config, dataset):
+def trained(config: Config, dataset):
     from cifar import datasets, pipeline, trainer
 
     run = pipeline.create_run(datasets.resolve(config, dataset), dataset)
@@ -142,7 +142,7 @@ def _trained(config: Config, dataset):
 @pytest.fixture
 def make_run(tmp_path, digits):
     """A function that trains quickly, with the given settings over quick_config, and returns the run."""
-    return lambda dataset=digits, **settings: _trained(quick_config(tmp_path / "outputs", **settings), dataset)
+    return lambda dataset=digits, **settings: trained(quick_config(tmp_path / "outputs", **settings), dataset)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def evaluated_run(tmp_path_factory, digits):
     """A run on digits, trained, evaluated and analyzed; do not change it."""
     from cifar import analysis, evaluate
 
-    run = _trained(quick_config(tmp_path_factory.mktemp("evaluated")), digits)
+    run = trained(quick_config(tmp_path_factory.mktemp("evaluated")), digits)
     with run.stage("evaluate"):
         analysis.write(run, digits, evaluate.evaluate(run, digits, "cpu"))
     return run

@@ -125,6 +125,29 @@ def stop_after(steps: int) -> None:
     after_each_step(lambda checkpointer: signal.SIGINT if checkpointer.training.optimizer.steps == steps else None)
 
 
+def assert_resumes(train, dataset, steps: int, hinder=None) -> runs.Run:
+    """Assert that a training that is stopped after so many steps goes on bit for bit as one that is not.
+
+    train: makes a run; hinder: is called before it is resumed. Returns the resumed run.
+    """
+    uninterrupted = train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpointer, "save_if_due", checkpoint.Checkpointer.save_if_due)  # put back
+        stop_after(steps)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    run = runs.find_resumable(str(uninterrupted.path.parent))
+    torch.manual_seed(1)
+    if hinder:
+        hinder()
+    with run.lifetime():
+        trainer.fit(run, dataset)
+    for name in ("last.pt", "best.pt"):
+        saved = [torch.load(one.checkpoints / name, weights_only=True) for one in (uninterrupted, run)]
+        assert flat(saved[0]) == flat(saved[1])
+    return run
+
+
 def slow_steps(seconds: float) -> None:
     """Have this process print each step and wait after it."""
 

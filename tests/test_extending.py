@@ -1,5 +1,6 @@
 """docs/extending.md: its diffs apply to the code, and what they add trains and resumes."""
 
+import os
 import re
 import shutil
 
@@ -59,25 +60,17 @@ def test_what_the_page_adds_trains(flags, shown, extended):
 
 
 RESUMED = """
-import contextlib
-import torch
-from cifar import checkpoint, datasets, pipeline, trainer
-from cifar.config import Config
+from pathlib import Path
+import conftest, processes
+from cifar import datasets
 
-config = Config.create({"recipe": "plain", "dataset": "digits", "model": "tiny", "optimizer": "nadam", "lr": 1e-3,
-                        "grayscale": 0.5, "epochs": 1, "val_size": 413, "device": "cpu", "output_dir": "resumed"})
-dataset = datasets.find("digits", ".")
-runs = [pipeline.create_run(datasets.resolve(config, dataset), dataset) for _ in range(2)]
-save = checkpoint.Checkpointer.save_if_due
-for run in (runs[0], runs[1], runs[1]):
-    with contextlib.suppress(KeyboardInterrupt), run.lifetime():
-        trainer.fit(run, dataset)
-    checkpoint.Checkpointer.save_if_due = lambda self, _: save(self, 2 if self.training.step == 3 else None)
-one, other = (torch.load(run.checkpoints / "last.pt")["weights"] for run in runs)
-assert all(map(torch.equal, one.values(), other.values()))
-assert [resumed.step for resumed in runs[1].record.resumed] == [3]
+settings = {"recipe": "plain", "model": "tiny", "optimizer": "nadam", "lr": 1e-3, "grayscale": 0.5, "val_size": 413}
+config, dataset = conftest.quick_config(Path("resumed"), **settings), datasets.find("digits", ".")
+run = processes.assert_resumes(lambda: conftest.trained(config, dataset), dataset, 3)
+assert [resumed.step for resumed in run.record.resumed] == [3]
 """
 
 
 def test_what_the_page_adds_resumes_bit_for_bit(extended):
-    assert run("-c", RESUMED, cwd=extended)[::2] == (0, "")
+    environment = os.environ | {"PYTHONPATH": str(PROJECT / "tests")}
+    assert run("-c", RESUMED, cwd=extended, env=environment)[::2] == (0, "")

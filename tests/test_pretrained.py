@@ -8,13 +8,13 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from cifar import checkpoint, datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
+from cifar import datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.data import Dataset
 from cifar.errors import UserError
 from cifar.predict import Predictor
 from image_sets import ImageSet
-from processes import stop_after
+from processes import assert_resumes
 
 MODEL, HEAD = "mobilenet_v3_small", ("classifier.3.weight", "classifier.3.bias")
 
@@ -47,8 +47,8 @@ def finetune(make_run, photos, file):
     return lambda **changes: make_run(**{"dataset": photos, **settings, **changes})
 
 
-def saved(run, name: str = "last") -> dict[str, torch.Tensor]:
-    content = torch.load(run.checkpoints / f"{name}.pt", weights_only=True)["weights"]
+def saved(run) -> dict[str, torch.Tensor]:
+    content = torch.load(run.checkpoints / "last.pt", weights_only=True)["weights"]
     return {key.removeprefix("network."): value for key, value in content.items()}
 
 
@@ -87,19 +87,10 @@ def test_frozen_batchnorm_keeps_its_statistics_in_training_and_no_other_module_c
 
 
 def test_a_fine_tuned_run_resumes_bit_for_bit(finetune, photos, monkeypatch):
-    uninterrupted = finetune(epochs=2, ema=0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpointer, "save_if_due", checkpoint.Checkpointer.save_if_due)  # put back
-        stop_after(15)  # in the second epoch
-        with pytest.raises(KeyboardInterrupt):
-            finetune(epochs=2, ema=0.5)
-    run = pipeline.runs.find_resumable(str(uninterrupted.path.parent))
-    monkeypatch.setattr(pretrained, "load", None)  # the weights are in the checkpoint
-    with run.lifetime():
-        trainer.fit(run, photos)
-    for name in ("last", "best"):
-        one, other = saved(uninterrupted, name), saved(run, name)
-        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    def hinder():
+        monkeypatch.setattr(pretrained, "load", None)  # the weights are in the checkpoint
+
+    assert_resumes(lambda: finetune(epochs=2, ema=0.5), photos, 15, hinder)  # stopped in the second epoch
 
 
 def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(finetune, photos, tmp_path):

@@ -18,8 +18,7 @@ from cifar import checkpoint, console, data, evaluate, pipeline, runs, trainer
 from cifar.data import Dataset
 from cifar.errors import UserError, display_path
 from cifar.runs import find
-from conftest import flat
-from processes import Outputs, after_each_step, results, slow_steps, slowly, stop_after, wait_until
+from processes import Outputs, after_each_step, assert_resumes, results, slow_steps, slowly, stop_after, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -473,18 +472,6 @@ def test_a_damaged_state_of_a_training_is_refused_with_a_sentence(interrupted, d
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_each_setting_resumes_bit_for_bit(make_run, digits, monkeypatch, settings):
+def test_each_setting_resumes_bit_for_bit(make_run, digits, settings):
     settings |= {"epochs": 2, "val_size": 1117}  # 16 steps in each epoch
-    uninterrupted = make_run(**settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpointer, "save_if_due", checkpoint.Checkpointer.save_if_due)  # put back
-        stop_after(25)
-        with pytest.raises(KeyboardInterrupt):
-            make_run(**settings)
-    run = runs.find_resumable(str(uninterrupted.path.parent))
-    torch.manual_seed(1)
-    with run.lifetime():
-        trainer.fit(run, digits)
-    for name in ("last.pt", "best.pt"):
-        saved = [torch.load(one.checkpoints / name, weights_only=True) for one in (uninterrupted, run)]
-        assert flat(saved[0]) == flat(saved[1])
+    assert_resumes(lambda: make_run(**settings), digits, 25)
