@@ -85,17 +85,7 @@ class _Command:
         ({"epoch": -1}, "its epoch is not possible"),
         ({"weights": [1]}, "it has no weights"),
         ({"weights": {}}, "do not fit the network convnet"),
-    ],
-)
-def test_a_part_that_is_not_possible_is_named(tmp_path, changes, sentence):
-    rewrite(tmp_path / "best.pt", **changes)
-    with pytest.raises(UserError, match=sentence):
-        use(tmp_path / "best.pt")
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
+        # What becomes of a weight.
         (lambda weight: weight[:1], "do not fit the network"),
         (lambda weight: weight.double(), "do not fit the network"),
         (lambda weight: weight.to_sparse(), "is damaged"),
@@ -106,9 +96,11 @@ def test_a_part_that_is_not_possible_is_named(tmp_path, changes, sentence):
         (lambda weight: weight / 0, "are not finite"),
     ],
 )
-def test_weights_of_another_shape_or_type_or_that_are_not_finite_are_refused(tmp_path, change, sentence):
-    weights = network().state_dict()
-    rewrite(tmp_path / "best.pt", weights={**weights, "head.weight": change(weights["head.weight"])})
+def test_what_is_not_possible_is_refused_in_a_sentence(tmp_path, changes, sentence):
+    if callable(changes):
+        weights = network().state_dict()
+        changes = {"weights": {**weights, "head.weight": changes(weights["head.weight"])}}
+    rewrite(tmp_path / "best.pt", **changes)
     with pytest.raises(UserError, match=sentence):
         use(tmp_path / "best.pt")
 
