@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import checkpoint, console, evaluate, pipeline, runs, trainer
+from cifar import checkpoint, console, device, evaluate, pipeline, runs, trainer
 from conftest import flat, quick_config
 
 TIMES = ("seconds", "images_per_second")
@@ -25,24 +25,26 @@ def slowly(values) -> list:
 
 
 def work(outputs: Path, name: str | None, hinder, log: Path) -> None:
-    """Train and evaluate a new run or, if it has a name, resume it; `hinder` is called first."""
+    """Train and evaluate in a process of its own."""
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     torch.set_num_threads(1)
 
-    def train_and_evaluate():
-        settings = quick_config(outputs, epochs=2, val_size=137)
-        run, dataset = (
-            pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(outputs)})
-        )
-        with run.lifetime():
-            trainer.fit(run, dataset)
-            evaluate.evaluate(run, dataset, "cpu")
-
     console.out.file = console.err.file = sys.stdout
     checkpoint.EPOCH_SECONDS = 0.0
+    sys.exit(console.exit_code(lambda: train_and_evaluate(outputs, name, hinder, val_size=137)))
+
+
+def train_and_evaluate(outputs: Path, name: str | None, hinder, **settings) -> None:
+    """Make a run of two epochs, or resume the one of that name; `hinder` is called in all processes first."""
     if hinder:
         hinder()
-    sys.exit(console.exit_code(train_and_evaluate))
+    config = quick_config(outputs, epochs=2, **settings)
+    run, dataset = pipeline.create(config) if name is None else pipeline.resume(name, {"output_dir": str(outputs)})
+    if device.rank():
+        return trainer.fit(run, dataset)
+    with run.lifetime(), device.lost_process_errors():
+        trainer.fit(run, dataset)
+        evaluate.evaluate(run, dataset, "cpu")
 
 
 class Outputs:

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar import console, data, device, evaluate, main, model, optim, pipeline, trainer
+from cifar import console, data, device, evaluate, main, model, optim, trainer
 from cifar.config import PROJECT, Config
 from cifar.errors import UserError
 from cifar.runs import Run
-from conftest import quick_config
-from processes import SERVER, Outputs, results, slow_steps, wait_until
+from processes import SERVER, Outputs, results, slow_steps, train_and_evaluate, wait_until
 
 LIMIT = 30  # seconds in which all have to end when one dies
 
@@ -114,24 +113,14 @@ def test_three_processes_share_seven_values_and_agree(tmp_path):
 # How it ends
 
 
-def fit_and_evaluate(folder: Path, name: str | None, hinder) -> None:
-    """Make a run, or resume the one of that name; `hinder` is called in all processes first."""
-    if hinder:
-        hinder()
-    settings = quick_config(folder, recipe="convnet", epochs=2, val_size=837)
-    run, dataset = pipeline.create(settings) if name is None else pipeline.resume(name, {"output_dir": str(folder)})
-    if device.rank():
-        return trainer.fit(run, dataset)
-    with run.lifetime(), device.lost_process_errors():
-        trainer.fit(run, dataset)
-        evaluate.evaluate(run, dataset, "cpu")
+train = functools.partial(train_and_evaluate, recipe="convnet", val_size=837)
 
 
 class Together(Outputs):
     """A folder of one run that several processes work on together."""
 
     def start(self, hinder=None, name: str | None = None, count: int = 2) -> list:
-        return start(count, self.log, fit_and_evaluate, self.folder, name, hinder)
+        return start(count, self.log, train, self.folder, name, hinder)
 
     def finish(self, count: int = 2) -> dict:
         processes = self.start(name="" if self.folder.exists() else None, count=count)
