@@ -1,5 +1,6 @@
 """The JSON files of a run: which contents are accepted, and how a wrong one is reported."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from cifar import records
 from cifar.config import PROJECT
+from handmade import CORRUPTIONS
 
 REFERENCE = PROJECT / "outputs" / "reference"
 RUN = PROJECT / "tests" / "old_run"  # of the first version
@@ -57,10 +59,13 @@ def test_every_reference_file_is_read_and_written_with_the_same_content(path):
         ("analysis.json", "precision_recall.cat.recall", [0.5], "precision_recall.cat should be a curve: two lists of"),
         ("analysis.json", "precision_recall.cat.recall", [], "precision_recall.cat.recall should not be an empty list"),
         ("analysis.json", "confident_mistakes.3.index", 1.0, "confident_mistakes.3.index should be a valid integer"),
+        ("corruptions.json", "corruptions", {}, "its corruptions do not all have the same severities"),
+        ("corruptions.json", "corruptions", {"noise": []}, "its corruptions do not all have the same severities"),
+        ("corruptions.json", "corruptions.noise.1", ..., "its corruptions do not all have the same severities"),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_place(file, place, value, sentence):
-    content = part = load(RUN / file)
+    content = part = copy.deepcopy(CORRUPTIONS) if file == "corruptions.json" else load(RUN / file)
     *path, last = (int(key) if key.isdecimal() else key for key in place.split("."))
     for key in path:
         part = part[key]
@@ -72,15 +77,6 @@ def test_a_wrong_value_is_reported_with_its_place(file, place, value, sentence):
         records.parse(file, content)
     assert str(error.value).startswith(sentence)
     assert "\n" not in str(error.value)
-
-
-def test_corruptions_are_a_table():
-    scores = {"accuracy": 0.5, "expected_calibration_error": 0.1}
-    content = {"n": 12, "clean": scores, "mean": scores, "corruptions": {"noise": [scores] * 2, "blur": [scores] * 2}}
-    assert records.parse("corruptions.json", content).corruptions["blur"][1].accuracy == 0.5
-    for wrong in ({}, {"noise": []}, {**content["corruptions"], "jpeg": [scores]}):
-        with pytest.raises(ValueError, match="corruptions do not all have the same severities"):
-            records.parse("corruptions.json", {**content, "corruptions": wrong})
 
 
 @pytest.mark.parametrize("file", records.RECORDS)
