@@ -173,11 +173,6 @@ def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_and_patien
         assert training.has_finished == is_over
 
 
-def test_a_best_score_that_is_no_pair_is_refused_before_an_epoch_is_trained(training):
-    with pytest.raises(TypeError):  # which `Checkpointer.resume` words
-        training.load_state_dict(training.state_dict() | {"best_score": 0.75})
-
-
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_recorded_validation_accuracy_is_that_of_the_saved_weights(make_run, digits, ema):
     run = make_run(epochs=2, ema=ema)
