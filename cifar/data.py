@@ -237,7 +237,7 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         """Draw the order of an epoch's images: each once or, for balanced sampling, all classes alike, with repeats."""
         if self.config.balance == "sampling":
-            weights = class_weights(self.labels, self.classes)[self.labels] * self.selected
+            weights = class_weights(self.labels[self.selected], self.classes)[self.labels] * self.selected
             count = self.steps_per_epoch[epoch - 1] * self.config.batch_size
             return torch.multinomial(weights, count, replacement=True, generator=self.generator)
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.generator.device)
