@@ -109,7 +109,7 @@ allowed_models: set[str] = set()  # networks of the user's own whose code may ru
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _SEEDS = 2**32  # as many as NumPy knows
 _PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
-_LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
+LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
 _OWN_MODELS = tuple(name for name in MODELS if name != "resnet18")  # torchvision has one of that name, too
@@ -295,7 +295,7 @@ class Config(BaseModel):
         settings.setdefault("output_dir", display_path(HOME / "outputs"))
         config = cls(**settings)
         preset = RECIPES[config.recipe]
-        if "lr" not in settings and _LR_KIND.get(config.optimizer) != _LR_KIND.get(preset["optimizer"]):
+        if "lr" not in settings and LR_KIND.get(config.optimizer) != LR_KIND.get(preset["optimizer"]):
             problem = f"--optimizer {config.optimizer} needs --lr, too"
             raise UserError(f"{problem}: {preset['lr']:g} of {config.recipe} is for {preset['optimizer']}")
         return config
@@ -336,8 +336,8 @@ class Config(BaseModel):
             "pretrained": self.weights is not None,
             "body_lr": not self.is_pretrained,
             "momentum": self.optimizer in ("adam", "adamw"),
-            "decay_rate": self.schedule not in ("exponential", "step"),
-            "decay_epochs": self.schedule not in ("exponential", "step"),
+            "decay_rate": self.schedule in ("linear", "cosine"),
+            "decay_epochs": self.schedule in ("linear", "cosine"),
             "patience": not self.val_size,
             "early_stopping": not self.val_size,
             "crop": self.crops_resized,
