@@ -219,12 +219,8 @@ def demo(
 ):
     """Show a run in the browser, and its predictions for any image."""
     config = Config.create({"device": device, "data_dir": data_dir, "output_dir": output_dir})
-    places = {
-        "output_dir": config.output_dir,
-        "data_dir": data_dir and config.data_dir,
-        "host": host,
-        "port": _port(port),
-    }
+    places = {"output_dir": config.output_dir, "host": host, "port": _port(port)}
+    data_dir = data_dir and config.data_dir  # else where each run found its data
     found = _find_run(output_dir, run, model) if run or model or _previous else None
 
     try:
@@ -232,7 +228,7 @@ def demo(
     except ModuleNotFoundError as error:
         raise UserError(f"the demo needs {error.name}: pip install 'gradio>=6.31,<7'") from None
 
-    demo.serve(found, **places, share=share, auth=auth, device=config.device)
+    demo.serve(found, data_dir=data_dir, **places, share=share, auth=auth, device=config.device)
 
 
 @command(

@@ -97,9 +97,7 @@ def as_source(image: AnyImage) -> Source:
         file = io.BytesIO()
         tags = {decoder.PHOTOMETRIC: 0} if decoder.is_white_zero(image) else {}
         if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):  # 16 bits by Pillow
-            native = (
-                upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")
-            )  # for another byte order
+            native = upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")  # of other byte orders
             kind = "TIFF" if image.format == "TIFF" else "PNG"  # only a TIFF file can mean 12 of 16 bits
             native.save(file, kind, tiffinfo=tags)
         else:
