@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,7 +195,7 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     metrics.json has the accuracies of the run itself too. Raises UserError if the run has not been evaluated or the
     folder cannot be written.
     """
-    made, original = Run(folder.resolve()), run.metrics
+    original = run.metrics
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{display_path(folder)} is not an empty folder: name another one with --weights")
     dataset = datasets.of_run(run, data_dir)
@@ -206,18 +207,23 @@ def write_weights(run: Run, folder: Path, data_dir: str | None, device_name: str
     defaults["precision"] = "float32"  # so that predictions are the same on every processor, to 1e-4
     kept = {key: content[key] for key in ("model", "classes", "image_size", "epoch")}
     itself = {"run": run.path.name, "accuracy": original.accuracy, "accuracy_tta": original.accuracy_tta}
-    with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)  # or the next attempt would refuse it
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder)  # in it, so that a folder that is closed is known at once
+    with temporary as place:
+        made = Run(Path(place))
         with files.writing(folder):
-            made.checkpoints.mkdir(parents=True, exist_ok=True)
+            made.checkpoints.mkdir()
             shutil.copy(run.path / runs.HISTORY, made.path / runs.HISTORY)
         made.write(runs.CONFIG, run.config.model_dump() | defaults)
         made.write(runs.RECORD, run.record.model_dump(include=_RECORDED, exclude_unset=True))
         checkpoint.save(made.checkpoints / "best.pt", {**kept, "weights": weights})
         measured = evaluate.measure(made, dataset, device_name).metrics.model_dump()
         made.write(runs.METRICS, {**measured, "original": itself})
-        undo.pop_all()
-    return made
+        with files.writing(folder):
+            for path in made.path.iterdir():
+                shutil.move(path, folder)
+    return Run(folder.resolve())
 
 
 def show_export(written: Sequence[Path]) -> None:

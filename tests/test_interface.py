@@ -100,6 +100,7 @@ def test_weights_for_others_are_a_run_measured_again_in_float16(evaluated_run, d
         patch.delattr(evaluate, "measure")
         with pytest.raises(AttributeError):
             export.write_weights(evaluated_run, tmp_path / "new" / "weights", None, "cpu")
+    assert not list((tmp_path / "new" / "weights").iterdir())
     made = export.write_weights(evaluated_run, tmp_path / "new" / "weights", None, "cpu")
     assert made.metrics.original == {
         "run": evaluated_run.path.name,
