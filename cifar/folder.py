@@ -347,7 +347,9 @@ def _read_table(root: Path, table: Path) -> Iterator[tuple[str, str, str]]:
                 label, part = unicodedata.normalize("NFC", values[1]), values[2].lower()
                 if not values[0] or not label:
                     raise UserError(f"line {rows.line_num} of {table} has no path or no label")
-                if any(row.get(None, ())):  # what is beyond the columns
+                if "\n" in "".join(values):
+                    raise UserError(f"a quote before line {rows.line_num} of {table} is not closed")
+                if any(cell.strip() for cell in row.get(None, ())):  # what is beyond the columns
                     raise UserError(f"line {rows.line_num} of {table} has too many cells: quote what has a comma")
                 path = _path(root, values[0])
                 if not path.is_relative_to(root):

@@ -392,6 +392,7 @@ TABLES = {
     "other columns": (lambda rows: ["file,class"], "must name the columns path and label, and .*: it has file, class$"),
     "empty": (lambda rows: [], "must name the columns path and label, .* it has none$"),
     "one label": (lambda rows: ["path,label", rows[0]], "needs at least two different labels: it has a cat, so$"),
+    "quote": (lambda rows: ["path,label", 'a.png, "oak', "b.png,red"], "^a quote before line 3 of .* is not closed$"),
     "comma": (lambda rows: ["path,label", "a.png,oak,", "b.png,oak, red"], "^line 3 of .* has too many cells: quote"),
     "no label": (lambda rows: ["path,label", "a.png,"], "^line 2 of .*labels.csv has no path or no label$"),
     "two labels": (lambda rows: ["path,label", *rows, rows[0][:20] + "x"], "names .*png twice, with different labels"),
