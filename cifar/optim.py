@@ -177,6 +177,7 @@ class ScheduledOptimizer:
         decaying = max(0, steps - self.warmup_steps)
         epochs = float(np.interp(steps, self.epoch_ends, range(len(self.epoch_ends))))
         periods = max(0.0, epochs - self.config.warmup_epochs) / (self.config.decay_epochs or self.config.epochs / 3)
+        periods = round(periods, 9)  # or rounding would end some a step late
         for group in self.groups:
             progress = min(1.0, decaying / group["schedule_steps"])
             fraction = SCHEDULES[group["schedule"]](progress, periods, self.config.decay_rate)
