@@ -40,10 +40,7 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
     # JPEG can be unpacked at a half to an eighth of its size, of which the last row and column may be a part.
     drafted = image.draft(None, (4 * size, 4 * size)) if fit != "whole" else None
-    raw_mode = next((tile[3] for tile in getattr(image, "tile", ())), None)
-    image.load()
-    if raw_mode in _STEPS and "transparency" in image.info:  # Pillow has scaled the pixels to 8 bits
-        image.info["transparency"] *= _STEPS[raw_mode]
+    load(image)
     image = _to_eight_bits(image)
     if fit != "whole":
         image = _resize(image, drafted[1][2:] if drafted else image.size, size, fit)
@@ -51,6 +48,14 @@ def decode(content: bytes, size: int, fit: str) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     image = _over_white(_to_srgb(image))
     return ImageOps.pad(image, (size, size), color="white") if fit == "letterbox" else image
+
+
+def load(image: Image.Image) -> None:
+    """Load the pixels; of a PNG of 2 or 4 bits, Pillow scales them to 8, but not the grey that is transparent."""
+    raw_mode = next((tile[3] for tile in getattr(image, "tile", ())), None)
+    image.load()
+    if raw_mode in _STEPS and "transparency" in image.info:
+        image.info["transparency"] *= _STEPS[raw_mode]
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

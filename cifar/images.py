@@ -91,12 +91,14 @@ def as_source(image: AnyImage) -> Source:
     if not isinstance(image, Image.Image):
         raise UserError(f"{type(image).__name__} is no image: give a path, bytes, an array, a tensor or Pillow's image")
     try:
+        decoder.load(image)
         upright = ImageOps.exif_transpose(image)
-        if "transparency" in upright.info or upright.mode.startswith("P"):  # a palette can be transparent too
+        has_many_bits = upright.mode.startswith("I;16")  # whose transparent grey a PNG keeps
+        if not has_many_bits and ("transparency" in upright.info or upright.mode.startswith("P")):  # so can a palette
             upright = upright.convert("RGBA")
         file = io.BytesIO()
         tags = {decoder.PHOTOMETRIC: 0} if decoder.is_white_zero(image) else {}
-        if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):  # 16 bits by Pillow
+        if has_many_bits or (upright.mode, image.format) == ("I", "PPM"):  # 16 bits by Pillow
             native = upright if upright.mode == "I;16" else upright.convert("I").convert("I;16")  # of other byte orders
             kind = "TIFF" if image.format == "TIFF" else "PNG"  # only a TIFF file can mean 12 of 16 bits
             native.save(file, kind, tiffinfo=tags)
