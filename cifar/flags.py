@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar.config import FIELDS, LOCATIONS, LR_KIND, NO, RECIPES, YES, Config, allow_model, help_text
+from cifar.config import FIELDS, LOCATIONS, LR_KIND, NO, YES, Config, allow_model, help_text
 from cifar.errors import UsageError, UserError, did_you_mean
 from cifar.files import read
 
@@ -93,14 +93,15 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
         raise UsageError(f"{file} is for the recipe {settings['recipe']}: leave out --recipe {given['recipe']}")
     try:
         config = Config.create(settings | given)
+        is_own = "lr" in settings and "lr" not in given and {"recipe", "model", "optimizer"} & settings.keys()
+        optimizer = Config.create(settings).optimizer if is_own else config.optimizer
     except UserError as error:
         try:
             Config.create(settings)
         except UserError:
             raise type(error)(f"{path}: {error}") from None
         raise
-    optimizer = str(settings.get("optimizer", RECIPES[config.recipe]["optimizer"])).lower()
-    if "lr" in settings and "lr" not in given and LR_KIND.get(config.optimizer) != LR_KIND.get(optimizer):
+    if LR_KIND.get(config.optimizer) != LR_KIND.get(optimizer):
         raise UserError(f"--optimizer {config.optimizer} needs --lr, too: {config.lr:g} of {path} is for {optimizer}")
     return settings | given
 

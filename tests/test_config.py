@@ -189,12 +189,13 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, name, content, sen
         load_settings({}, write(tmp_path, content, name))
 
 
-@pytest.mark.parametrize("content", ["recipe = 'fast'\nlr = 0.1", "optimizer = 'sgd'\nlr = 0.1"])
+@pytest.mark.parametrize("content", ["recipe = 'fast'\nlr = 0.1", "optimizer = 'SGD'\nlr = 0.1"])
 def test_an_optimizer_of_another_kind_than_that_of_the_file_needs_a_learning_rate(tmp_path, content):
     file = write(tmp_path, content, "run.toml")
     with pytest.raises(UserError, match=r"^--optimizer adam needs --lr, too: 0\.1 of .*run\.toml is for (muon|sgd)$"):
         load_settings({"optimizer": "adam"}, file)
     assert load_settings({"optimizer": "adam", "lr": 1e-3}, file)["lr"] == 1e-3
+    assert load_settings({"optimizer": "sgd", "recipe": "plain"}, write(tmp_path, "lr = 0.1", "lr.toml"))["lr"] == 0.1
 
 
 # Fitting the settings to a dataset.
