@@ -164,7 +164,7 @@ def compare(found: Sequence[Run], pairs: bool = False) -> dict[str, Any]:
     rows = [_describe(letter, members) for letter, members in recipes.items()]
     tested, notes = _pairs(recipes)
     recalls = [row["classes"] for row in rows]
-    names = recalls[0] if all(recall.keys() == recalls[0].keys() for recall in recalls) else ()
+    names = [name for name in recalls[0] if all(name in recall for recall in recalls)]
     return {
         "runs": rows,
         "pairs": tested,

@@ -132,7 +132,10 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
 
 def archive_dir(run: Run, data_dir: str | None) -> str:
     """Return where `of_run` looks for the archive of the run's dataset."""
-    return data_dir or shared_data_dir() or _recorded_dir(run)
+    if given := data_dir or shared_data_dir():
+        return given
+    archive, places = ARCHIVES.get(run.config.dataset), (_recorded_dir(run), str(HOME / "data"))
+    return next((place for place in places if archive and download.find(archive, Path(place))), places[0])
 
 
 def _recorded_dir(run: Run) -> str:

@@ -100,7 +100,7 @@ def find(archive: Archive, path: Path) -> Path | None:
     """
     for folder in (path / archive.folder, path):
         are_there = [os.path.isfile(folder / file) for file in archive.files]
-        if all(are_there) or (any(are_there) and folder.name == archive.folder):
+        if all(are_there) or (any(are_there) and os.path.basename(os.path.realpath(folder)) == archive.folder):
             return folder
     return None
 

@@ -166,7 +166,7 @@ def measure(run: Run, dataset: data.Dataset, device_name: str) -> Evaluation:
         with_tta = partial(infer_tta, flips=flips, temperature=temperature, precision=precision, advance=advance)
         parts = [with_tta(network, part.images) for part in dataset.test.chunks()]
         logits, logits_tta = (torch.cat(results).numpy() for results in zip(*parts))
-    if not np.isfinite(logits).all():
+    if not np.isfinite([logits, logits_tta]).all():
         raise UserError("the network's outputs for the test images are not finite: train again with a lower --lr")
     probabilities = softmax(logits.astype(np.float64) / temperature, axis=1)
     measured = Metrics(
