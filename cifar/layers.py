@@ -13,6 +13,7 @@ Which algorithm a 3x3 convolution takes on a CPU, `Conv2d` decides; docs/experim
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 
 CHUNK_BYTES = 2_000_000  # of features pooled at once, which stay in the cache
 WINOGRAD_BYTES = 2_000_000  # of one tile of several images, transformed, for each thread; 1 MB was slower
+WINOGRAD_IMAGES = 500  # from which two sizes of tiles gain more than transforming the filters for each costs
 
 # Where tiles are evaluated as polynomials, and at infinity, by the size of the output. In bfloat16, (0, 1, -1, 2) and
 # (0, 1, -1, 2, -2), which are usual, have errors of 1.6% and 2.7% of the output's norm, these 0.9% and 1.4%.
-WINOGRAD_POINTS = {2: (0, 1, -1), 3: (0, 1, -0.5, -2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
+WINOGRAD_POINTS = {1: (0, 1), 2: (0, 1, -1), 3: (0, 1, -0.5, -2), 4: (0, 0.75, -0.75, 1.5, -1.5)}
 
 # The longest rows, in pixels, on which the kernels for bfloat16 leave much of the processor idle, by what it has.
 JOINED_PIXELS = {"amx_bf16": 8, "avx512_bf16": 7}
@@ -130,45 +132,49 @@ class _WinogradConv(torch.autograd.Function):
 def winograd_conv(features: Tensor, weight: Tensor) -> Tensor:
     """Convolve features (N, C, H, W) with filters (K, C, 3, 3) and padding 1; returns channels-last (N, K, H, W)."""
     (count, channels, height, width), filters = features.shape, len(weight)
-    tiles, of_filters = winograd_tiles(height, width, features.dtype)
-    flat = weight.permute(2, 3, 1, 0).reshape(9, -1).to(of_filters.dtype)
-    transformed = (of_filters @ flat).to(features.dtype).view(-1, channels, filters)
     output = features.new_empty(count, height, width, filters)
-    for chunk, output_chunk in _winograd_chunks(features, output, len(of_filters)):
-        for tile in tiles:
-            products = torch.bmm(tile.inputs(chunk), transformed)
-            tile.write_outputs(products, output_chunk)
+    for of_filters, tiles in winograd_tiles(height, width, features.dtype, count < WINOGRAD_IMAGES):
+        flat = weight.permute(2, 3, 1, 0).reshape(9, -1).to(of_filters.dtype)
+        transformed = (of_filters @ flat).to(features.dtype).view(-1, channels, filters)
+        for chunk, output_chunk in _winograd_chunks(features, output, len(of_filters)):
+            for tile in tiles:
+                tile.write_outputs(torch.bmm(tile.inputs(chunk), transformed), output_chunk)
     return output.permute(0, 3, 1, 2)
 
 
 def winograd_weight_gradient(gradient: Tensor, features: Tensor) -> Tensor:
     """Compute the gradient of the filters (K, C, 3, 3) from those of the outputs (N, K, H, W) and the features."""
-    (_, channels, height, width), filters = features.shape, gradient.shape[1]
-    tiles, of_filters = winograd_tiles(height, width, features.dtype)
-    products = of_filters.new_zeros(len(of_filters), channels, filters)  # in float32 at least, as they are many
-    for chunk, gradient_chunk in _winograd_chunks(features, gradient.permute(0, 2, 3, 1), len(of_filters)):
-        for tile in tiles:
-            inputs, outputs = tile.inputs(chunk).transpose(1, 2), tile.outputs_gradient(gradient_chunk)
-            if inputs.dtype == products.dtype:
-                products.baddbmm_(inputs, outputs)
-            else:
-                products += torch.bmm(inputs, outputs)
-    return (of_filters.T @ products.flatten(1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
+    (count, channels, height, width), filters = features.shape, gradient.shape[1]
+    # In float32 at least, as the sums are of many products.
+    total = features.new_zeros(9, channels * filters, dtype=torch.promote_types(features.dtype, torch.float32))
+    for of_filters, tiles in winograd_tiles(height, width, features.dtype, count < WINOGRAD_IMAGES):
+        products = total.new_zeros(len(of_filters), channels, filters)
+        for chunk, gradient_chunk in _winograd_chunks(features, gradient.permute(0, 2, 3, 1), len(of_filters)):
+            for tile in tiles:
+                inputs, outputs = tile.inputs(chunk).transpose(1, 2), tile.outputs_gradient(gradient_chunk)
+                if inputs.dtype == products.dtype:
+                    products.baddbmm_(inputs, outputs)
+                else:
+                    products += torch.bmm(inputs, outputs)
+        total.addmm_(of_filters.T, products.flatten(1))
+    return total.view(3, 3, channels, filters).permute(3, 2, 0, 1)
 
 
 def _winograd_chunks(features: Tensor, outputs: Tensor, points: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Split features (N, C, H, W) and outputs (N, H, W, K) into runs of images, (n, H, W, C) and (n, H, W, K).
 
-    What one tile of all their images becomes stays in the cache.
+    What one tile of all their images becomes stays in the cache, but is at least twice what the filters become, 9 MB
+    for 256 to 256 channels in float32, because each run has to read that.
     """
-    bytes_per_image = points * (features.shape[1] + outputs.shape[-1]) * features.itemsize
-    images = max(1, WINOGRAD_BYTES * torch.get_num_threads() // bytes_per_image)
+    channels, filters = features.shape[1], outputs.shape[-1]
+    cached = WINOGRAD_BYTES * torch.get_num_threads() // (points * features.itemsize)
+    images = max(cached, 2 * channels * filters) // (channels + filters)
     return zip(features.permute(0, 2, 3, 1).split(images), outputs.split(images))
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """A square of outputs, at the same place in all images, and the inputs that they depend on."""
+    """A rectangle of outputs, at the same place in all images, and the inputs that they depend on."""
 
     seen: tuple[slice, ...]  # the inputs in (n, H, W, C)
     written: tuple[slice, ...]  # the outputs in (n, H, W, K)
@@ -190,8 +196,8 @@ class _Tile:
         outputs.copy_(torch.bmm(matrix, products.transpose(0, 1)).view_as(outputs))
 
     @staticmethod
-    def _transform(matrix: Tensor, square: Tensor) -> Tensor:
-        pixels = square.flatten(1, 2)
+    def _transform(matrix: Tensor, part: Tensor) -> Tensor:
+        pixels = part.flatten(1, 2)
         matrices = matrix.expand(len(pixels), -1, -1)
         if pixels.dtype != torch.bfloat16:  # MKL would copy its result into the layout below, but multiplies any
             return torch.bmm(matrices, pixels).transpose(0, 1)
@@ -201,37 +207,58 @@ class _Tile:
 
 
 @functools.cache
-def winograd_tiles(height: int, width: int, dtype: torch.dtype) -> tuple[list[_Tile], Tensor]:
-    """Cut images into square tiles, and return these and the transform of filters, (points, 9) in float32 or more.
+def winograd_tiles(height: int, width: int, dtype: torch.dtype, are_equal: bool) -> list[tuple[Tensor, list[_Tile]]]:
+    """Cut images into tiles; returns those of each size, with their transform of filters, (points, 9).
 
-    height, width: of the features, in pixels. dtype: of the features.
+    height, width: of the features, in pixels. dtype: of the features; filters are transformed in float32 or more.
+    are_equal: let all tiles have one size, so that filters are transformed once; two sizes need fewer products.
     """
-    tiles_of = {n: math.ceil(height / n) * math.ceil(width / n) for n in WINOGRAD_POINTS}
-    size = min(tiles_of, key=lambda n: (n + 2) ** 2 * tiles_of[n])  # above 4, it would lose too much precision
-    of_inputs, of_filters, of_outputs = winograd_matrices(size)
-    tiles = []
-    for top, left in itertools.product(range(0, height, size), range(0, width, size)):
+    groups: dict[tuple[int, int], list[_Tile]] = defaultdict(list)
+    for (top, rows), (left, columns) in itertools.product(_cuts(height, are_equal), _cuts(width, are_equal)):
+        of_inputs, _, of_outputs = winograd_matrices(rows, columns)
         # A tile sees a pixel more on each side. What is outside the image is zero, or not wanted.
-        rows, columns = np.arange(top - 1, top + size + 1), np.arange(left - 1, left + size + 1)
-        is_seen = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+        y, x = np.arange(top - 1, top + rows + 1), np.arange(left - 1, left + columns + 1)
+        is_seen = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))
         is_written = is_seen[1:-1, 1:-1]
-        tiles.append(
+        groups[rows, columns].append(
             _Tile(
-                (slice(None), slice(max(0, top - 1), top + size + 1), slice(max(0, left - 1), left + size + 1)),
-                (slice(None), slice(top, top + size), slice(left, left + size)),
+                (slice(None), slice(max(0, top - 1), top + rows + 1), slice(max(0, left - 1), left + columns + 1)),
+                (slice(None), slice(top, top + rows), slice(left, left + columns)),
                 of_inputs[:, is_seen.ravel()].to(dtype),
                 of_outputs[is_written.ravel()].to(dtype),
             )
         )
-    return tiles, of_filters.to(torch.promote_types(dtype, torch.float32))
+    exact = torch.promote_types(dtype, torch.float32)
+    return [(winograd_matrices(*size)[1].to(exact), tiles) for size, tiles in groups.items()]
+
+
+def _cuts(length: int, are_equal: bool) -> Iterator[tuple[int, int]]:
+    """Cut a length into as few parts of at most 4 pixels as possible: yields where each starts, and its size.
+
+    are_equal: let all have one size, so that the last may reach beyond the end, and not two that fill the length.
+    """
+    count = math.ceil(length / 4)  # larger parts would lose too much precision
+    size = math.ceil(length / count)
+    larger = count if are_equal else length - count * (size - 1)
+    sizes = [size] * larger + [size - 1] * (count - larger)
+    return zip(itertools.accumulate(sizes, initial=0), sizes)
 
 
 @functools.cache
-def winograd_matrices(size: int) -> tuple[Tensor, ...]:
-    """Compute the transforms of tiles of inputs, filters and `size` x `size` outputs (Toom and Cook's construction).
+def winograd_matrices(rows: int, columns: int) -> tuple[Tensor, ...]:
+    """Return the transforms of inputs, filters and outputs of tiles of so many outputs.
 
-    Each takes flattened squares: ((size + 2)**2, (size + 2)**2), ((size + 2)**2, 9) and (size**2, (size + 2)**2), all
-    float64. Source: Barabasz et al. 2018, arXiv:1803.10986, which also shows how the points change the error.
+    Each takes flattened rectangles. With P = (rows + 2) * (columns + 2) points: (P, P), (P, 9) and (rows * columns, P),
+    all float64.
+    """
+    pairs = zip(_winograd_matrices(rows), _winograd_matrices(columns))
+    return tuple(torch.from_numpy(np.kron(*pair)) for pair in pairs)
+
+
+def _winograd_matrices(size: int) -> tuple[np.ndarray, ...]:
+    """Compute the transforms in one dimension (Toom and Cook's construction).
+
+    Source: Barabasz et al. 2018, arXiv:1803.10986, which also shows how the points change the error.
     """
     points = WINOGRAD_POINTS[size]
     inputs, filters, outputs = np.zeros((size + 2, size + 2)), np.zeros((size + 2, 3)), np.zeros((size, size + 2))
@@ -241,7 +268,7 @@ def winograd_matrices(size: int) -> tuple[Tensor, ...]:
         filters[row] = np.power(point, range(3)) / np.prod(np.subtract(point, others))
         outputs[:, row] = np.power(point, range(size))
     inputs[-1], filters[-1, -1], outputs[-1, -1] = np.poly(points)[::-1], 1, 1
-    return tuple(torch.from_numpy(np.kron(matrix, matrix)) for matrix in (inputs, filters, outputs))
+    return inputs, filters, outputs
 
 
 class GELU(nn.GELU):

@@ -9,12 +9,13 @@ from cifar import device, layers
 @pytest.mark.parametrize(
     ("convolution", "shape"),
     [(layers._SideBySideConv, shape) for shape in ((1, 1, 1), (12, 2, 2), (7, 3, 3), (10, 5, 5), (16, 7, 7), (9, 8, 8))]
-    + [(layers._WinogradConv, shape) for shape in ((1, 1, 1), (5, 2, 2), (4, 3, 5), (3, 7, 7), (3, 8, 15), (2, 11, 9))],
+    + [(layers._WinogradConv, shape) for shape in ((1, 1, 1), (9, 2, 2), (8, 3, 5), (6, 7, 7), (5, 8, 15), (5, 11, 9))],
 )
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_a_convolution_has_the_output_and_gradients_of_torchs(convolution, shape, layout, monkeypatch):
-    monkeypatch.setattr(layers, "WINOGRAD_BYTES", 2 * 36 * 9 * 8)  # tiles of 4x4 of two images
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+@pytest.mark.parametrize("images", [1, 1000])  # from which tiles have two sizes
+def test_a_convolution_has_the_output_and_gradients_of_torchs(convolution, shape, layout, images, monkeypatch):
+    monkeypatch.setattr(layers, "WINOGRAD_IMAGES", images)
+    monkeypatch.setattr(layers, "WINOGRAD_BYTES", 1)  # runs of 2 * 5 * 4 // (5 + 4) = 4 images
     count, *size = shape
     generator = torch.Generator().manual_seed(0)
     features, weight, factors = (
@@ -28,6 +29,16 @@ def test_a_convolution_has_the_output_and_gradients_of_torchs(convolution, shape
         (output * factors).sum().backward()
         found.append([output, *(tensor.grad for tensor in inputs)])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("size", "two_sizes", "one_size"), [(15, 23**2, 24**2), (11, 17**2, 18**2), (7, 11**2, 12**2), (5, 9**2, 10**2)]
+)
+def test_tiles_of_two_sizes_need_fewer_products(size, two_sizes, one_size):
+    # A side of n pixels needs n + 2 products: 15 = 4 + 4 + 4 + 3 needs 6 + 6 + 6 + 5, and four of 4 pixels 6 each.
+    for are_equal, products in ((False, two_sizes), (True, one_size)):
+        groups = layers.winograd_tiles(size, size, torch.float32, are_equal)
+        assert sum(len(of_filters) * len(tiles) for of_filters, tiles in groups) == products
 
 
 AVX512, AMX = ("avx512_bf16",), ("avx512_bf16", "amx_bf16")
