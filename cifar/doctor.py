@@ -28,7 +28,7 @@ _OPTIONAL = {
 # Package -> the version that fixes known security holes, and these; only where our bounds allow earlier ones.
 _SECURITY = {"pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders")}
 # What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
-_FAST_MINUTES = {"amx_bf16": "4", "avx512_bf16": "5", "avx2": "14 to 24"}
+_FAST_MINUTES = {"amx_bf16": "4", "avx512_bf16": "5 to 10", "avx2": "14 to 24"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
 
