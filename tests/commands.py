@@ -1,6 +1,7 @@
 """Run main.py and the invoke tasks, in this process or in one of their own."""
 
 import contextlib
+import gc
 import io
 import subprocess
 import sys
@@ -59,4 +60,5 @@ def _call(command: Callable[[], int | None], words: list[str], cwd: Path) -> tup
                 code = command()
             except SystemExit as end:
                 code = end.code
+    gc.unfreeze()  # main.py has kept the collector from what it imported
     return code or 0, out.getvalue(), err.getvalue()
