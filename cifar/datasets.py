@@ -112,7 +112,7 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     """
     config = run.config
     if config.dataset in DATASETS:
-        return find(config.dataset, archive_dir(run, data_dir), config.image_size, mirror or config.mirror)
+        return find(config.dataset, _archive_dir(run, data_dir), config.image_size, mirror or config.mirror)
     place = config.dataset if os.path.isdir(config.dataset) else data_dir
     if not place:
         raise UserError(f"{config.dataset} is missing: if it was moved, name its new place with --data-dir")
@@ -130,7 +130,13 @@ def of_run(run: Run, data_dir: str | None, mirror: str | None = None) -> Dataset
     return replace(dataset, key=config.dataset)
 
 
-def archive_dir(run: Run, data_dir: str | None) -> str:
+def needs_download(run: Run, data_dir: str | None) -> bool:
+    """Tell whether `of_run` would download the run's dataset."""
+    archive, place = ARCHIVES.get(run.config.dataset), Path(_archive_dir(run, data_dir))
+    return archive is not None and not (download.find(archive, place) or download.find_file(archive, place))
+
+
+def _archive_dir(run: Run, data_dir: str | None) -> str:
     """Return where `of_run` looks for the archive of the run's dataset."""
     if given := data_dir or shared_data_dir():
         return given

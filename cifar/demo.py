@@ -17,7 +17,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
-from cifar import analysis, console, datasets, device, download, images, runs, server
+from cifar import analysis, console, datasets, device, images, runs, server
 from cifar.config import PIPELINE
 from cifar.errors import UserError, known_name, listing
 from cifar.predict import Predictor
@@ -145,8 +145,7 @@ class Demo:
         """Return rows of one test image (S, S, 3) for 10 classes; none if the dataset is not on this machine."""
         run = self.run(name)
         try:
-            archive, place = download.ARCHIVES.get(run.config.dataset), datasets.archive_dir(run, self._data_dir)
-            if archive and not download.find(archive, Path(place)):  # or it would be downloaded
+            if datasets.needs_download(run, self._data_dir):
                 return []
             split = datasets.of_run(run, self._data_dir).test
         except UserError:

@@ -1,8 +1,6 @@
 import dataclasses
-import hashlib
 import runpy
 import shutil
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ from cifar import config, datasets, download, folder, pipeline
 from cifar.data import Dataset, Split
 from cifar.download import ARCHIVES
 from cifar.errors import UserError
-from conftest import as_nobody, quick_config
+from conftest import as_nobody, pack_cifar10, quick_config
 from image_sets import ImageSet
 
 
@@ -41,12 +39,7 @@ def test_cifar10_is_read_from_its_folder_the_parent_or_the_archive_as_torchvisio
     small_cifar10, tmp_path, monkeypatch
 ):
     archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(small_cifar10, "cifar-10-batches-py")
-    content = archive.read_bytes()
-    facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    monkeypatch.setitem(ARCHIVES, "cifar10", dataclasses.replace(ARCHIVES["cifar10"], **facts))
+    pack_cifar10(small_cifar10, archive, monkeypatch)
     renamed = shutil.copytree(small_cifar10, tmp_path / "renamed")
     for path in (small_cifar10.parent, small_cifar10, renamed, archive, archive.parent):
         dataset = datasets.find("cifar10", str(path))

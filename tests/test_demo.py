@@ -31,6 +31,7 @@ from cifar.predict import Predictor
 from cifar.runs import Run
 from cifar.visualize import FIGURES
 from commands import start
+from conftest import pack_cifar10
 from processes import slowly
 
 OLDER, NEWER = "2026-01-01_00-00-00_mlp_digits", "2026-01-02_00-00-00_mlp_digits"
@@ -152,10 +153,13 @@ def test_a_figure_that_is_a_link_is_not_shown(evaluated_run, tmp_path):
 def test_examples_come_from_where_the_run_found_its_data(evaluated_run, small_cifar10, tmp_path, monkeypatch):
     monkeypatch.delenv("CIFAR_DATA_DIR", raising=False)
     run = Run(shutil.copytree(evaluated_run.path, tmp_path / "run"))
-    run.write("config.json", {**run.config.model_dump(), "dataset": "cifar10", "data_dir": str(small_cifar10)})
-    examples = Demo(run, str(tmp_path), None, "cpu").examples("run")
+    archive = tmp_path / "archive" / "cifar-10-python.tar.gz"
+    pack_cifar10(small_cifar10, archive, monkeypatch)
     test = datasets.find("cifar10", str(small_cifar10)).test  # image n is of class n modulo 10
-    assert np.array_equal(np.stack([image for (image,) in examples]), test.images[:10].permute(0, 2, 3, 1))
+    for place in (small_cifar10, archive):
+        run.write("config.json", {**run.config.model_dump(), "dataset": "cifar10", "data_dir": str(place)})
+        examples = Demo(run, str(tmp_path), None, "cpu").examples("run")
+        assert np.array_equal(np.stack([image for (image,) in examples]), test.images[:10].permute(0, 2, 3, 1)), place
 
 
 def test_only_uploaded_files_can_be_downloaded(site, digits):
