@@ -109,7 +109,7 @@ allowed_models: set[str] = set()  # networks of the user's own whose code may ru
 _ALIASES = {"whitened": "airbench94", "whitened_deep": "airbench96", "gpu": "cuda"}
 _SEEDS = 2**32  # as many as NumPy knows
 _PATHS = ("dataset", "data_dir", "labels", "output_dir", "weights")
-LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
+_LR_KIND = {"muon": 0, "adam": 1, "adamw": 1, "sgd": 2}  # optimizers of one kind take similar learning rates
 _MUON_MODELS = ("airbench94", "airbench96")  # muon's learning rates are for their layers
 _ANY_SIZE_MODELS = (*_MUON_MODELS, "convnet", "resnet18")  # the others are built for images of one size
 _OWN_MODELS = tuple(name for name in MODELS if name != "resnet18")  # torchvision has one of that name, too
@@ -295,9 +295,8 @@ class Config(BaseModel):
         settings.setdefault("output_dir", display_path(HOME / "outputs"))
         config = cls(**settings)
         preset = RECIPES[config.recipe]
-        if "lr" not in settings and LR_KIND.get(config.optimizer) != LR_KIND.get(preset["optimizer"]):
-            problem = f"--optimizer {config.optimizer} needs --lr, too"
-            raise UserError(f"{problem}: {preset['lr']:g} of {config.recipe} is for {preset['optimizer']}")
+        if "lr" not in settings:
+            config.require_lr_for(preset["optimizer"], config.recipe)
         return config
 
     @classmethod
@@ -313,6 +312,12 @@ class Config(BaseModel):
     def replace(self, **changes: Any) -> "Config":
         """Return a copy with other values, validated."""
         return Config(**{**self.model_dump(), **changes})
+
+    def require_lr_for(self, optimizer: str, source: str) -> None:
+        """Raise UserError if the learning rate, which `source` has for that optimizer, does not suit this one."""
+        if _LR_KIND.get(self.optimizer) != _LR_KIND.get(optimizer):
+            problem = f"--optimizer {self.optimizer} needs --lr, too"
+            raise UserError(f"{problem}: {self.lr:g} of {source} is for {optimizer}")
 
     @property
     def is_pretrained(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar.config import FIELDS, LOCATIONS, LR_KIND, NO, YES, Config, allow_model, help_text
+from cifar.config import FIELDS, LOCATIONS, NO, YES, Config, allow_model, help_text
 from cifar.errors import UsageError, UserError, did_you_mean
 from cifar.files import read
 
@@ -101,8 +101,7 @@ def load_settings(flags: Mapping[str, Any], file: str | None, is_resumed: bool =
         except UserError:
             raise type(error)(f"{path}: {error}") from None
         raise
-    if LR_KIND.get(config.optimizer) != LR_KIND.get(optimizer):
-        raise UserError(f"--optimizer {config.optimizer} needs --lr, too: {config.lr:g} of {path} is for {optimizer}")
+    config.require_lr_for(optimizer, str(path))
     return settings | given
 
 
