@@ -6,6 +6,7 @@ Everything has a plain form for a pipe, a file or a dumb terminal.
 import contextlib
 import errno
 import io
+import operator
 import os
 import re
 import signal
@@ -18,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -410,20 +410,21 @@ class TrainingProgress(Progress):
     """The live line of a training, and a permanent line for each epoch."""
 
     def __init__(
-        self, steps: Sequence[int], image_sizes: Sequence[int], forecast: Callable[[float], str] | None = None
+        self, steps: Sequence[int], image_sizes: Sequence[int], forecast: Callable[[float, float], str] | None = None
     ):
         """steps: of each epoch. image_sizes: of each epoch, in pixels; the time of a step is taken as their square.
 
-        forecast: words what the training will take, given the seconds; printed as soon as these can be estimated.
+        forecast: words what the training will take, given the seconds, and the fraction of the time so far in which
+        this thread had a core; printed as soon as these can be estimated.
         """
         bar = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn(compact=True), "left"
         super().__init__(SpinnerColumn(), *bar, console=out, transient=True, expand=True, disable=not is_live())
         self.steps, self.costs = steps, [size**2 for size in image_sizes]
-        self.work = [0, *accumulate(map(mul, steps, self.costs))]  # until the end of each epoch
+        self.work = [0, *accumulate(map(operator.mul, steps, self.costs))]  # until the end of each epoch
         self.work_before = 0.0  # by an earlier process
         self.started, self.drawn = time.monotonic(), 0.0
         self.forecast = forecast
-        self.first: tuple[float, float] | None = None  # time and work after a first step, which takes longer
+        self.first: tuple[float, ...] | None = None  # time, time on a core, and work after the first step, a longer one
         self.line = self.add_task("training", total=self.work[-1], status="")
 
     def _work_until(self, epoch: int, step: int) -> float:
@@ -444,10 +445,10 @@ class TrainingProgress(Progress):
         self.drawn = time.monotonic()
         done = self._work_until(epoch, step)
         if self.first is None:
-            self.first = self.drawn, done
-        elif self.forecast and done > self.first[1]:
-            pace = (self.drawn - self.first[0]) / (done - self.first[1])
-            say(self.forecast(pace * (self.work[-1] - self.work_before)))
+            self.first = self.drawn, time.thread_time(), done
+        elif self.forecast and done > self.first[-1]:
+            taken, on_core, work = map(operator.sub, (self.drawn, time.thread_time(), done), self.first)
+            say(self.forecast((self.work[-1] - self.work_before) * taken / work, on_core / taken))
             self.forecast = None
         status = f"{step}/{self.steps[epoch - 1]} loss {loss:.3f} acc {accuracy:.1%} {speed:,.0f} img/s"
         self.update(self.line, completed=done, description=f"epoch {epoch}/{len(self.steps)}", status=status)

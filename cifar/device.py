@@ -145,6 +145,13 @@ def _tune_glibc(settings: dict[int, int]) -> bool:
     return all(libc.mallopt(parameter, value) for parameter, value in settings.items())
 
 
+def advice_when_busy(threads: int, cores: int) -> str:
+    """Say what makes training faster while other programs keep cores busy, for which its threads would wait."""
+    fewer = max(1, cores // 2)
+    advice = f", or as long as they run: export OMP_NUM_THREADS={fewer}" if threads > fewer else ""
+    return f"close other programs{advice}"
+
+
 def memory() -> tuple[float, float]:
     """Return how many bytes the machine and its container let this process take, and how many are free.
 

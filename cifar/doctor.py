@@ -146,15 +146,15 @@ def _device(name: str) -> Iterator[Finding]:
 
 def _threads(threads: int, cores: int) -> Finding:
     """Compare torch's threads with the cores that this process may use, and look for other programs on them."""
+    from cifar import device
+
     message = f"{threads} on {plural(cores, 'core')}"
     if threads > cores:
         message += ": they would wait for each other"
         return Finding("threads", "warning", message, f"export OMP_NUM_THREADS={cores}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         message += "; the machine was busy in the last minute: other programs make training slower"
-        fewer = max(1, cores // 2)
-        advice = f", or as long as they run: export OMP_NUM_THREADS={fewer}" if threads > fewer else ""
-        return Finding("threads", "warning", message, f"close other programs{advice}")
+        return Finding("threads", "warning", message, device.advice_when_busy(threads, cores))
     if threads < cores and os.environ.get("OMP_NUM_THREADS") == str(threads):
         return Finding("threads", "note", message, "unset OMP_NUM_THREADS to use all cores")
     return Finding("threads", "ok", message)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from joblib import cpu_count
 from torch import Tensor, nn
 
 from cifar import console, data, device, evaluate, model, optim, pretrained, tracking, zoo
@@ -20,6 +21,7 @@ from cifar.runs import Run
 
 _WHITENING_IMAGES = 5000  # that the whitening filters are computed from
 _LOWEST = (-math.inf, -math.inf)  # score
+_BUSY = 0.7  # on_core of `forecast` on a busy machine; measured: 0.9 to 1 on an idle one, 0.2 to 0.3 beside two loops
 _OFFERED_FROM = 10  # minutes of training, above which shorter trainings are offered
 # Fraction of the time of `fast` -> its accuracy on CIFAR-10 with TTA in so many --minutes (docs/experiments.md).
 _ACCURACY_OF_SHORTER = {0.25: "89%", 0.65: "93%"}
@@ -281,11 +283,16 @@ def _score(record: EpochRecord, metric: str) -> tuple[float, float] | None:
     return (accuracy, negative_loss) if metric == "accuracy" else (negative_loss, accuracy)
 
 
-def forecast(config: Config, hardware: torch.device, seconds: float) -> str:
-    """Say how long the training will take and, where that is long, what less time would give."""
+def forecast(config: Config, hardware: torch.device, seconds: float, on_core: float) -> str:
+    """Say how long the training will take, what less time would give where that is long, and whether others slow it.
+
+    on_core: the fraction of the time so far in which the main thread, which never waits in training, had a core.
+    """
     length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
     where = f"in {config.precision} on {device.describe(hardware)}"
     sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
+    if hardware.type == "cpu" and on_core < _BUSY:
+        sentence += f" on this busy machine ({device.advice_when_busy(torch.get_num_threads(), cpu_count())})"
     is_measured = config.model_dump(exclude=_MAY_DIFFER) == _MEASURED.model_dump(exclude=_MAY_DIFFER)
     if seconds < _OFFERED_FROM * 60 or not is_measured:
         return sentence

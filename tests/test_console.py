@@ -153,10 +153,12 @@ def test_a_terminal_shows_training_live_and_keeps_a_line_for_each_epoch(terminal
 def test_how_long_training_will_take_is_said_after_its_second_step(monkeypatch, capsys):
     clock = iter([0.0, 9.0, 11.0, 30.0])  # started, and after three steps, of which the first takes longer
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    with console.TrainingProgress([10, 10], [16, 32], "takes {:.0f} s".format) as progress:
+    thread_clock = iter([8.0, 9.5])
+    monkeypatch.setattr(console.time, "thread_time", lambda: next(thread_clock))
+    with console.TrainingProgress([10, 10], [16, 32], "takes {:.0f} s, {:.0%} on a core".format) as progress:
         for step in (1, 2, 3):
             progress.step(1, step, 0.5, 0.5, 10.0)
-    assert capsys.readouterr().out == "takes 100 s\n"  # 10 steps of 2 seconds, and 10 of 8
+    assert capsys.readouterr().out == "takes 100 s, 75% on a core\n"  # 10 steps of 2 seconds, and 10 of 8
 
 
 def test_a_pipe_shows_one_line_for_each_epoch(capsys):

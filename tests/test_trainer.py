@@ -1,8 +1,11 @@
 import dataclasses
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from joblib import cpu_count
 from torch import nn
 
 from cifar import checkpoint, data, datasets, device, evaluate, trainer
@@ -274,5 +277,18 @@ def test_resumed_processes_draw_different_dropout(training, monkeypatch):
 def test_a_long_training_offers_shorter_ones_whose_accuracy_is_known(seconds, settings, expected, monkeypatch):
     monkeypatch.setattr(trainer.device, "describe", lambda hardware: "Xeon")
     resolved = {"dataset": "cifar10", "precision": "float32", "val_size": 2000, "small_size": 24, "crop_scale": 1.0}
-    said = trainer.forecast(Config.create(resolved | settings), torch.device("cpu"), seconds)
+    said = trainer.forecast(Config.create(resolved | settings), torch.device("cpu"), seconds, on_core=0.95)
     assert (expected in said) if "reaches" in expected else (said == expected)
+    monkeypatch.setattr(trainer, "cpu_count", lambda: 1)
+    busy = trainer.forecast(Config.create(resolved | settings), torch.device("cpu"), seconds, on_core=0.3)
+    assert busy.startswith(said.split(" and reach")[0] + " on this busy machine (close other programs")
+
+
+@pytest.mark.slow
+def test_a_training_beside_other_programs_says_what_makes_it_faster(make_run, capsys):
+    loop = "import time\nend = time.monotonic() + 8\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(2 * cpu_count())]
+    make_run(recipe="convnet", epochs=2)
+    for process in others:
+        process.wait()
+    assert "on this busy machine (close other programs" in capsys.readouterr().out
