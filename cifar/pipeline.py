@@ -1,5 +1,6 @@
 """One run: create or resume it, then train, evaluate, visualize and report."""
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,9 +104,9 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     dataset = datasets.of_run(run, given.get("data_dir"), given.get("mirror"))
     record = run.record
     if record.status != "completed":
-        _report_differences(run)
-        if record.threads and record.processes == device.world_size():
+        if record.threads and record.processes == device.world_size() and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(record.threads)  # another number of threads sums in another order
+        _report_differences(run)
     return run, dataset
 
 
@@ -117,6 +118,7 @@ def _report_differences(run: Run) -> None:
         "hardware": (record.hardware, device.describe(hardware)),
         "precision": (record.precision, device.resolve_precision(run.config.precision, hardware)),
         "processes": (record.processes, device.world_size()),
+        "number of threads": (record.threads, torch.get_num_threads()),
         "PyTorch": ((record.versions or {}).get("torch"), provenance["versions"]["torch"]),
         "commit": (record.commit, provenance["commit"]),
     }

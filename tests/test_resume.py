@@ -426,6 +426,24 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(in
     assert interrupted.run.record.status == "completed"
 
 
+@pytest.mark.parametrize(("variable", "is_kept"), [(None, True), ("1", False)])
+def test_a_run_resumes_with_its_number_of_threads_or_the_one_that_the_user_sets(
+    interrupted, capsys, monkeypatch, variable, is_kept
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    threads = torch.get_num_threads()
+    interrupted.run.update(threads=threads + 1)
+    try:
+        pipeline.resume(interrupted.run.path.name, {"output_dir": str(interrupted.folder)})
+        assert torch.get_num_threads() == (threads + 1 if is_kept else threads)
+    finally:
+        torch.set_num_threads(threads)
+    change = f"number of threads was {threads + 1} and is {threads}: the results can differ"
+    assert (change in capsys.readouterr().out) == (not is_kept)
+
+
 @pytest.mark.parametrize(
     ("place", "error", "start"),
     [
