@@ -23,10 +23,11 @@ from cifar.config import FIELDS, PIPELINE, STAGES, Config, flag
 from cifar.errors import UsageError, UserError, did_you_mean, display_path, listing
 from cifar.flags import HELP, SWITCHES, help_page, load_settings, take_flag
 
+_PORT = "7860"
 _SETTINGS = [name for name in FIELDS if name != "seeds"]  # several seeds take all stages: they are main.py's
 _HELP = HELP | {
     "run": "run directory, or its name in --output-dir; default the run of the previous task, or else the latest",
-    "port": "port that the demo listens on; default 7860",
+    "port": f"port that the demo listens on; default {_PORT}",
 }
 _EVALUATED = "run directory, or its name; default the previous task's, or the latest evaluated, or the shipped `fast`"
 _OWN_NETWORK = "the run's network, if it is package.module:factory: you allow its code to run"
@@ -210,7 +211,7 @@ def demo(
     run=None,
     model=None,
     host="127.0.0.1",
-    port="7860",
+    port=_PORT,
     share=False,
     auth=None,
     data_dir=None,
@@ -283,16 +284,16 @@ def compare(names, sort=None, pairs=False, output=None, output_dir=None):
 
 
 @command(run="report on this run instead: how it ended, problems, and what to try")
-def doctor(run=None, dataset=None, data_dir=None, labels=None, mirror=None, device=None, output_dir=None, port="7860"):
+def doctor(run=None, dataset=None, data_dir=None, labels=None, mirror=None, device=None, output_dir=None, port=None):
     """Check the environment and suggest fixes."""
     given = {"dataset": dataset, "data_dir": data_dir, "labels": labels, "mirror": mirror}
     config = Config.create({**given, "device": device, "output_dir": output_dir})
-    if run and (unused := [flag(name) for name, value in {**given, "device": device}.items() if value]):
+    if run and (unused := [flag(name) for name, value in {**given, "device": device, "port": port}.items() if value]):
         raise UsageError(f"{listing(unused)} would not be used: omit --run, or leave them out")
 
     from cifar import doctor
 
-    findings = doctor.examine_run(_find_run(output_dir, run)) if run else doctor.examine(config, _port(port))
+    findings = doctor.examine_run(_find_run(output_dir, run)) if run else doctor.examine(config, _port(port or _PORT))
     doctor.show_findings(findings)
     if failures := [finding.subject for finding in findings if finding.level == "failure"]:
         raise UserError(f"failed checks: {', '.join(dict.fromkeys(failures))}")

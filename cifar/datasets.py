@@ -40,8 +40,7 @@ def find(
     mirror: see `download.addresses`. labels: a CSV file, see `folder.load`. Raises UserError if the dataset is neither
     on disk nor can be downloaded.
     """
-    if labels and name in DATASETS:
-        raise UserError(f"--labels is for a folder of images: leave it out, or name the folder instead of {name}")
+    _check_labels(name, labels)
     if image_size != 32 and name in DATASETS:
         raise UserError("--image-size is for folders of images; those of other datasets are 32x32: leave it out")
     if name == "auto":
@@ -98,6 +97,7 @@ def describe(name: str, labels: str | None = None) -> str:
 
     Raises UserError as `find` does, unless only decoding shows what is wrong.
     """
+    _check_labels(name, labels)
     if name in DATASETS:
         return name
     found = folder.list_images(_folder_root(name), _labels_file(labels))
@@ -237,6 +237,11 @@ def _folder(name: str, data_dir: Path, image_size: int, labels: str | None) -> D
         if not labels:
             _require_elsewhere(root, data_dir, "--data-dir")
     return folder.load(root, image_size, data_dir, _labels_file(labels))
+
+
+def _check_labels(name: str, labels: str | None) -> None:
+    if labels and name in DATASETS:
+        raise UserError(f"--labels is for a folder of images: leave it out, or name the folder instead of {name}")
 
 
 def _labels_file(labels: str | None) -> Path | None:

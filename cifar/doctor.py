@@ -197,14 +197,12 @@ def _require_room(folder: str, megabytes: float, flag: str) -> float:
 
 
 def _dataset(config: Config) -> Iterator[Finding]:
-    from cifar import download
+    from cifar import datasets, download
 
-    path = Path(config.data_dir)
+    path, description = Path(config.data_dir), datasets.describe(config.dataset, config.labels)
     archive = download.ARCHIVES.get("cifar10" if config.dataset == "auto" else config.dataset)
     if not archive:
-        from cifar import datasets
-
-        yield Finding("dataset", "ok", datasets.describe(config.dataset, config.labels))
+        yield Finding("dataset", "ok", description)
     elif folder := download.find(archive, path):
         download.verify(archive, folder)
         yield Finding("dataset", "ok", f"in {folder}; each file has its published MD5")

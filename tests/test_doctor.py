@@ -209,6 +209,8 @@ def test_a_dataset_that_cannot_be_used_is_a_failure(tmp_path):
         with pytest.raises(UserError) as refused:
             datasets.describe(name)
         assert dataset(name) == doctor.Finding("dataset", "failure", str(refused.value))
+    labels = Config.create({"dataset": "cifar10", "labels": str(tmp_path / "labels.csv")})
+    assert only("dataset", doctor._dataset(labels)).message.startswith("--labels is for a folder of images")
 
 
 def test_a_taken_port_is_a_warning():

@@ -141,6 +141,7 @@ MISTAKES = [  # in the flags of main.py and of `invoke train`
         (("compare", "one", "two", "--sort", "accuracy"), 2, "--sort applies only to the list of all runs"),
         (("compare", "--pairs"), 2, "--pairs and --output apply only to a comparison: name runs, or omit them"),
         (("doctor", "--run", "{run}", "--dataset", "digits"), 2, "--dataset would not be used: omit --run, or leave"),
+        (("doctor", "--run", "{run}", "--port", "7860"), 2, "--port would not be used: omit --run, or leave"),
         (("demo", "--auth", ""), 2, "--auth must not be empty"),
         (("demo", "--host", "\udcff"), 1, "cannot listen on \\udcff: it is not a valid name"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
