@@ -261,11 +261,12 @@ def whitening_filters(images: Iterable[Tensor], size: int) -> Tensor:
 
 
 def layers(network: nn.Module, image_size: int) -> list[LayerRecord]:
-    """List the network's layers in the order in which they run, measured by running it on a black image.
+    """List the layers of a new network in the order in which they run, measured by running it on a black image.
 
     A layer is a module in which no other runs: attention, which computes with the weights of its parts, is one.
     Modules that return neither a tensor nor a sequence of them are left out.
     multiply_adds counts the convolutions and matrix products of layers with weights.
+    Leaves the network in eval mode and frozen: it is not the one that is trained.
     """
     names = {module: name for name, module in network.named_modules()}
     shapes: dict[str, list[int]] = {}
@@ -275,20 +276,16 @@ def layers(network: nn.Module, image_size: int) -> list[LayerRecord]:
         if module in names and isinstance(first, Tensor):
             shapes[names[module]] = list(first.shape[1:])
 
-    image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
-    was_training, was_fused = network.training, torch.backends.mha.get_fastpath_enabled()
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    image = torch.zeros(1, 3, image_size, image_size)
+    was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # FlopCounterMode does not count the fused kernels of attention
     counter = FlopCounterMode(display=False)
+    network.eval().requires_grad_(False)  # FlopCounterMode fails for a view of a parameter that a module receives
     try:
-        network.requires_grad_(False)  # FlopCounterMode fails for a view of a parameter that a module receives
         with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record_shape):
-            network.eval()(image)
+            network(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fused)
-        network.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_()
     flops = {key.partition(".")[2]: sum(counts.values()) for key, counts in counter.get_flop_counts().items()}
     inner = [name for name in shapes if name and not any(other.startswith(f"{name}.") for other in shapes)]
     return [_summarize(name, network.get_submodule(name), shapes[name], flops.get(name, 0)) for name in inner]
