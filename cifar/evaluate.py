@@ -108,17 +108,12 @@ def infer_tta(
     padded = data.pad_border(unsure, 1, "reflect")
     mean = torch.zeros_like(plain[is_unsure])
     views = ((unsure, 0.5), (padded[..., :size, :size], 0.25), (padded[..., 2:, 2:], 0.25))
-    passes = len(views) * (1 + flips) - 1  # without that of the unchanged images, which is done
-    share = len(images) / (len(unsure) * passes)  # of the work, for an image of a pass
-
-    def infer_copies(copies: Tensor) -> Tensor:
-        return infer(network, copies, precision=precision, advance=lambda count: advance(count * share))
-
     for copies, weight in views:
-        logits = plain[is_unsure] if copies is unsure else infer_copies(copies)
+        logits = plain[is_unsure] if copies is unsure else infer(network, copies, precision=precision)
         if flips:
-            logits = (logits + infer_copies(copies.flip(-1))) / 2
+            logits = (logits + infer(network, copies.flip(-1), precision=precision)) / 2
         mean += weight * logits
+        advance(len(images) / len(views))
     augmented = plain.clone()
     augmented[is_unsure] = mean
     return plain, augmented
