@@ -51,19 +51,17 @@ def test_a_learning_rate_too_small_for_a_number_freezes_nothing():
     assert not network.weight.requires_grad  # the end of the training
 
 
-def test_a_period_that_ends_within_an_epoch_ends_at_its_step():
-    settings = config.Config(recipe="resnet18", lr=0.1, schedule="step", epochs=5)
-    optimizer, seen = optim.build(nn.Linear(1, 1), settings, [375] * 5), []
-    for step in (624, 625):  # 5 / 3 epochs are 625 steps
-        optimizer.set_step(step)
-        seen.append(optimizer.lr)
-    assert seen == pytest.approx([0.1, 0.01])
-
-
-def test_decay_epochs_are_counted_also_where_the_last_epochs_are_shorter():
-    settings = config.Config(recipe="resnet18", lr=0.1, schedule="step", decay_epochs=3.5)
-    optimizer, seen = optim.build(nn.Linear(1, 1), settings, [10, 10, 10, 6, 6]), []
-    for step in (32, 33):
+@pytest.mark.parametrize(
+    ("changes", "epochs", "last"),
+    [
+        ({"epochs": 5}, [375] * 5, 624),  # 5 / 3 epochs are 625 steps
+        ({"decay_epochs": 3.5}, [10, 10, 10, 6, 6], 32),  # the last epochs are shorter
+    ],
+)
+def test_a_period_that_ends_within_an_epoch_ends_at_its_step(changes, epochs, last):
+    settings = config.Config(recipe="resnet18", lr=0.1, schedule="step", **changes)
+    optimizer, seen = optim.build(nn.Linear(1, 1), settings, epochs), []
+    for step in (last, last + 1):
         optimizer.set_step(step)
         seen.append(optimizer.lr)
     assert seen == pytest.approx([0.1, 0.01])
