@@ -146,6 +146,7 @@ MISTAKES = [  # in the flags of main.py and of `invoke train`
         (("demo", "--host", "\udcff"), 1, "cannot listen on \\udcff: it is not a valid name"),
         (("demo", "--port", "70000"), 2, "--port takes a number from 1 to 65535, not '70000'"),
         (("train", "--config", "{empty}/seeds.toml"), 2, "seeds.toml has 3 seeds, but invoke train makes one run"),
+        (("train", *QUICK[2:], "--model", "my:net", "--pretrained", "evaluate"), 1, "no pretrained weights for my:net"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_the_right_exit_code(evaluated_run, tmp_path, arguments, code, sentence):
@@ -200,12 +201,6 @@ def test_a_switch_takes_the_next_word_only_if_that_is_yes_or_no():
     for word, value in (("evaluate", True), ("No", "No"), ("1", "1")):
         assert take_flag(deque(["--pretrained", word]), {"--pretrained": None}, "invoke train")[1] == value
     assert take_flag(deque(["--resume", "evaluate"]), {"--resume": None}, "main.py") == ("--resume", "evaluate")
-
-
-def test_a_switch_may_stand_before_the_next_task(tmp_path):
-    flags = ("--dataset", "digits", "--epochs", "1", "--output-dir", str(tmp_path))
-    code, _, err = invoke("train", *flags, "--model", "my_network:build", "--pretrained", "evaluate")
-    assert (code, "no pretrained weights for my_network:build" in err) == (1, True)
 
 
 def test_the_tasks_of_a_chain_use_the_run_of_the_first_and_corruptions_enter_its_report(
