@@ -5,30 +5,29 @@ import json
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
+import handmade
 from cifar import data, evaluate
 from cifar.errors import UserError
-from cifar.metrics import wilson_interval
+from cifar.records import EpochRecord
 from cifar.runs import Run
-from handmade import Brightness
 from image_files import random_images
 
 
 @pytest.mark.parametrize("count", [1203, 0])
 def test_infer_gives_the_networks_logits_in_order_whatever_the_batches(count):
-    images, network = random_images(count), Brightness()
+    images, network = random_images(count), handmade.Brightness()
     torch.testing.assert_close(evaluate.infer(network, images, precision="float32"), network(images / 255))
 
 
 @pytest.mark.parametrize("flips", [True, False])
 def test_tta_is_the_weighted_mean_of_the_copies(flips):
-    images, network, done = random_images(7), Brightness(), []
+    images, network, done = random_images(7), handmade.Brightness(), []
     options = {"temperature": 1e6, "precision": "float32"}  # so hot that the network is unsure of all
     plain, mean = evaluate.infer_tta(network, images, flips=flips, advance=done.append, **options)
     assert sum(done) == pytest.approx(14)  # two for each image, so that a bar ends full
@@ -45,7 +44,7 @@ def test_tta_is_for_unsure_images_alone():
     images = random_images(7)
     advanced: list[float] = []
     options = {"flips": True, "precision": "float32", "advance": advanced.append}
-    tta = functools.partial(evaluate.infer_tta, Brightness(), images, **options)
+    tta = functools.partial(evaluate.infer_tta, handmade.Brightness(), images, **options)
     plain, always = tta(temperature=1e6)
     leads = plain.topk(2).values.diff().abs().flatten()
     temperature = leads.median().item() / math.log(19)  # at which a lead of the median makes 0.95 of two classes
@@ -186,15 +185,14 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
         ([[63, 9], [1, 7]], 0.9, None, []),  # 87.5%, and 90% is guessed right, but of each class 87.5% are found
     ],
 )
-def test_a_network_that_knows_only_its_training_images_is_reported(matrix, train_accuracy, val_accuracy, said):
-    supports = {str(number): SimpleNamespace(support=sum(row)) for number, row in enumerate(matrix)}
-    accuracy = (matrix[0][0] + matrix[1][1]) / 80
-    recall = SimpleNamespace(recall=sum(row[number] / sum(row) for number, row in enumerate(matrix)) / 2)
-    metrics = SimpleNamespace(confusion_matrix=matrix, per_class=supports, macro_average=recall, n=80, epoch=2)
-    metrics.accuracy = accuracy
-    metrics.interval_95 = wilson_interval(round(80 * accuracy), 80)
-    kept = SimpleNamespace(train_accuracy=train_accuracy, val_accuracy=val_accuracy)
-    run = SimpleNamespace(has_metrics=True, metrics=metrics, kept_epoch=kept)
+def test_a_network_that_knows_only_its_training_images_is_reported(
+    tmp_path, matrix, train_accuracy, val_accuracy, said
+):
+    counts = np.ravel(matrix)
+    true, predicted = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
+    run = handmade.make_run(tmp_path, list("ab"), epochs=0, true=true, predicted=predicted, confidence=[0.9] * 80)
+    accuracies = {"train_accuracy": train_accuracy, "val_accuracy": val_accuracy}
+    run.write_history([EpochRecord(**handmade.make_line(1, val_accuracy is not None) | accuracies)])
     problems = evaluate.learning_problems(run)
     assert len(problems) == len(said)
     for problem, part in zip(problems, said):
