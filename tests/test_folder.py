@@ -520,10 +520,7 @@ def test_more_classes_than_a_checkpoint_may_have_are_refused(root, monkeypatch):
 
 def test_300_classes_have_one_label_each_and_training_images_are_mixed(tmp_path):
     for number in range(300):
-        (tmp_path / "many" / f"{number:03}").mkdir(parents=True)
-        for copy in range(3):
-            pixel = Image.new("RGB", (1, 1), (number % 256, number // 256, copy))
-            pixel.save(tmp_path / "many" / f"{number:03}" / f"{copy}.bmp")
+        fill(tmp_path / "many" / f"{number:03}", 3, seed=number)
     images = load(tmp_path / "many")
     assert images.train.labels.bincount().tolist() == [2] * 300
     assert images.test.labels.tolist() == list(range(300))
