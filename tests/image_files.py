@@ -193,14 +193,6 @@ GOOD = {
 }
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A small PNG whose header claims this size."""
-    content = bytearray(saved(sample(), "PNG"))
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
-
-
 def ico(count: int, content: bytes) -> bytes:
     entry = struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(content), 6 + 16 * count)
     return struct.pack("<HHH", 0, 1, count) + entry * count + content
@@ -214,14 +206,14 @@ REFUSED = {
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
     "JPEG 2000": (lambda: saved(sample(), "JPEG2000"), "not an image"),
     "random bytes": (lambda: np.random.default_rng(0).bytes(5000), "not an image"),
-    "100.02 megapixels": (lambda: bomb(10_001, 10_001), "has over 100 million pixels: make it smaller"),
-    "bomb": (lambda: bomb(60_000, 60_000), "has over 100 million pixels"),
+    "100.02 megapixels": (lambda: png(shape=(10_001, 10_001, 8, 2)), "has over 100 million pixels: make it smaller"),
+    "bomb": (lambda: png(shape=(60_000, 60_000, 8, 2)), "has over 100 million pixels"),
     "HEIC": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "not an image in a supported format"),
     "MOV": (lambda: b"\0\0\0\x14ftypqt  " + bytes(99), "not an image in a supported format"),
     "TIFF 16 bit with alpha": (lambda: tiff(9, 9, bytes(324), (338, 3, 1, 2), bits=(16, 16)), INCOMPLETE),
     "TIFF float RGB": (lambda: tiff(9, 9, bytes(972), (339, 3, 1, 3), bits=(32,) * 3, photometric=2), INCOMPLETE),
     "TIFF YCbCr without JPEG": (lambda: tiff(9, 9, bytes(243), bits=(8, 8, 8), photometric=6), INCOMPLETE),
-    "ICO of a bomb": (lambda: ico(1, bomb(60_000, 60_000)), "has over 100 million pixels"),
+    "ICO of a bomb": (lambda: ico(1, png(shape=(60_000, 60_000, 8, 2))), "has over 100 million pixels"),
     "PNG header alone": (lambda: saved(sample(), "PNG")[:40], INCOMPLETE),
     "truncated JPEG": (lambda: saved(sample(), "JPEG")[:300], INCOMPLETE),
 }
