@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from cifar import datasets, evaluate, export, model, optim, pipeline, pretrained, trainer, zoo
+from cifar import datasets, evaluate, export, model, optim, pipeline, pretrained, trainer
 from cifar.config import MAX_IMAGE_SIZE, Config
 from cifar.data import Dataset
 from cifar.errors import UserError
@@ -105,18 +105,6 @@ def test_a_fine_tuned_run_is_evaluated_exported_and_predicts_images_of_any_size(
     if (folder := tmp_path / "network").exists():  # safetensors is installed
         build = runpy.run_path(str(folder / "model.py"))["build"]
         build(MODEL, 3, 32).load_state_dict(pretrained.read(folder / "model.safetensors"))
-
-
-def test_small_images_are_enlarged_and_a_transformer_gets_the_only_size_that_it_takes():
-    assert [size_for(MODEL, size) for size in (32, 64, 96)] == [128, 224, 96]
-    assert [size_for("vit_b_32", size) for size in (32, 256)] == [224, 224]
-
-
-def size_for(name: str, image_size: int) -> int:
-    """Return the size of the images that the network gets."""
-    with torch.device("meta"):
-        enlarge = zoo.modules(name, 3, image_size, pretrained=True).get("enlarge", nn.Identity())
-        return enlarge(torch.zeros(1, 3, image_size, image_size)).shape[-1]
 
 
 @pytest.mark.parametrize(

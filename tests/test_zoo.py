@@ -53,16 +53,24 @@ def test_a_vision_transformer_sees_eight_by_eight_patches():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [("alexnet", 64), ("inception_v3", 128), ("maxvit_t", 224), ("timm/eva02_tiny_patch14_336", 336)],
+    ("name", "is_pretrained", "enlarged"),  # the size of images -> that which the network gets
+    [
+        ("alexnet", False, {32: 64}),
+        ("inception_v3", False, {32: 128}),
+        ("maxvit_t", False, {32: 224}),
+        ("timm/eva02_tiny_patch14_336", False, {32: 336}),
+        ("mobilenet_v3_small", True, {32: 128, 64: 224, 96: 96}),
+        ("vit_b_32", True, {32: 224, 256: 224}),  # a transformer with weights takes one size only
+    ],
 )
-def test_images_that_are_too_small_for_the_network_are_enlarged(name, size):
+def test_images_that_are_too_small_for_the_network_or_its_weights_are_enlarged(name, is_pretrained, enlarged):
     if name.startswith("timm/"):
         pytest.importorskip("timm")
     with torch.device("meta"):
-        modules = zoo.modules(name, 10, 32)
-        assert modules["enlarge"](torch.zeros(1, 3, 32, 32)).shape[-1] == size
-        assert nn.Sequential(*modules.values()).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        for size, expected in enlarged.items():
+            modules, images = zoo.modules(name, 10, size, is_pretrained), torch.zeros(2, 3, size, size)
+            assert modules.get("enlarge", nn.Identity())(images).shape[-1] == expected
+            assert nn.Sequential(*modules.values()).eval()(images).shape == (2, 10)
 
 
 # The user's own network.
