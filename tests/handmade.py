@@ -20,6 +20,9 @@ ESCAPED = ("cat", "dog", "<ship>")
 TRUE = (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2)
 PREDICTED = (0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 2, 2)  # wrong at 3, 8 and 9
 CONFIDENCE = (0.9, 0.8, 0.7, 0.6, 0.9, 0.9, 0.9, 0.9, 0.95, 0.75, 0.5, 0.5)
+# Of five other images: right with confidence 0.9 and 0.8, wrong with 0.7, right with 0.6, wrong with 0.5.
+PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3]])
+LABELS = np.array([0, 1, 1, 2, 2])
 MATRIX = ((3, 1, 0), (0, 4, 0), (2, 0, 2))
 LAYERS = [
     {"name": "stem.0", "kind": "Conv2d", "output_shape": [4, 8, 8], "parameters": 108, "multiply_adds": 6912},

@@ -12,11 +12,7 @@ from cifar import analysis, data, records
 from cifar.errors import UserError
 from cifar.records import Metrics
 from cifar.runs import Run
-from handmade import CLASSES, CORRUPTIONS, Brightness, make_dataset, make_metrics, make_run
-
-# Five images: right with confidence 0.9 and 0.8, wrong with 0.7, right with 0.6, wrong with 0.5.
-PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3]])
-LABELS = np.array([0, 1, 1, 2, 2])
+from handmade import CLASSES, CORRUPTIONS, LABELS, PROBABILITIES, Brightness, make_dataset, make_metrics, make_run
 
 
 def test_mistakes_and_the_points_of_curves_are_those_found_by_hand():

@@ -6,6 +6,7 @@ from scipy.special import softmax
 from sklearn.metrics import average_precision_score, log_loss
 
 from cifar import metrics
+from handmade import CLASSES, LABELS, PROBABILITIES
 
 
 def test_the_metrics_of_six_images_are_those_worked_out_by_hand():
@@ -47,10 +48,7 @@ def test_the_most_confused_pairs_are_the_largest_counts_off_the_diagonal():
     ]
 
 
-# Ranking. Five images, of which the third and the last are mistakes.
-CLASSES = ("cat", "dog", "ship")
-PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3]])
-LABELS = np.array([0, 1, 1, 2, 2])
+# Ranking.
 
 
 def test_risk_and_coverage_are_counted_by_hand():
