@@ -3,6 +3,7 @@
 `make_line`, `make_metrics` and `CORRUPTIONS` are contents of JSON files; `records.parse` makes models of them.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ class Brightness(nn.Module):
     def forward(self, images):
         grey = images.mean(1)
         return torch.stack([grey[:, :, :4].mean((1, 2)), grey[:, :, 4:].mean((1, 2)), grey[:, :4].mean((1, 2))], 1)
+
+
+class Command:
+    """A folder's path, which makes the folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def _cells(*accuracies: float) -> list[dict]:

@@ -13,6 +13,7 @@ from cifar.config import PROJECT
 from cifar.errors import UserError
 from commands import start
 from conftest import as_nobody
+from handmade import Command
 
 CONTENT = {"model": "convnet", "classes": ["a", "b"], "image_size": 32, "epoch": 3}
 
@@ -61,14 +62,6 @@ def test_a_pipe_in_place_of_a_checkpoint_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "best.pt")
     with pytest.raises(UserError, match=r"is damaged or not from this program$"):
         checkpoint.load(tmp_path / "best.pt")
-
-
-class _Command:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +128,7 @@ def spoil(path: Path, rng: np.random.Generator) -> str:
         case "empty":
             whole = b""
         case "command":
-            torch.save({**CONTENT, "format": 1, "weights": _Command(path.parent / "executed")}, path)
+            torch.save({**CONTENT, "format": 1, "weights": Command(path.parent / "executed")}, path)
             return kind
         case "shape" | "type" | "nan":
             odd = {"shape": torch.zeros(3), "type": weights[name].double(), "nan": weights[name] * float("nan")}[kind]
