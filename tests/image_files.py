@@ -26,6 +26,11 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
+def picture(pixels: torch.Tensor) -> Image.Image:
+    """Return the image whose pixels are (3, H, W)."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def random_images(count: int, size: int = 8) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from cifar import bench, data, datasets
 from cifar.errors import UserError
 from conftest import quick_config
+from image_files import picture
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_the_loaders_images_are_the_splits_normalized(digits, tmp_path):
     augment = bench._augmentation(quick_config(tmp_path, crop=0, jitter=0.0, flip="none"), split)
     mean, std = (values.view(3, 1, 1) for values in split.mean_and_std)
     for pixels, expected in zip(split.images, (data.to_float(split.images) - mean) / std):
-        image = augment(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        image = augment(picture(pixels))
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
     augment = bench._augmentation(quick_config(tmp_path, crop_scale=0.01), split)
     ramp = Image.fromarray(np.arange(0, 256, 8, dtype=np.uint8)[None].repeat(32, 0)).convert("RGB")

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from cifar import data
 from cifar.config import Config
-from image_files import random_images
+from image_files import picture, random_images
 
 
 def numbered(count: int, size: int = 8) -> data.Split:
@@ -210,7 +210,7 @@ def test_resize_averages_as_pillow_does():
     images = random_images(3, size=32)
     resized = data.resize(data.to_float(images), 24)
     for image, before in zip(resized, images):
-        pillow = Image.fromarray(before.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        pillow = picture(before).resize((24, 24), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(image.permute(1, 2, 0) * 255, np.asarray(pillow), atol=1.5)
 
 

@@ -82,7 +82,7 @@ def resident(site) -> int:
 
 
 def digit(digits, index: int = 0) -> bytes:
-    return image_files.saved(Image.fromarray(digits.test.images[index].permute(1, 2, 0).numpy()), "PNG")
+    return image_files.saved(image_files.picture(digits.test.images[index]), "PNG")
 
 
 def ask(site, image: bytes | dict, **run: str) -> dict | str:

@@ -14,6 +14,7 @@ import commands
 from cifar import files, runs
 from cifar.runs import Run
 from commands import reached
+from image_files import picture
 from processes import slowly
 
 LAST, PREVIOUS, BEST = (f"checkpoints/{name}.pt" for name in ("last", "previous", "best"))
@@ -91,13 +92,11 @@ def quick(monkeypatch):
 @pytest.fixture
 def outputs(quick, corrupted_run, evaluated_run, digits, tmp_path) -> Path:
     """A folder with a run that has every file, to be damaged, an older one that stays whole, and an image beside it."""
-    from PIL import Image
-
     folder = tmp_path / "outputs"
     shutil.copytree(corrupted_run.path, folder / "run")
     shutil.copy(folder / "run" / LAST, folder / "run" / PREVIOUS)
     shutil.copytree(evaluated_run.path, folder / "good")
-    Image.fromarray(digits.test.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    picture(digits.test.images[0]).save(tmp_path / "image.png")
     return folder
 
 

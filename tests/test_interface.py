@@ -19,7 +19,7 @@ from cifar.errors import UserError
 from cifar.predict import Predictor
 from commands import invoke, run
 from handmade import make_run
-from image_files import saved
+from image_files import picture, saved
 
 FAST = runs.SHIPPED / "fast"
 QUICK = {"recipe": "mlp", "dataset": "digits", "epochs": 1, "device": "cpu"}
@@ -152,7 +152,7 @@ def test_what_is_no_image_is_one_sentence(fast, image, sentence):
 
 def test_opened_files_and_bfloat16_are_images_and_no_image_is_a_sentence(fast, tmp_path):
     pixels = torch.rand(3, 32, 32).bfloat16()
-    file = io.BytesIO(saved(Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).numpy()), "PNG"))
+    file = io.BytesIO(saved(picture((pixels.float() * 255).round().byte()), "PNG"))
     (expected,), (read,) = fast.predict(pixels), fast.predict(file)
     np.testing.assert_array_equal(read.probabilities, expected.probabilities)
     with pytest.raises(UserError, match="int is no image"):

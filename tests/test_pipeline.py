@@ -20,6 +20,7 @@ from cifar.download import ARCHIVES
 from cifar.runs import Run
 from cifar.visualize import FIGURES
 from commands import INVOKE, MAIN, main, run
+from image_files import picture
 
 QUICK = ("--recipe", "mlp", "--epochs", "1", "--device", "cpu")
 DRAWN = FIGURES.keys() - {"corruptions"}
@@ -58,7 +59,7 @@ def test_a_chain_of_tasks_works_from_a_subfolder_on_a_folder_of_images_with_odd_
     for label, name in enumerate(("accuracy", "a, 'b' & $\\x$ [bold]")):
         (folder / name).mkdir(parents=True)
         for number, image in enumerate(digits.train.images[digits.train.labels == label][:60]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name / f"{number}.png")
+            picture(image).save(folder / name / f"{number}.png")
     outputs = ("--output-dir", str(tmp_path / "outputs"))
     train = ("train", *QUICK, "--dataset", str(folder), "--image-size", "40", "--data-dir", str(tmp_path), *outputs)
     others = ("evaluate", *outputs, "visualize", *outputs, "predict", str(folder / "accuracy" / "0.png"), *outputs)

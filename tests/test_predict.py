@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from rich.console import Console
 
 from cifar import console, data, predict
 from cifar.errors import UsageError, UserError
 from cifar.predict import Prediction
 from conftest import CIFAR10_CLASSES
+from image_files import picture
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +34,16 @@ def stand_in(classes, threshold=0.5) -> SimpleNamespace:
     )
 
 
-def save(image: torch.Tensor, path: Path) -> Path:
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return path
-
-
 def test_a_folder_of_the_test_images_gets_the_predictions_of_evaluate(predictor, evaluated_run, digits, tmp_path):
     for index, image in enumerate(digits.test.images):
-        save(image, tmp_path / f"{index:05}.png")
+        picture(image).save(tmp_path / f"{index:05}.png")
     predictions = list(predictor.predict(predict.find_images([str(tmp_path)])))
     saved = np.genfromtxt(evaluated_run.path / "predictions.csv", delimiter=",", skip_header=1)
     np.testing.assert_allclose([prediction.probabilities for prediction in predictions], saved[:, 4:], atol=1e-6)
 
 
 def test_an_image_that_cannot_be_read_keeps_its_place(predictor, digits, tmp_path):
-    good = save(digits.test.images[0], tmp_path / "good.png")
+    picture(digits.test.images[0]).save(good := tmp_path / "good.png")
     sources = [good, b"not an image", tmp_path / "missing.png", good.read_bytes()]
     predictions = list(predictor.predict(sources))
     names = [str(good), "standard input", str(tmp_path / "missing.png"), "standard input"]

@@ -12,12 +12,12 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from cifar import analysis, bench, commands, demo, evaluate, export, trainer, visualize
 from cifar.config import FIELDS, flag
 from cifar.flags import take_flag
 from commands import INVOKE, MAIN, QUICK, invoke, main, reached, run
+from image_files import picture
 
 TASKS = (
     *("train", "evaluate", "visualize", "predict", "demo", "export", "compare"),
@@ -30,7 +30,7 @@ def images(tmp_path_factory, digits) -> Path:
     """A folder with the first three test images."""
     folder = tmp_path_factory.mktemp("images")
     for index, image in enumerate(digits.test.images[:3]):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+        picture(image).save(folder / f"{index}.png")
     return folder
 
 
