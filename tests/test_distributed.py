@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import commands
 from cifar import console, data, device, evaluate, main, model, optim, trainer
-from cifar.config import PROJECT, Config
+from cifar.config import Config
 from cifar.errors import UserError
 from cifar.runs import Run
 from processes import SERVER, Outputs, results, slow_steps, train_and_evaluate, wait_until
@@ -200,10 +201,9 @@ def test_an_error_in_another_process_is_printed_with_its_number_and_ends_all(tog
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py"]
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", *arguments)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *arguments], cwd=PROJECT, env=environment, **pipes)
+    return commands.start(*words, env=environment, stderr=subprocess.STDOUT)
 
 
 def test_torchrun_makes_a_run_for_each_seed_with_everything(tmp_path):

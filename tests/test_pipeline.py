@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from cifar.config import PROJECT
 from cifar.download import ARCHIVES
 from cifar.runs import Run
 from cifar.visualize import FIGURES
-from commands import INVOKE, MAIN, main, run
+from commands import INVOKE, MAIN, main, run, start
 from image_files import picture
 
 QUICK = ("--recipe", "mlp", "--epochs", "1", "--device", "cpu")
@@ -86,12 +84,9 @@ def type_into(terminal: int, key: bytes, after: str) -> str:
 def test_ctrl_c_in_a_terminal_says_how_to_resume_and_that_completes_the_run(tmp_path, monkeypatch):
     flags = ("--recipe", "mlp", "--dataset", "digits", "--epochs", "12", "--patience", "0", "--val-size", "0")
     terminal, child_end = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, MAIN, *flags, "--output-dir", str(tmp_path)],
-        cwd=PROJECT,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
-        preexec_fn=lambda: os.login_tty(child_end),
-    )
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    options = {"env": environment, "preexec_fn": lambda: os.login_tty(child_end), "stdout": None, "stderr": None}
+    process = start(MAIN, *flags, "--output-dir", str(tmp_path), **options)
     os.close(child_end)
     shown = type_into(terminal, b"\x03", after="epoch  2/12")
     os.close(terminal)
