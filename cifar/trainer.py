@@ -286,12 +286,13 @@ def _score(record: EpochRecord, metric: str) -> tuple[float, float] | None:
 def forecast(config: Config, hardware: torch.device, seconds: float, on_core: float) -> str:
     """Say how long the training will take, what less time would give where that is long, and whether others slow it.
 
-    on_core: the fraction of the time so far in which the main thread, which never waits in training, had a core.
+    on_core: the fraction of the time so far in which the main thread had a core; it waits for nothing but the others
+    of several processes.
     """
     length = f"{seconds / 60:.0f} minutes" if seconds >= 90 else plural(max(1, round(seconds)), "second")
     where = f"in {config.precision} on {device.describe(hardware)}"
     sentence = f"{plural(config.epochs, 'epoch')} {where} will take about {length}"
-    if hardware.type == "cpu" and on_core < _BUSY:
+    if hardware.type == "cpu" and device.world_size() == 1 and on_core < _BUSY:
         sentence += f" on this busy machine ({device.advice_when_busy(torch.get_num_threads(), cpu_count())})"
     is_measured = config.model_dump(exclude=_MAY_DIFFER) == _MEASURED.model_dump(exclude=_MAY_DIFFER)
     if seconds < _OFFERED_FROM * 60 or not is_measured:
