@@ -6,6 +6,7 @@ Other modules call a torch.device `hardware`, because `device` is this module.
 import contextlib
 import ctypes
 import datetime
+import functools
 import math
 import os
 import re
@@ -47,13 +48,23 @@ def unused_gpu() -> str | None:
     return f"nvidia-smi is installed, but torch {torch.__version__} finds no GPU"
 
 
+@functools.cache
+def cpu_features() -> dict[str, Any]:
+    """Return the processor's features, such as `avx512_bf16`, and its `cpu_name`.
+
+    Those beyond AVX2 are left out where ATEN_CPU_CAPABILITY limits PyTorch to it, to imitate an older processor.
+    """
+    features = torch.cpu.get_capabilities()
+    hidden = ("avx512", "amx") if torch.backends.cpu.get_cpu_capability() == "AVX2" else ()
+    return {name: value for name, value in features.items() if not name.startswith(hidden)}
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Say whether the device multiplies bfloat16 matrices in hardware; where it does not, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return bool(cpu_features().get("avx512_bf16") or cpu_features().get("amx_bf16"))
     return False
 
 
@@ -112,7 +123,7 @@ def describe(device: torch.device) -> str:
     """Return the device's name as its maker prints it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return torch.cpu.get_capabilities().get("cpu_name", device.type) if device.type == "cpu" else device.type
+    return cpu_features().get("cpu_name", device.type) if device.type == "cpu" else device.type
 
 
 def keep_freed_memory() -> bool:

@@ -27,7 +27,7 @@ _OPTIONAL = {
 }
 # Package -> the version that fixes known security holes, and these; only where our bounds allow earlier ones.
 _SECURITY = {"pillow": ("12.3", "CVE-2026-59197 to 59200, memory safety of its decoders")}
-# What torch.cpu.get_capabilities names -> the minutes that `fast` takes on two cores (docs/results.md).
+# What device.cpu_features names -> the minutes that `fast` takes on two cores (docs/results.md).
 _FAST_MINUTES = {"amx_bf16": "4", "avx512_bf16": "5 to 10", "avx2": "14 to 24"}
 _STYLES = {"note": "cyan", "warning": "yellow", "failure": "bold red"}
 
@@ -134,7 +134,7 @@ def _device(name: str) -> Iterator[Finding]:
         yield Finding("device", "ok", message)
     kind, duration = chosen.type, ""
     if chosen.type == "cpu":
-        kind = next((kind for kind in _FAST_MINUTES if torch.cpu.get_capabilities().get(kind)), kind)
+        kind = next((kind for kind in _FAST_MINUTES if device.cpu_features().get(kind)), kind)
         duration = f"; fast takes about {_FAST_MINUTES[kind]} minutes on two cores" if kind in _FAST_MINUTES else ""
     if device.has_bfloat16(chosen):
         yield Finding("bfloat16", "ok", f"in hardware ({kind}): networks train in it{duration}")

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar.device import cpu_features
+
 CHUNK_BYTES = 2_000_000  # of features pooled at once, which stay in the cache
 WINOGRAD_BYTES = 2_000_000  # of one tile of several images, transformed, for each thread; 1 MB was slower
 WINOGRAD_IMAGES = 500  # from which two sizes of tiles gain more than transforming the filters for each costs
@@ -54,12 +56,12 @@ class Conv2d(nn.Conv2d):
         if dtype == torch.float32 and channels >= 64 and len(features) >= 16:
             return _WinogradConv.apply(features, self.weight)
         if dtype == torch.bfloat16 and self.training and features.requires_grad:
-            capabilities = torch.cpu.get_capabilities()
-            is_avx512 = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")
+            cpu = cpu_features()
+            is_avx512 = cpu.get("avx512_bf16") and not cpu.get("amx_bf16")
             products = self.in_channels * self.out_channels
             if is_avx512 and channels >= 64 and products >= 128**2 and len(features) >= 128:
                 return _WinogradConv.apply(features.to(dtype), self.weight)
-            if any(features.shape[-1] <= most for name, most in JOINED_PIXELS.items() if capabilities.get(name)):
+            if any(features.shape[-1] <= most for name, most in JOINED_PIXELS.items() if cpu.get(name)):
                 return _SideBySideConv.apply(features.to(dtype), self.weight.to(dtype))
         return super().forward(features)
 

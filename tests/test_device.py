@@ -1,3 +1,4 @@
+import os
 import platform
 import sys
 
@@ -18,9 +19,14 @@ def test_auto_is_the_fastest_available_device(monkeypatch):
 
 @pytest.mark.parametrize(("flag", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
 def test_auto_precision_is_bfloat16_where_the_processor_has_it(monkeypatch, flag, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    monkeypatch.setattr(device, "cpu_features", lambda: {flag: True})
     assert device.resolve_precision("auto", torch.device("cpu")) == precision
     assert device.resolve_precision("float32", torch.device("cpu")) == "float32"
+
+
+def test_pytorch_limited_to_avx2_imitates_a_processor_without_bfloat16():
+    code = "import torch; from cifar import device; print(device.resolve_precision('auto', torch.device('cpu')))"
+    assert run("-c", code, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"})[1] == "float32\n"
 
 
 @pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bfloat16"), (False, "float16")])

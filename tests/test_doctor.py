@@ -105,7 +105,7 @@ def test_a_gpus_memory_and_precision_are_named(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["amx_bf16", "avx512_bf16", "avx2"])
 def test_the_kind_of_processor_is_named(monkeypatch, kind):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {kind: True})
+    monkeypatch.setattr(device, "cpu_features", lambda: {kind: True})
     _, found, _ = doctor._device("cpu")
     is_fast = ("ok", f"in hardware ({kind}): networks train in it")
     is_slow = ("note", "not in hardware: networks train in float32")

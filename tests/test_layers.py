@@ -48,7 +48,7 @@ def convolve(
     monkeypatch, *channels, images=128, size=7, training=True, hardware=AVX512, stride=1, precision="bfloat16"
 ):
     """Return the layer, its input and its output on such a processor."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
+    monkeypatch.setattr(layers, "cpu_features", lambda: dict.fromkeys(hardware, True))
     conv = layers.Conv2d(*channels, stride).train(training)
     shape = images, channels[0], size, size
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
