@@ -156,6 +156,13 @@ def _tune_glibc(settings: dict[int, int]) -> bool:
     return all(libc.mallopt(parameter, value) for parameter, value in settings.items())
 
 
+def user_sets_threads() -> bool:
+    """Say whether the user chooses the number of threads; torchrun's default is one, which would leave cores idle."""
+    return "OMP_NUM_THREADS" in os.environ and not (
+        dist.is_torchelastic_launched() and os.environ["OMP_NUM_THREADS"] == "1"
+    )
+
+
 def advice_when_busy(threads: int, cores: int) -> str:
     """Say what makes training faster while other programs keep cores busy, for which its threads would wait."""
     fewer = max(1, cores // 2)
@@ -214,7 +221,7 @@ def process_group() -> Iterator[None]:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():  # more processes than GPUs can train on the CPU
         torch.cuda.set_device(local)
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, which would leave cores idle
+    if not user_sets_threads():
         torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         dist.init_process_group(timeout=_LONGEST_WAIT)

@@ -1,6 +1,5 @@
 """One run: create or resume it, then train, evaluate, visualize and report."""
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +103,7 @@ def resume(name: str, given: Mapping[str, Any]) -> tuple[Run, Dataset]:
     dataset = datasets.of_run(run, given.get("data_dir"), given.get("mirror"))
     record = run.record
     if record.status != "completed":
-        if record.threads and record.processes == device.world_size() and "OMP_NUM_THREADS" not in os.environ:
+        if record.threads and record.processes == device.world_size() and not device.user_sets_threads():
             torch.set_num_threads(record.threads)  # another number of threads sums in another order
         _report_differences(run)
     return run, dataset
@@ -114,11 +113,12 @@ def _report_differences(run: Run) -> None:
     """Say in which ways the machine or the program differs from what has trained so far; none prevents resuming."""
     record, provenance = run.record, runs.provenance()
     hardware = device.choose(run.config.device)
+    has_comparable_threads = hardware.type == "cpu" and record.processes == device.world_size()
     then_and_now = {
         "hardware": (record.hardware, device.describe(hardware)),
         "precision": (record.precision, device.resolve_precision(run.config.precision, hardware)),
         "processes": (record.processes, device.world_size()),
-        "number of threads": (record.threads, torch.get_num_threads()),
+        "number of threads": (record.threads if has_comparable_threads else None, torch.get_num_threads()),
         "PyTorch": ((record.versions or {}).get("torch"), provenance["versions"]["torch"]),
         "commit": (record.commit, provenance["commit"]),
     }

@@ -272,8 +272,7 @@ class Run:
     def _end(self, **changes: Any) -> None:
         self.update(**changes, end=now())
         outputs = self.path.parent
-        is_in_group = outputs.name.endswith(GROUP_SUFFIX) and (outputs / SUMMARY).exists()
-        link = (outputs.parent if is_in_group else outputs) / "latest"
+        link = (outputs.parent if self.is_in_group else outputs) / "latest"
         with contextlib.suppress(OSError):  # the file system may have no links, and a copy a directory of this name
             if link.is_symlink():  # not a file of the user's
                 link.unlink()

@@ -416,9 +416,10 @@ def test_a_run_whose_settings_or_images_have_changed_is_refused(interrupted, dig
 
 def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(interrupted, digits, capsys):
     then = {"hardware": "an abacus", "processes": 2, "commit": "0" * 40}
-    interrupted.run.update(**then)
+    interrupted.run.update(**then, threads=99)
     resume(interrupted, digits)
     shown = capsys.readouterr().out
+    assert "number of threads" not in shown  # with other processes, it means nothing
     for name, value in then.items():
         assert f"{name} was {value} and is " in shown
     assert "processes was 2 and is 1: the results can differ from an uninterrupted run's" in shown
@@ -426,13 +427,16 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(in
     assert interrupted.run.record.status == "completed"
 
 
-@pytest.mark.parametrize(("variable", "is_kept"), [(None, True), ("1", False)])
+@pytest.mark.parametrize(
+    ("variables", "is_kept"),
+    [({}, True), ({"OMP_NUM_THREADS": "1"}, False), ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "torchrun"}, True)],
+)
 def test_a_run_resumes_with_its_number_of_threads_or_the_one_that_the_user_sets(
-    interrupted, capsys, monkeypatch, variable, is_kept
+    interrupted, capsys, monkeypatch, variables, is_kept
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     interrupted.run.update(threads=threads + 1)
     try:
