@@ -429,7 +429,11 @@ def test_another_machine_or_commit_is_mentioned_and_does_not_prevent_resuming(in
 
 @pytest.mark.parametrize(
     ("variables", "is_kept"),
-    [({}, True), ({"OMP_NUM_THREADS": "1"}, False), ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "torchrun"}, True)],
+    [
+        ({}, True),
+        ({"OMP_NUM_THREADS": "1"}, False),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "torchrun's own default"}, True),
+    ],
 )
 def test_a_run_resumes_with_its_number_of_threads_or_the_one_that_the_user_sets(
     interrupted, capsys, monkeypatch, variables, is_kept
