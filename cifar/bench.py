@@ -1,6 +1,6 @@
 """Training speed: epochs for a budget of minutes, the comparison with a DataLoader, and the profile of a step.
 
-What is timed trains a network that is thrown away.
+What is timed trains a network that is thrown away. torchvision is imported where it is used: it takes a second.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2 as transforms
 
 from cifar import checkpoint, console, data, datasets, device, files, model, optim, runs, trainer
 from cifar.config import LOCATIONS, MAX_EPOCHS, Config, epoch_limits
 from cifar.errors import UserError, display_path, plural
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2 as transforms
 
 _SECONDS = 3.0  # to time a step, and as long to warm up: at first a processor is faster or slower than later
 _PLANNED_FRACTION = 0.97  # of the minutes; the rest is for steps that take longer than those that were timed
@@ -244,8 +246,10 @@ def _loader_steps(config: Config, dataset: data.Dataset, workers: int) -> Genera
         yield
 
 
-def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
+def _augmentation(config: Config, split: data.Split) -> "transforms.Compose":
     """Return torchvision's transforms, from a Pillow image to a normalized tensor, that `simple` or `convnet` needs."""
+    from torchvision.transforms import v2 as transforms
+
     crop: transforms.Transform = transforms.RandomCrop(split.image_size, padding=config.crop)
     if config.crops_resized:
         crop = transforms.RandomResizedCrop(split.image_size, (config.crop_scale, 1))
@@ -258,7 +262,7 @@ def _augmentation(config: Config, split: data.Split) -> transforms.Compose:
     return transforms.Compose([*steps, transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True), normalize])
 
 
-def _collate(augment: transforms.Compose, samples: list) -> list:
+def _collate(augment: "transforms.Compose", samples: list) -> list:
     return default_collate([(augment(image), label) for image, label in samples])
 
 

@@ -1,6 +1,6 @@
 """Pretrained weights for fine-tuning: downloaded or from a file, and loaded into all of a network but its head.
 
-timm and safetensors are optional, and imported where they are used.
+timm and safetensors are optional, and imported where they are used, as is torchvision, which takes a second.
 """
 
 import importlib
@@ -10,15 +10,17 @@ import zipfile
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torchvision import models
 
 from cifar import checkpoint, console
 from cifar.errors import UserError, first_line, listing, out_of_memory
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 TIMM = "timm/"  # what the names of timm's networks begin with here
 # The second output of GoogLeNet and Inception, which only their training from scratch uses.
@@ -130,14 +132,16 @@ def read(path: Path) -> dict[str, Tensor]:
     return {_OLD_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
 
 
-def _torchvision_weights(name: str) -> models.WeightsEnum:
+def _torchvision_weights(name: str) -> "WeightsEnum":
+    from torchvision import models
+
     try:
         return models.get_model_weights(name).DEFAULT
     except (ValueError, AttributeError):
         raise UserError(f"torchvision has no pretrained weights for {name}: choose another --model") from None
 
 
-def _download(weights: models.WeightsEnum) -> Path:
+def _download(weights: "WeightsEnum") -> Path:
     """Return the file of torchvision's weights in torch.hub's folder, after downloading it if it is not there.
 
     Raises UserError that names the folder and the file if they cannot be.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from joblib import cpu_count
 from torch import Tensor, nn
 
-from cifar import console, data, device, evaluate, model, optim, pretrained, tracking, zoo
+from cifar import console, data, device, evaluate, model, optim, pretrained, tracking
 from cifar.checkpoint import Checkpointer
 from cifar.config import LOCATIONS, Config
 from cifar.console import TrainingProgress
@@ -92,6 +92,8 @@ def new_network(config: Config, train_set: data.Split, classes: int) -> nn.Modul
     torch.manual_seed(config.seed)
     network = model.build(config.model, classes, train_set.image_size, config.is_pretrained)
     if config.is_pretrained:
+        from cifar import zoo  # its import takes a second
+
         head = zoo.head_names(config.model, network.get_submodule("network"), classes)
         pretrained.adapt(network, config.model, head, config.body_lr)
     else:
