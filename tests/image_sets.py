@@ -108,7 +108,7 @@ class ImageSet:
 
 IMAGE_SETS = {
     "color": ImageSet(),
-    "grey": ImageSet(grey),
+    "grey": ImageSet(grey, train=200),
     "grey, ten classes": ImageSet(grey, classes=10, train=100),
     "nearly grey": ImageSet(nearly_grey),
     "dark": ImageSet(dark),

@@ -57,7 +57,7 @@ if sys.argv[1] == "keep" and not device.keep_freed_memory():
     sys.exit(3)
 def faults_of_a_use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(25_000_000).sum()
+    torch.ones(10_000_000).sum()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(round(statistics.median(faults_of_a_use() for _ in range(20))))
 """
