@@ -50,11 +50,12 @@ def extended(tmp_path_factory):
     ("flags", "shown"),
     [
         ("--dataset svhn --data-dir . --model tiny", "--flip none instead of random"),
-        ("--dataset digits --model mine:network --optimizer nadam --lr 1e-3 --grayscale 0.5", "accuracy"),
+        ("--dataset digits --model mine:network --optimizer nadam --lr 1e-3 --grayscale 0.5", "epoch 2/2"),
     ],
 )
 def test_what_the_page_adds_trains(flags, shown, extended):
-    code, out, err = run("main.py", *f"--recipe plain --device cpu --epochs 2 {flags}".split(), cwd=extended)
+    words = f"train --recipe plain --device cpu --epochs 2 {flags}".split()
+    code, out, err = run("-m", "cifar", *words, cwd=extended)
     assert (code, err) == (0, "")
     assert shown in out
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import cifar
-from cifar import checkpoint, console, datasets, evaluate, export, runs
+from cifar import checkpoint, console, datasets, evaluate, export, runs, visualize
 from cifar.config import PROJECT
 from cifar.demo import Demo
 from cifar.errors import UserError
@@ -186,7 +186,8 @@ def test_mistakes_are_user_errors(fast, tmp_path):
 # train
 
 
-def test_train_does_what_the_command_does_in_silence_also_in_a_thread(tmp_path, capfd):
+def test_train_does_what_the_command_does_in_silence_also_in_a_thread(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(visualize, "visualize", lambda *_: None)  # takes most of the time
     made = []
     options = QUICK | {"output_dir": str(tmp_path)}
     thread = threading.Thread(target=lambda: made.append(cifar.train(**options)))
