@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,16 +72,8 @@ def as_source(image: AnyImage) -> Source:
         return Path(image)
     if isinstance(image, Path | bytes):
         return image
-    if hasattr(image, "read"):  # an opened file
-        try:
-            content = image.read()
-        except UnicodeDecodeError:
-            content = ""
-        except (OSError, ValueError) as error:  # it is closed, or only for writing
-            raise UserError(f"the file cannot be read: {describe(error)}") from None
-        if not isinstance(content, bytes):
-            raise UserError("the file is open as text: open(path, 'rb') opens it as bytes")
-        return content
+    if hasattr(image, "read"):
+        return _read_opened(image)
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
@@ -90,6 +82,24 @@ def as_source(image: AnyImage) -> Source:
         image = Image.fromarray(_pixels(image))
     if not isinstance(image, Image.Image):
         raise UserError(f"{type(image).__name__} is no image: give a path, bytes, an array, a tensor or Pillow's image")
+    return _saved(image)
+
+
+def _read_opened(file: Any) -> bytes:
+    """Read an opened file. Raises UserError if it cannot be read as bytes."""
+    try:
+        content = file.read()
+    except UnicodeDecodeError:
+        content = ""
+    except (OSError, ValueError) as error:  # it is closed, or only for writing
+        raise UserError(f"the file cannot be read: {describe(error)}") from None
+    if not isinstance(content, bytes):
+        raise UserError("the file is open as text: open(path, 'rb') opens it as bytes")
+    return content
+
+
+def _saved(image: Image.Image) -> bytes:
+    """Save Pillow's image as a TIFF or PNG that the decoder takes for the same image. Raises UserError if it cannot."""
     try:
         decoder.load(image)
         upright = ImageOps.exif_transpose(image)
