@@ -218,11 +218,11 @@ def process_group() -> Iterator[None]:
     """
     from joblib import cpu_count
 
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local < torch.cuda.device_count():  # more processes than GPUs can train on the CPU
         torch.cuda.set_device(local)
-    if not user_sets_threads():
-        torch.set_num_threads(max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if local_size > 1 and not user_sets_threads():
+        torch.set_num_threads(max(1, cpu_count() // local_size))
     try:
         dist.init_process_group(timeout=_LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
