@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -213,11 +214,15 @@ def test_data_of_a_wrong_shape_is_answered_with_a_sentence_and_never_reaches_the
         answer = site.http.post("/gradio_api/call/predict", json={"data": data}).json()
         reply = site.http.get(f"/gradio_api/call/predict/{answer['event_id']}").text
         assert re.match(r'event: error\ndata: {"error": "[A-Z].*\."', reply), (data, reply)
-        for function in functions:
-            body = {"data": data, "fn_index": function, "session_hash": "shapes"}
-            assert site.http.post("/gradio_api/queue/join", json=body).is_success
-            with site.http.stream("GET", "/gradio_api/queue/data?session_hash=shapes") as stream:
-                assert any('"process_completed"' in line for line in stream.iter_lines())
+
+    def call(number: int, data: list, function: int) -> bool:
+        body = {"data": data, "fn_index": function, "session_hash": f"shapes {number}"}
+        assert site.http.post("/gradio_api/queue/join", json=body).is_success
+        with site.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": f"shapes {number}"}) as stream:
+            return any('"process_completed"' in line for line in stream.iter_lines())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, itertools.count(), *zip(*itertools.product(SHAPES, functions))))
     bodies = [{}, [], 5, {"data": 5}, {"zzz": ESCAPES}, *({"data": [], "fn_index": index} for index in (99, ESCAPES))]
     for body in bodies:
         for path in ("call/predict", f"call/{ESCAPES}", "call/v2/predict", "queue/join", "cancel", "component_server"):
