@@ -5,6 +5,7 @@ keeps a second process out of a run, and a run in progress is taken for killed.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -332,6 +333,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that runs is that of the start
 def _git(*arguments: str) -> str | None:
     """Return the output of git on this project; None without git or where it is not a clone."""
     if not IS_CLONE:

@@ -50,7 +50,10 @@ def extended(tmp_path_factory):
     ("flags", "shown"),
     [
         ("--dataset svhn --data-dir . --model tiny", "--flip none instead of random"),
-        ("--dataset digits --model mine:network --optimizer nadam --lr 1e-3 --grayscale 0.5", "epoch 2/2"),
+        pytest.param(
+            *("--dataset digits --model mine:network --optimizer nadam --lr 1e-3 --grayscale 0.5", "epoch 2/2"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_the_page_adds_trains(flags, shown, extended):

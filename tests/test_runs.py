@@ -51,6 +51,7 @@ def test_a_new_run_records_its_settings_and_what_made_it(run, config, monkeypatc
     assert tuple(content) == keys
     assert (content["status"], content["end"], content["seed"]) == ("running", None, 7)
     assert content["versions"].keys() >= {"python", "torch", "torchvision"}
+    monkeypatch.setattr(runs, "_git", runs._git.__wrapped__)  # asks each time
     git = tmp_path / "git"
     git.write_text("#!/bin/sh\nprintf 'a\\377'\n")  # the name of a file may be in any encoding
     git.chmod(0o755)
